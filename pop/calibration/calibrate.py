@@ -26,7 +26,18 @@ from pop.calibration.held_out import CONTINUATION, Judge, hold_out
 from pop.calibration.passes import Pass, working_dtype
 from pop.calibration.refit import RIDGE, fitted, wide
 from pop.calibration.resume import WHAT, SavedProgress
-from pop.calibration.texts import SHORTEST, Window, as_list, default_texts, enough, parted, text_windows, tokens_needed
+from pop.calibration.texts import (
+    SHORTEST,
+    Window,
+    as_list,
+    default_texts,
+    enough,
+    parted,
+    size_of,
+    text_windows,
+    tokens_needed,
+    total_size,
+)
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
@@ -114,13 +125,12 @@ def calibrate(
     windows, num_texts = _windows(model, texts, images, videos, longest)
     random.Random(seed).shuffle(windows)
     windows, judged = hold_out(windows, longest)
-    num_tokens = sum(len(tokens) for tokens, _ in windows)
     about = {
         "texts": num_texts,
         "windows": len(windows),
         "held_out": len(judged),
         "longest": longest,
-        "tokens": num_tokens,
+        "tokens": total_size(windows),
         "rank": rank,
         "steps": steps,
         "seed": seed,
@@ -180,9 +190,9 @@ def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], 
         texts = parted(default_texts(model))[0]
     texts = as_list(texts)
     windows = text_windows(model, texts, images, videos, longest)
-    total = sum(len(tokens) for tokens, _ in windows)
     if len(windows) < WINDOWS:
-        windows = text_windows(model, texts, images, videos, min(longest, max(SHORTEST, total // WINDOWS)))
+        size = max(SHORTEST, total_size(windows) // WINDOWS)
+        windows = text_windows(model, texts, images, videos, min(longest, size))
     if len(windows) < 2:
         needed = f"calibration needs two windows of at least {SHORTEST} tokens, but the texts have {len(windows)}"
         raise InputError(f"{needed}; give longer texts, or more of them")
@@ -235,18 +245,18 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
 
     A first pass warms up, and shows that the model's numbers are finite.
     """
-    tokens = max(windows, key=lambda window: len(window[0]))[0][:1024]
+    tokens = max(windows, key=size_of)[0][:1024]
     run = Pass(model.module, torch.tensor([tokens], device=model.device))
     check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
     seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=2)) / len(tokens)
-    num_tokens = sum(len(tokens) for tokens, _ in windows)
+    num_tokens = total_size(windows)
     needed = tokens_needed(model)
     if num_tokens < needed:
         print(f"a fit of this width can use {needed:,} tokens; more texts would improve it", file=sys.stderr)
     # Tokens through the whole model, about. The judge sees each plan of the search, each lambda and each check.
     judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
     passed = 4 * min(num_tokens, needed) + 3 * steps * min(TOKENS, num_tokens)
-    passed += judgements * sum(len(tokens) for tokens, _ in judged)
+    passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
     gigabytes = needed_bytes(model, rank, steps) / 1e9
     megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
@@ -271,8 +281,7 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
     """Fit the corrections of a plan. The held-out windows choose lambda."""
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
     windows = enough(windows, tokens_needed(model))
-    num_tokens = sum(len(tokens) for tokens, _ in windows)
-    with progress_bar("fitting", num_groups * num_tokens, "tokens", progress) as step:
+    with progress_bar("fitting", num_groups * total_size(windows), "tokens", progress) as step:
         fit = fitted(model, windows, plan, rank, step)
 
     best = None

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from pop.calibration.held_out import repeated_passage
-from pop.calibration.texts import Window, choose, excerpt
-from pop.errors import InputError
+from pop.calibration.texts import Window, choose, excerpt, size_of, without_images
 from pop.inputs.processors import Prepared
 
 KINDS = ("text", "repetition", "table", "text", "table")
@@ -52,12 +51,12 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     ((tokens, media),) = choose(windows, 1, rng)
     if media:
         return _with_images(model, kind, tokens, media, rng)
-    texts = [window for window in windows if not window[1]]
-    longest = max(len(tokens) for tokens, _ in texts)
+    texts = without_images(windows)
+    longest = max(map(size_of, texts))
     shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)
     size = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))  # of a prompt and its continuation
     cut = size - min(CONTINUATION, size // 3)
-    long_enough = [window for window in texts if len(window[0]) >= size]
+    long_enough = [window for window in texts if size_of(window) >= size]
     count = min(ROWS, max(1, TOKENS // size))
     rows = []
     for tokens, _ in choose(long_enough, count, rng):
@@ -112,20 +111,10 @@ def _repetition(model, prompt: list[int], length: int, images: Sequence[range], 
     return lines
 
 
-def _words(model, prompt: list[int]) -> list[str]:
-    """A prompt's different words of medium length. Empty without a tokenizer, or if it lacks a token of the prompt."""
-    if model.tokenizer is None:
-        return []
-    try:
-        text = model.tokenizer.decode(prompt)
-    except InputError:  # there may be more embeddings than tokens
-        return []
-    return [word for word in dict.fromkeys(text.split()) if word.isalpha() and 3 < len(word) < 10]
-
-
 def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
     """A prompt with facts in place of its end, and tokens that ask for them: none if it has too few words."""
-    words = _words(model, prompt)
+    text = "" if model.tokenizer is None else model.tokenizer.decode(prompt)
+    words = [word for word in dict.fromkeys(text.split()) if word.isalpha() and 3 < len(word) < 10]
     count = rng.randint(*FACTS)
     if len(words) < 2 * count:
         return prompt, []

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, first_layer
-from pop.calibration.texts import Window
+from pop.calibration.texts import Window, size_of, total_size
 from pop.pruning.plan import PrunePlan
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
@@ -126,12 +126,12 @@ def hold_out(windows: list[Window], longest: int) -> tuple[list[Window], list[Wi
 
     At least one window is held out. More are, as long as these have at most a fifth of all tokens.
     """
-    left = sorted(windows, key=lambda window: len(window[0]))
-    room = sum(len(tokens) for tokens, _ in windows) // HELD_OUT
+    left = sorted(windows, key=size_of)
+    room = total_size(windows) // HELD_OUT
     judged = []
     for prompt in (*LENGTHS, longest) * ROUNDS:
         size = min(prompt + CONTINUATION, longest)
-        number = next((number for number, window in enumerate(left) if len(window[0]) >= size), len(left) - 1)
+        number = next((number for number, window in enumerate(left) if size_of(window) >= size), len(left) - 1)
         tokens, media = left[number]
         if judged and len(tokens) > room:
             continue

@@ -5,27 +5,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pop.calibration.questions import Question
 from pop.engine.selection import select
 from pop.errors import InputError
 from pop.pruning.plan import PrunePlan
 
 
 @torch.no_grad()
-def found_by_layer(model, question: Question, share: float, last: int) -> Tensor | None:
+def found_by_layer(model, prompt: list[int], answer: list[int], share: float, last: int) -> Tensor | None:
     """The share of an answer's tokens that each layer would select, [L]. None if the answer is in the prompt's end.
 
     Args:
         model: A pop.Model. Its plan plays no part.
-        question: Its prompt holds its answer.
+        prompt, answer: Token ids. The prompt holds the answer.
         share: Of the tokens to select from: all but the first one and the last ones.
         last: How many tokens the prompt's end has. They are at full depth anyway.
     """
-    prompt = question.prompt
     T = len(prompt)
-    size = len(question.answer)
+    size = len(answer)
     begins = range(T - last - size + 1)
-    begin = next((begin for begin in begins if prompt[begin : begin + size] == question.answer), None)
+    begin = next((begin for begin in begins if prompt[begin : begin + size] == answer), None)
     if begin is None:
         return None
     position = torch.arange(T)[None]
@@ -43,12 +41,12 @@ def found_by_layer(model, question: Question, share: float, last: int) -> Tensor
     return torch.stack(found).cpu()
 
 
-def selecting_scores(model, questions: Sequence[Question], share: float, last: int) -> Tensor:
-    """The mean of `found_by_layer` over questions, [L]: the layer of the highest score should select tokens.
+def selecting_scores(model, pairs: Sequence[tuple[list[int], list[int]]], share: float, last: int) -> Tensor:
+    """The mean of `found_by_layer` over pairs of a prompt and its answer, [L]. The layer of the highest should select.
 
     Chance finds as many tokens as the share. Raises InputError if each answer is in its prompt's end.
     """
-    rows = [found_by_layer(model, question, share, last) for question in questions]
+    rows = [found_by_layer(model, *pair, share, last) for pair in pairs]
     found = [row for row in rows if row is not None]
     if not found:
         raise InputError(f"every answer is among the last {last} tokens; give a smaller last, or longer prompts")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, working_copy
-from pop.calibration.texts import Window, batches
+from pop.calibration.texts import Window, batches, total_size
 from pop.engine.compile import SMALLEST
 from pop.errors import InputError, PlanError
 from pop.generation.sampling import check_finite
@@ -93,13 +93,13 @@ class Fit:
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, sum(self.widths), dtype=wide(self.model.dtype), device=device)
 
-    def finish(self, ridge: float) -> None:
-        """End the sums of a group. If kept layers follow the group, solve it now, for lambda = ridge.
+    def finish(self) -> None:
+        """End the sums of a group. If kept layers follow the group, solve it now, with the default lambda.
 
         Otherwise `calibrated` solves it, so that lambda can still be chosen.
         """
         if self.has_update:
-            self.solved.append(self._solve(ridge))
+            self.solved.append(self._solve(RIDGE))
             self.xx = self.xy = None  # they are large
 
     @property
@@ -208,14 +208,14 @@ def fitted(model, windows: list[Window], plan: PrunePlan, rank: int, step: Calla
         fit.begin()
         for batch in batches(windows):
             accumulate(model, batch, fit, module)
-            step(sum(len(tokens) for tokens, _ in batch))
+            step(total_size(batch))
         if not fit.count:
             raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
-        fit.finish(RIDGE)
+        fit.finish()
     return fit
 
 
-def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:
+def accumulate(model, windows: list[Window], fit: Fit, module) -> None:
     """Add the tokens of a batch of windows to the sums of a fit.
 
     One full pass gives the targets. The pass by the plan branches off at its first pruned layer.
@@ -224,9 +224,8 @@ def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:
         model: A pop.Model.
         windows: Of about equal lengths.
         fit: It has begun the sums of a group.
-        module: Runs in place of the model's own.
+        module: The model's own, or a copy that runs in its place.
     """
-    module = model.module if module is None else module
     tokens, lengths = padded([tokens for tokens, _ in windows])  # [B, T] and [B]
     images = model.vision.images(module, [media for _, media in windows], tokens, lengths)
     run = Pass(module, tokens.to(model.device), images)

@@ -21,9 +21,8 @@ from torch import Tensor
 from pop.calibration.held_out import Judge, repeated_passage
 from pop.calibration.importance import importance
 from pop.calibration.lookup import selecting_scores
-from pop.calibration.questions import Question
 from pop.calibration.refit import fitted
-from pop.calibration.texts import Window, choose, enough, excerpt
+from pop.calibration.texts import Window, choose, enough, excerpt, without_images
 from pop.errors import InputError
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import speedup_limit
@@ -68,7 +67,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     texts, passages = _samples(windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
-    few = enough([(tokens[:WINDOW], media) for tokens, media in _without_images(windows)], FEW)
+    few = enough([(tokens[:WINDOW], media) for tokens, media in without_images(windows)], FEW)
     losses: dict[PrunePlan, float] = {}
     for share in TAILS:
         plan = _smallest(model, share, needed, lookups, speedup, rank)
@@ -90,9 +89,12 @@ def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> Prun
 def _samples(windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
     """Texts with their continuations, and prompts of which a passage is repeated."""
     rng = random.Random(0)
+    texts = without_images(windows)
+    if not texts:
+        raise InputError("every text has images, and a plan is decided on text; give other texts too, or a plan")
     plain = []
     repeated = []
-    for tokens, _ in choose(_without_images(windows), SAMPLES, rng):
+    for tokens, _ in choose(texts, SAMPLES, rng):
         text = excerpt(tokens, SAMPLE, rng)
         cut = len(text) - min(RESPONSE, len(text) // 3)
         plain.append((text[:cut], text[cut:]))
@@ -100,13 +102,6 @@ def _samples(windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
         cue = max(1, len(passage) // 4)
         repeated.append((text[:cut] + passage[:cue], passage[cue:]))
     return plain, repeated
-
-
-def _without_images(windows: list[Window]) -> list[Window]:
-    texts = [window for window in windows if not window[1]]
-    if not texts:
-        raise InputError("every text has images, and a plan is decided on text; give other texts too, or a plan")
-    return texts
 
 
 def _needed(model, samples: list[Sample]) -> Tensor:
@@ -117,7 +112,7 @@ def _needed(model, samples: list[Sample]) -> Tensor:
 
 def _lookup_scores(model, passages: list[Sample]) -> Tensor:
     """How many of a repeated passage's tokens in the prompt each layer would select, as shares [L]."""
-    repeated = [Question("repetition", *sample) for sample in passages if len(sample[0]) >= 3 * CUE]
+    repeated = [(prompt, passage) for prompt, passage in passages if len(prompt) >= 3 * CUE]
     if not repeated:
         return torch.zeros(model.config.num_layers)
     return selecting_scores(model, repeated, SELECTED, CUE)

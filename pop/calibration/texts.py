@@ -101,15 +101,30 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
     return [(tokens, media) for tokens, media in windows if len(tokens) >= SHORTEST]
 
 
+def size_of(window: Window) -> int:
+    """The tokens of a window."""
+    return len(window[0])
+
+
+def total_size(windows: Iterable[Window]) -> int:
+    """The tokens of all windows."""
+    return sum(map(size_of, windows))
+
+
+def without_images(windows: list[Window]) -> list[Window]:
+    """The windows that are text only."""
+    return [window for window in windows if not window[1]]
+
+
 def enough(windows: list[Window], count: int) -> list[Window]:
     """The first windows that hold `count` tokens together, or all."""
-    ends = accumulate(len(tokens) for tokens, _ in windows)
-    return [window for window, end in zip(windows, ends, strict=True) if end - len(window[0]) < count]
+    ends = accumulate(map(size_of, windows))
+    return [window for window, end in zip(windows, ends, strict=True) if end - size_of(window) < count]
 
 
 def choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[Window]:
     """Choose windows at random. A longer window is chosen more often."""
-    return rng.choices(windows, [len(tokens) for tokens, _ in windows], k=count)
+    return rng.choices(windows, [*map(size_of, windows)], k=count)
 
 
 def excerpt(tokens: Sequence[int], size: int, rng: random.Random) -> Sequence[int]:
@@ -120,7 +135,7 @@ def excerpt(tokens: Sequence[int], size: int, rng: random.Random) -> Sequence[in
 
 def batches(windows: list[Window]) -> Iterator[list[Window]]:
     """Batch windows of similar lengths, as many as TOKENS_AT_ONCE allows."""
-    queue = iter(sorted(windows, key=lambda window: len(window[0]), reverse=True))
+    queue = iter(sorted(windows, key=size_of, reverse=True))
     while first := next(queue, None):
         others = max(0, TOKENS_AT_ONCE // len(first[0]) - 1)
         yield [first, *islice(queue, others)]

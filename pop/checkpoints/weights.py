@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from itertools import groupby
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -91,8 +90,9 @@ def load_weights(
     pieces = _survey(folder, module.config, whole_shapes)
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
+    step = max(size // 50, 2**20)
     with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
-        for piece, source, target in _copies(pieces, weights, shards):
+        for piece, source, target in _slices(pieces, weights, shards, step):
             if not piece.repeats:
                 target.copy_(source)
                 advance(target.nbytes)
@@ -150,20 +150,29 @@ class _Piece:
         return tensor
 
 
-def _copies(
-    pieces: list[_Piece], weights: dict[str, Tensor], shards: dict[str, Shard]
+def _slices(
+    pieces: list[_Piece], weights: dict[str, Tensor], shards: dict[str, Shard], step: int
 ) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
-    """Yield what to copy: a piece, a part of its tensor, and the part of its parameter that it fills.
+    """Yield what to copy, in slices of about `step` bytes: a piece, rows of its tensor, and rows of its parameter.
 
-    What was read of a mapped file counts as resident memory until the file is unmapped. So the tensors of each
-    parameter are mapped anew.
+    A page of a mapped file counts as resident memory until the file is unmapped. The file is therefore mapped anew when
+    about `step` bytes of it have been read.
     """
-    for (file, parameter), group in groupby(pieces, lambda piece: (piece.file, piece.parameter)):
-        named = {piece.name: piece for piece in group}
-        for name, tensor in _map(file, named).items():
-            piece = named[name]
-            for source_at, target_at in _overlaps(piece, shards.get(parameter)):
-                yield piece, piece.laid_out(tensor)[source_at], weights[parameter][target_at]
+    file = None
+    touched = 0  # bytes
+    for piece in pieces:
+        for source_at, target_at in _overlaps(piece, shards.get(piece.parameter)):
+            target = weights[piece.parameter][target_at]
+            rows = max(1, step // target[0].nbytes)
+            for first in range(0, len(target), rows):
+                if piece.file != file or touched >= step:
+                    file = piece.file
+                    tensors = _map(file)
+                    touched = 0
+                source = piece.laid_out(tensors[piece.name])[source_at]
+                part = source[first : first + rows]
+                yield piece, part, target[first : first + rows]
+                touched += part.nbytes
 
 
 def _overlaps(piece: _Piece, shard: Shard | None) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
@@ -185,10 +194,10 @@ def _overlaps(piece: _Piece, shard: Shard | None) -> Iterator[tuple[tuple[slice,
         position += end - begin
 
 
-def _map(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Map these tensors of a weight file, or all, into memory: a page is read when it is first touched."""
+def _map(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a weight file into memory: a page is read when it is first touched."""
     try:
-        tensors, _ = read_tensors(file, names)
+        tensors, _ = read_tensors(file)
     except Exception as error:  # corrupt bytes can raise nearly anything
         reason = reason_of(error)
         if "Cannot allocate memory" in reason:
@@ -223,7 +232,7 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     if reasons:
         reasons = _causes(config, stored, missing, surplus) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
-    return sorted(pieces, key=lambda piece: (piece.repeats, piece.file, piece.parameter))
+    return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
 
 
 def _causes(config: Config, stored: Iterable[str], missing: list[str], surplus: list[str]) -> list[str]:

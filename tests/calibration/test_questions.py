@@ -119,8 +119,9 @@ def test_what_cannot_be_asked_is_refused(writer):
 
 def test_the_selecting_layer_is_chosen_by_what_layers_find(model, writer):
     questions = make_questions(writer, [codes, quotations], [LENGTH], 2)[LENGTH]
-    scores = selecting_scores(model, questions, 0.2, 100)
+    pairs = [(question.prompt, question.answer) for question in questions]
+    scores = selecting_scores(model, pairs, 0.2, 100)
     assert scores.shape == (model.config.num_layers,)
     assert ((scores >= 0) & (scores <= 1)).all()
     with pytest.raises(pop.InputError, match="among the last"):
-        selecting_scores(model, questions, 0.2, LENGTH)
+        selecting_scores(model, pairs, 0.2, LENGTH)

@@ -108,6 +108,14 @@ def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
     refused(tmp_path, r"lm_head\.weight.*model\.embed_tokens\.weight")
 
 
+def test_large_tensors_are_copied_in_slices(tmp_path):
+    """5 MB of embedding and steps of 1 MiB: each matrix is cut, at rows that do not divide its length."""
+    write_checkpoint(tmp_path, vocab_size=20_011, num_layers=1, hidden_size=62, tie_embeddings=True)
+    weights = stored(tmp_path)
+    store(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    assert_same(load(tmp_path), weights)
+
+
 def test_progress_bar(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tqdm")
     write_checkpoint(tmp_path)

@@ -5,7 +5,6 @@ import torch
 
 import pop
 from pop.calibration.lookup import found_by_layer
-from pop.calibration.questions import Question
 from pop.pruning.reference import attention_scores
 from tools.evaluate.lookup import report
 
@@ -15,15 +14,15 @@ def test_each_layer_finds_what_the_reference_selects(loaded, begin):
     """A quarter of the tokens between the first and the last four."""
     prompt = torch.randint(60, (60,), generator=torch.Generator().manual_seed(begin)).tolist()
     prompt[begin : begin + 10] = answer = list(range(60, 70))
-    found = found_by_layer(loaded, Question("made up", prompt, answer), 0.25, 4)
+    found = found_by_layer(loaded, prompt, answer, 0.25, 4)
     for layer, share in enumerate(found):
         plan = pop.PrunePlan((layer + 1,), full_depth_selected=1.0)  # the layer before it selects
         scores = attention_scores(loaded.module, torch.tensor(prompt), plan)
         best = 1 + scores[1:-4].topk(13).indices  # of 55
         assert share == pytest.approx(sum(begin <= at < begin + 10 for at in best.tolist()) / 10)
-    question = Question("made up", [*range(20)], [12, 13])
-    assert found_by_layer(loaded, question, 0.5, 6) is not None
-    assert found_by_layer(loaded, question, 0.5, 7) is None  # an answer in the prompt's end does not count
+    prompt = [*range(20)]
+    assert found_by_layer(loaded, prompt, [12, 13], 0.5, 6) is not None
+    assert found_by_layer(loaded, prompt, [12, 13], 0.5, 7) is None  # an answer in the prompt's end does not count
 
 
 FOUND = {"codes": torch.tensor([0.5, 0.2, 0.9, 0.3, 0.8]), "quotes": torch.tensor([0.1, 0.4, 0.3, 0.6, 0.8])}

@@ -13,7 +13,7 @@ import torch
 
 import pop
 from pop.calibration.lookup import selecting_scores
-from pop.calibration.questions import Question, codes, make_questions
+from pop.calibration.questions import codes, make_questions
 from pop.errors import InputError, check_count
 from tools.common import Countdown, exit_status, integers_in, table
 from tools.evaluate.questions import Writer, documents, quotes
@@ -35,15 +35,15 @@ def run(args) -> tuple[pop.PrunePlan, dict[str, torch.Tensor]]:
     encoded = {name: model.tokenizer.encode(text, bos=False) for name, text in texts.items()}
     writer = Writer(model, encoded, args.seed)
     makers = [codes, documents, *map(quotes, encoded)]
-    by_kind: dict[str, list[Question]] = {}
+    by_kind: dict[str, list[tuple[list[int], list[int]]]] = {}
     for questions in make_questions(writer, makers, lengths, count).values():
         for question in questions:
-            by_kind.setdefault(question.kind, []).append(question)
+            by_kind.setdefault(question.kind, []).append((question.prompt, question.answer))
     found = {}
     step = Countdown("lookup, kind of question", len(by_kind))
-    for kind, questions in by_kind.items():
+    for kind, pairs in by_kind.items():
         step()
-        found[kind] = selecting_scores(model, questions, args.share, last)
+        found[kind] = selecting_scores(model, pairs, args.share, last)
     return model.plan, found
 
 
