@@ -286,7 +286,7 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
 
     best = None
     least = math.inf
-    for ridge in RIDGES if fit.last_group_is_open else [RIDGE]:
+    for ridge in [RIDGE] if fit.sums is None else RIDGES:
         candidate = fit.calibrated(ridge)
         loss = judge.losses(candidate).mean
         check_finite(torch.tensor(loss), "predictions on the texts")

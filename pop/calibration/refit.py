@@ -43,6 +43,30 @@ class Solution(NamedTuple):
     update: Tensor | None  # A [D, R], if kept layers follow
 
 
+class Sums:
+    """Sums over the tokens of the texts, from which the corrections of a group follow.
+
+    The columns of Y are K and V of each layer, and the update of h at the end, if there is one.
+
+    Args:
+        model: A pop.Model.
+        layers: The group.
+    """
+
+    def __init__(self, model, layers: range):
+        config = model.module.config
+        inputs = 2 * config.hidden_size
+        self.layers = layers
+        self.has_update = layers.stop < config.num_layers  # kept layers follow
+        self.widths = [2 * config.num_kv_heads * config.head_dim] * len(layers)  # of the columns
+        if self.has_update:
+            self.widths.append(config.hidden_size)
+        self.count = 0  # N, the number of tokens
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=model.device)  # X' X
+        # X' Y, in the dtype of the products of one batch.
+        self.xy = torch.zeros(inputs, sum(self.widths), dtype=wide(model.dtype), device=model.device)
+
+
 class Fit:
     """The corrections of a plan, for one group of pruned layers after the other.
 
@@ -59,59 +83,13 @@ class Fit:
             problem = "between which DeepStack adds features of images"
             raise PlanError(f"the plan prunes the layers {plan.layers}, {problem}; prune one of these layers only")
         self.solved: list[Solution] = []  # of the groups before the one that is fitted
-        # Sums over the tokens of the texts, for the group that is fitted. The columns of Y are K and V of each layer,
-        # and the update of h at the end, if there is one.
-        self.count = 0  # N, the number of tokens
-        self.xx: Tensor | None = None  # X' X, float64
-        self.xy: Tensor | None = None  # X' Y, in the dtype of the products of one batch
-        self.widths: list[int] = []  # of the columns
-
-    @property
-    def group(self) -> range:
-        """The layers that are fitted."""
-        return self.groups[len(self.solved)]
-
-    @property
-    def has_update(self) -> bool:
-        """Whether kept layers follow the group, so that h needs an update."""
-        return self.group.stop < self.model.config.num_layers
-
-    @property
-    def depth(self) -> int:
-        """How many layers the full model must run to give the targets."""
-        return self.group.stop if self.has_update else self.group.stop - 1
-
-    def begin(self) -> None:
-        """Begin the sums of the next group."""
-        config = self.model.module.config
-        self.widths = [2 * config.num_kv_heads * config.head_dim] * len(self.group)
-        if self.has_update:
-            self.widths.append(config.hidden_size)
-        inputs = 2 * config.hidden_size
-        device = self.model.device
-        self.count = 0
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.xy = torch.zeros(inputs, sum(self.widths), dtype=wide(self.model.dtype), device=device)
-
-    def finish(self) -> None:
-        """End the sums of a group. If kept layers follow the group, solve it now, with the default lambda.
-
-        Otherwise `calibrated` solves it, so that lambda can still be chosen.
-        """
-        if self.has_update:
-            self.solved.append(self._solve(RIDGE))
-            self.xx = self.xy = None  # they are large
-
-    @property
-    def last_group_is_open(self) -> bool:
-        """Whether the last group is unsolved, so that lambda can be chosen. No kept layer follows it."""
-        return len(self.solved) < len(self.groups)
+        self.sums: Sums | None = None  # of the group that is fitted. If it is the last one, lambda can still be chosen
 
     def calibrated(self, ridge: float = RIDGE) -> PrunePlan:
         """The plan with its corrections, for lambda = ridge in the group that is left."""
         solutions = list(self.solved)
-        if self.last_group_is_open:
-            solutions.append(self._solve(ridge))
+        if self.sums is not None:
+            solutions.append(self.solve(ridge))
         return dataclasses.replace(self.plan, corrections=self._corrections(solutions))
 
     def enter(self, run: Pass, h: Tensor) -> Tensor:
@@ -124,45 +102,47 @@ class Fit:
         corrections = self._corrections(self.solved)
         solved = PrunePlan(corrections.layers, full_depth_first=self.plan.full_depth_first, corrections=corrections)
         full_depth = torch.arange(h.shape[1]) < self.plan.full_depth_first
-        return run.pruned(self.model.resolve(solved), h, full_depth, self.plan.layers[0], self.group.start)
+        return run.pruned(self.model.resolve(solved), h, full_depth, self.plan.layers[0], self.sums.layers.start)
 
-    def _solve(self, ridge: float) -> Solution:
-        """Solve the normal equations, and reduce the solution to the rank.
+    def solve(self, ridge: float) -> Solution:
+        """Solve the normal equations of the group that is fitted, and reduce the solution to the rank.
 
         Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average.
         So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
         V = Q' F^-1. Then V s has a mean square of about 1. C F is computed for one layer at a time, and twice, because
         all of it would be as large as X' Y.
         """
-        for values in (self.xx, self.xy):
+        sums = self.sums
+        for values in (sums.xx, sums.xy):
             check_finite(values, "hidden states of the texts")
-        gram = self.xx / self.count
+        gram = sums.xx / sums.count
         gram.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(gram)  # F
         del gram
 
         def parts() -> Iterator[Tensor]:
             """The rows of C F that belong to each layer, and those of the update: [M, 2 * D] each."""
-            for columns in self.xy.split(self.widths, dim=1):
-                yield torch.linalg.solve_triangular(factor, columns.double() / self.count, upper=False).T
+            for columns in sums.xy.split(sums.widths, dim=1):
+                yield torch.linalg.solve_triangular(factor, columns.double() / sums.count, upper=False).T
 
         basis = self._largest_directions(parts())  # Q
         rows = [part @ basis for part in parts()]
-        weight = torch.stack([self._of_all_heads(row) for row in rows[: len(self.group)]])
+        weight = torch.stack([self._of_all_heads(row) for row in rows[: len(sums.layers)]])
         shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
-        return Solution(weight, shared, rows[-1] if self.has_update else None)
+        return Solution(weight, shared, rows[-1] if sums.has_update else None)
 
     def _largest_directions(self, parts: Iterator[Tensor]) -> Tensor:
         """As many orthonormal directions [2 * D, R] as the rank, in which the rows of all parts are largest."""
-        squares = torch.zeros_like(self.xx, dtype=self.xy.dtype)
+        sums = self.sums
+        squares = torch.zeros_like(sums.xx, dtype=sums.xy.dtype)
         for number, part in enumerate(parts):
-            if number < len(self.group):
+            if number < len(sums.layers):
                 part = self._of_all_heads(part).flatten(0, 1)
             part = part.to(squares.dtype)
             squares.addmm_(part.T, part)
             del part  # what follows takes much memory
         directions = torch.linalg.eigh(squares).eigenvectors  # of the largest eigenvalues at the end
-        return directions[:, -self.rank :].to(self.xx.dtype, copy=True)
+        return directions[:, -self.rank :].to(sums.xx.dtype, copy=True)
 
     def _of_all_heads(self, rows: Tensor) -> Tensor:
         """Rows for K and V of a layer [2 * K * E, M], with the heads of all processes: [2, K * E, M]."""
@@ -204,26 +184,28 @@ def fitted(model, windows: list[Window], plan: PrunePlan, rank: int, step: Calla
     is_copied = model.num_parameters >= SMALLEST and model.part is None
     module = working_copy(model) if is_copied else model.module
     fit = Fit(model, plan, rank)
-    for _ in fit.groups:
-        fit.begin()
+    for layers in fit.groups:
+        fit.sums = Sums(model, layers)
         for batch in batches(windows):
             accumulate(model, batch, fit, module)
             step(total_size(batch))
-        if not fit.count:
+        if not fit.sums.count:
             raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
-        fit.finish()
+        if fit.sums.has_update:
+            fit.solved.append(fit.solve(RIDGE))
+            fit.sums = None  # they are large
     return fit
 
 
 def accumulate(model, windows: list[Window], fit: Fit, module) -> None:
-    """Add the tokens of a batch of windows to the sums of a fit.
+    """Add the tokens of a batch of windows to the sums of the group that is fitted.
 
     One full pass gives the targets. The pass by the plan branches off at its first pruned layer.
 
     Args:
         model: A pop.Model.
         windows: Of about equal lengths.
-        fit: It has begun the sums of a group.
+        fit: Has the sums.
         module: The model's own, or a copy that runs in its place.
     """
     tokens, lengths = padded([tokens for tokens, _ in windows])  # [B, T] and [B]
@@ -233,26 +215,28 @@ def accumulate(model, windows: list[Window], fit: Fit, module) -> None:
     is_inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     is_fitted = is_inside & (position >= fit.plan.full_depth_first)
     first = fit.plan.layers[0]
+    sums = fit.sums
+    group = sums.layers
     h = run.layers(run.embed(), 0, first)
     entering = fit.enter(run, h)  # [B, T, D], by the plan
-    x = module.layers[fit.group.start].normalised(entering)
+    x = module.layers[group.start].normalised(entering)
     before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
     x = torch.cat((x, before), dim=-1)[is_fitted].to(wide(h.dtype))  # [N, 2 * D]
-    fit.xx += x.T @ x
-    fit.count += len(x)
-    columns = iter(fit.xy.split(fit.widths, dim=1))  # of each layer, and of the update
+    sums.xx += x.T @ x
+    sums.count += len(x)
+    columns = iter(sums.xy.split(sums.widths, dim=1))  # of each layer, and of the update
 
     def add(full: Tensor, own: Tensor) -> None:
         """Add to the next columns of X' Y what the full model has and h does not give, [B, T, M] each."""
         difference = (full - own)[is_fitted].to(x.dtype)
         next(columns).add_(x.T @ difference)
 
-    for index in range(first, fit.group.stop):
+    for index in range(first, group.stop):
         layer = module.layers[index]
-        if index in fit.group:
+        if index in group:
             add(torch.cat(layer.projected(h), dim=-1), torch.cat(layer.projected(entering), dim=-1))
-        if index < fit.depth:
+        if sums.has_update or index < group[-1]:
             h = run.layer(index, h)
-    if fit.has_update:
+    if sums.has_update:
         # The full model's h may have features of images from DeepStack. Add them here as well, so that they cancel.
-        add(h, images.add_deepstack(entering, fit.group[-1]))
+        add(h, images.add_deepstack(entering, group[-1]))

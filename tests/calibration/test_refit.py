@@ -102,7 +102,7 @@ def test_corrections_are_the_best_of_their_rank(each_family):
         return torch.cat((found.weight.flatten(0, 2), found.update[0])).double().numpy()
 
     corrections = rows(exact) @ exact.shared[0].double().numpy()
-    sums = fitted(model, windows, PrunePlan((2, 3, 4), full_depth_first=1))  # kept without an update
+    sums = fitted(model, windows, PrunePlan((2, 3, 4), full_depth_first=1)).sums  # kept without an update
     metric = (sums.xx / sums.count + ridge * torch.eye(60)).numpy()
     shared = best.shared[0].double().numpy()
     error = corrections - rows(best) @ shared
@@ -156,8 +156,8 @@ def test_plain_pruning_is_taken_if_it_is_the_best_and_nothing_follows(model, mon
 def test_sums_are_freed_once_a_group_is_solved(model):
     """They are large: float64, of all inputs. A group without an update stays, because lambda is not yet chosen."""
     fit = fitted(model, windows_of(TEXTS), PrunePlan((0, 1, 3, 4), full_depth_first=1))
-    assert len(fit.solved) == 1 and fit.xy.shape == (60, 2 * 2 * 20)
-    assert fitted(model, windows_of(TEXTS), PrunePlan((0, 1), full_depth_first=1)).xx is None
+    assert len(fit.solved) == 1 and fit.sums.xy.shape == (60, 2 * 2 * 20)
+    assert fitted(model, windows_of(TEXTS), PrunePlan((0, 1), full_depth_first=1)).sums is None
 
 
 def test_one_bar_shows_all_of_the_work(monkeypatch):
