@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from pop.errors import InputError, TokenizerError
-from pop.inputs.tokenizers import Tokenizer, sort_added
+from pop.inputs.tokenizers import Tokenizer, refuse_spelt, sort_added
 
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -120,8 +120,7 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
 
     ranked = [*CHARS, *reachable(model["merges"], vocab)]
-    if spelt := special.keys() & set(ranked):
-        raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
+    refuse_spelt(special.keys(), set(ranked))
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
     ids = [[vocab[token]] if token in vocab else [] for token in ranked]
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}

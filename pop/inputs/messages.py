@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pop.errors import InputError, UnsupportedError
+from pop.errors import InputError
 from pop.inputs.images import Image
 from pop.inputs.processors import Prepared, Processor
 
@@ -21,7 +21,7 @@ KEYS = {
 def read_messages(messages: list[dict], vision: Processor) -> tuple[list[dict], list[Prepared]]:
     """Check all messages. Return them as templates take them, and their images and videos in order.
 
-    Raises InputError, which names the message, and UnsupportedError for images or videos that the model does not take.
+    Raises InputError for a message that is wrong, and for images or videos that the model does not take.
     """
     if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
@@ -90,11 +90,7 @@ def _read_part(part: dict[str, Any], where: str, vision: Processor) -> str | Pre
             pass
         case _:
             raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
-    kind = part["type"]
-    if kind not in vision.marks:
-        known = " and ".join(["text", *(f"{taken}s" for taken in vision.marks)])
-        raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {known} only.")
-    return vision.prepare(kind, given)
+    return vision.prepare(part["type"], given)
 
 
 def _typed(part: str | Prepared) -> dict:

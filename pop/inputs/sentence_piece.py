@@ -11,12 +11,13 @@ from typing import Any
 
 from pop.errors import TokenizerError
 from pop.inputs.byte_pair import BytePairTokenizer, bos_id_of, check, check_settings, reachable
-from pop.inputs.tokenizers import Tokenizer, sort_added
+from pop.inputs.tokenizers import Tokenizer, refuse_spelt, sort_added
 
 # Gemma's control symbols. Its tokenizer.model marks them as user-defined, like runs of newlines, HTML tags and others
 # that text may contain.
 _CONTROL = {"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"}
 _SPACE = "\u2581"  # what sentencepiece writes in place of a space
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the names of bytes, for characters that the vocabulary lacks
 _DECODERS = [{"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}]
 _DECODER = {"type": "Sequence", "decoders": [*_DECODERS, {"type": "Fuse"}]}
 # In the bytes of a tokenizer.model, the end of a user-defined piece: its score, and its type, 4.
@@ -47,7 +48,6 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> SentencePie
         raise TokenizerError("the sentencepiece model changes text (NFKC, dummy prefix, extra spaces).")
 
     vocab = {}
-    bytes_of = {}
     reserved = {}  # control pieces and the unknown piece
     user_defined = {}
     for id in range(len(model)):
@@ -55,24 +55,18 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> SentencePie
             continue
         name = model.id_to_piece(id)
         vocab[name] = id
-        bytes_of[id] = name.replace(_SPACE, " ").encode()
-        if model.is_byte(id):
-            bytes_of[id] = bytes.fromhex(name[3:5])  # its name is like <0x0A>
-        elif model.is_unknown(id) or original.is_control(id):
+        if model.is_unknown(id) or original.is_control(id):
             reserved[name] = id
         elif model.is_control(id):
             user_defined[name] = id
-    if "<0x00>" not in vocab:
-        raise TokenizerError("the vocabulary has no byte fallback: it lacks bytes such as <0x00>.")
+    bytes_of = _bytes_of(vocab)
 
     special, others, _ = sort_added(added, vocab)
     special |= reserved
     special |= {name: id for name, id in user_defined.items() if name in _CONTROL}
     others |= user_defined
     others = {name: id for name, id in others.items() if name not in special}
-    for name in (special.keys() | _CONTROL) & vocab.keys():
-        if name not in reserved and name not in user_defined:
-            raise TokenizerError(f"ordinary text merges into the special token {name!r}.")
+    refuse_spelt(special.keys() | _CONTROL, vocab.keys() - reserved.keys() - user_defined.keys())
     bos_id = model.bos_id()
     return SentencePieceTokenizer(
         model,
@@ -100,15 +94,10 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     bos_id = bos_id_of(spec.get("post_processor"), special)
     special |= {name: added.pop(name) for name in _CONTROL & added.keys()}
     merged = reachable(model["merges"], vocab)
-    if spelt := {*special, *_CONTROL} & {*merged}:
-        raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
-    byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
-    if None in byte_ids:
-        raise TokenizerError("the vocabulary has no byte fallback: it lacks bytes such as <0x00>.")
-    ids = _ids_of_bytes(vocab, merged, byte_ids)
+    refuse_spelt(special.keys() | _CONTROL, set(merged))
+    bytes_of = _bytes_of(vocab)
+    ids = _ids_of_bytes(vocab, merged)
     ranks = {token: rank for rank, token in enumerate(ids)}
-    bytes_of = {id: name.replace(_SPACE, " ").encode() for name, id in vocab.items()}
-    bytes_of |= {id: bytes([byte]) for byte, id in enumerate(byte_ids)}
     return BytePairTokenizer(
         ranks,
         list(ids.values()),
@@ -122,19 +111,26 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     )
 
 
-def _ids_of_bytes(vocab: dict[str, int], merged: list[str], byte_ids: list[int]) -> dict[bytes, list[int]]:
+def _bytes_of(vocab: dict[str, int]) -> dict[int, bytes]:
+    """Return the bytes of each token. Raises TokenizerError if a byte has none."""
+    if not vocab.keys() >= set(_BYTES):
+        raise TokenizerError("the vocabulary has no byte fallback: it lacks bytes such as <0x00>.")
+    texts = {id: name.replace(_SPACE, " ").encode() for name, id in vocab.items()}
+    return texts | {vocab[name]: bytes([byte]) for byte, name in enumerate(_BYTES)}
+
+
+def _ids_of_bytes(vocab: dict[str, int], merged: list[str]) -> dict[bytes, list[int]]:
     """Return the ids that each of tiktoken's tokens stands for, in the order of their ranks.
 
     Args:
         vocab: The id of each token.
         merged: The tokens that merging makes, the first of them first.
-        byte_ids: The id of each byte, for characters that the vocabulary lacks.
     """
     characters = {*"".join(merged), *(name for name in vocab if len(name) == 1)}
     tokens = [bytes([byte]) for byte in range(256)]
     for length in (2, 3, 4):  # each character in steps: its first two bytes, then three, then four
         tokens += {char.encode()[:length] for char in characters if len(char.encode()) >= length}
-    ids = {token: [byte_ids[byte] for byte in token] for token in tokens}
+    ids = {token: [vocab[_BYTES[byte]] for byte in token] for token in tokens}
     ids |= {char.encode(): [vocab[char]] for char in characters & vocab.keys()}
     ids |= {name.encode(): [vocab[name]] for name in merged}
     return ids

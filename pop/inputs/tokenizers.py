@@ -7,7 +7,7 @@ import codecs
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from itertools import chain, groupby
 from os import PathLike
 from os.path import expanduser, isdir, isfile
@@ -154,22 +154,21 @@ def splitter(ids: dict[str, int]) -> Splitter:
     return lambda text: [[ids[part]] if part in ids else part for part in pattern.split(text) if part]
 
 
-def any_of(names: Iterable[str]) -> re.Pattern:
+def any_of(names: Collection[str]) -> re.Pattern:
     """Return a pattern that finds any of the names, as its group. Of two at one place, the longer one counts.
 
     Names share their beginnings in the pattern, so a search takes linear time even for thousands of names.
     """
-    return re.compile(f"({_longest(sorted(names)) or '(?!)'})")
+    return re.compile(f"({_longest(sorted(names)) if names else '(?!)'})")
 
 
 def _longest(names: list[str]) -> str:
     """Return a regular expression for the longest of some sorted names."""
     groups = groupby(filter(None, names), lambda name: name[0])
     branches = [re.escape(first) + _longest([name[1:] for name in group]) for first, group in groups]
-    pattern = "|".join(branches)
-    if len(branches) > 1 or (branches and "" in names):
-        pattern = f"(?:{pattern})"
-    return pattern + "?" if branches and "" in names else pattern
+    if "" in names:  # a name ends here, unless a longer one follows
+        branches.append("")
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -264,19 +263,13 @@ def _named_tokens(config: dict, special_map: dict) -> dict[str, dict]:
 def _added_tokens(listed: dict | None, older: dict, spec: dict, named: Iterable[dict]) -> list[dict]:
     """Return the added tokens of all files, in the form of tokenizer.json.
 
-    Those `listed` in the configuration count most, and must be all that `spec`, the tokenizer.json, has. `older` are
-    those of added_tokens.json.
-
-    The last of them have no id: those that the configuration names, and no file lists.
+    Those `listed` in the configuration count most, then those of `spec`, the tokenizer.json. `older` are those of
+    added_tokens.json. The last of them have no id: those that the configuration names, and no file lists.
     """
     special = {token["content"]: token | {"special": True} for token in named}
     tokens = {name: {"id": id, "content": name, "special": name in special} for name, id in older.items()}
     tokens |= {token["content"]: token for token in spec.get("added_tokens", ())}
-    if listed is not None:
-        theirs = {token["content"]: {"id": int(id)} | token for id, token in listed.items()}
-        if missing := tokens.keys() - theirs.keys():
-            raise TokenizerError(f"added_tokens_decoder in tokenizer_config.json lacks the token {min(missing)!r}.")
-        tokens = theirs
+    tokens |= {token["content"]: {"id": int(id)} | token for id, token in (listed or {}).items()}
     by_id = sorted(tokens.values(), key=lambda token: token["id"])
     return by_id + [token for name, token in special.items() if name not in tokens]
 
@@ -311,6 +304,12 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
     if not are_ids or len(set(ids)) < len(ids) or "" in vocab:
         raise TokenizerError("an id appears twice, is not a non-negative integer or is too large, or lacks a text.")
     return special, added, normalized
+
+
+def refuse_spelt(special: Set[str], merged: Set[str]) -> None:
+    """Raise TokenizerError if ordinary text merges into a special token."""
+    if spelt := special & merged:
+        raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
