@@ -56,16 +56,15 @@ def _tiktoken(ranks: dict[bytes, int], pattern: str):
     return tiktoken.Encoding("pop", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
-class BytePairTokenizer(Tokenizer):
-    """BPE of bytes, with pre-tokens by `pattern`. The options are those of Tokenizer."""
+class BytePairEncoding:
+    """BPE of bytes, with pre-tokens by `pattern`."""
 
-    def __init__(self, ranks: dict[bytes, int], ids: Sequence[Sequence[int]], pattern: str, **options):
-        super().__init__(**options)
+    def __init__(self, ranks: dict[bytes, int], ids: Sequence[Sequence[int]], pattern: str):
         self._bpe = _tiktoken(ranks, pattern)  # neighbours merge if the result has a rank, lowest rank first
         self._ids = ids  # of each rank; none for a byte that the vocabulary lacks and that texts lose
         self._lacking = bytes(token[0] for token, rank in ranks.items() if not ids[rank])
 
-    def _encode_text(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         if len(text) > _MAX_WHITESPACE:
             longest = max(map(len, re.findall(r"\s+", text)), default=0)
             if longest > _MAX_WHITESPACE:
@@ -108,7 +107,7 @@ _SETTINGS |= {"truncation", "padding"}
 _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 
 
-def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
+def from_tokenizer_json(spec: dict[str, Any]) -> Tokenizer:
     """Build a tokenizer from the contents of a tokenizer.json."""
     model = spec["model"]
     check_settings(spec, _SETTINGS)
@@ -133,10 +132,8 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if ignore_merges:
         _rank_whole_pre_tokens(ranks, ids, pattern, bytes_of)
-    return BytePairTokenizer(
-        ranks,
-        ids,
-        pattern,
+    return Tokenizer(
+        BytePairEncoding(ranks, ids, pattern).encode,
         special_tokens=special,
         added=added,
         bytes_of=bytes_of,

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pop.errors import TokenizerError
-from pop.inputs.byte_pair import BytePairTokenizer, bos_id_of, check, check_settings, reachable
+from pop.inputs.byte_pair import BytePairEncoding, bos_id_of, check, check_settings, reachable
 from pop.inputs.tokenizers import Tokenizer, refuse_spelt, sort_added
 
 # Gemma's control symbols. Its tokenizer.model marks them as user-defined, like runs of newlines, HTML tags and others
@@ -24,18 +24,7 @@ _DECODER = {"type": "Sequence", "decoders": [*_DECODERS, {"type": "Fuse"}]}
 _USER_DEFINED = re.compile(rb"(\x15.{4}\x18)\x04", re.DOTALL)
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """Encodes with a SentencePieceProcessor. The options are those of Tokenizer."""
-
-    def __init__(self, model, **options):
-        super().__init__(**options)
-        self._model = model
-
-    def _encode_text(self, text: str) -> list[int]:
-        return self._model.encode(text)
-
-
-def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> SentencePieceTokenizer:
+def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> Tokenizer:
     """Build Gemma's tokenizer from a tokenizer.model, and from tokens added to it, as tokenizer.json lists them."""
     from sentencepiece import SentencePieceProcessor  # here, so that `import pop` stays fast
 
@@ -68,8 +57,8 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> SentencePie
     others = {name: id for name, id in others.items() if name not in special}
     refuse_spelt(special.keys() | _CONTROL, vocab.keys() - reserved.keys() - user_defined.keys())
     bos_id = model.bos_id()
-    return SentencePieceTokenizer(
-        model,
+    return Tokenizer(
+        model.encode,
         special_tokens=special,
         added=others,
         bytes_of=bytes_of,
@@ -79,7 +68,7 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> SentencePie
     )
 
 
-def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
+def from_tokenizer_json(spec: dict[str, Any]) -> Tokenizer:
     """Build Gemma's tokenizer from the contents of a tokenizer.json."""
     model = spec["model"]
     check("the normalizer", spec.get("normalizer"), {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
@@ -98,10 +87,8 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     bytes_of = _bytes_of(vocab)
     ids = _ids_of_bytes(vocab, merged)
     ranks = {token: rank for rank, token in enumerate(ids)}
-    return BytePairTokenizer(
-        ranks,
-        list(ids.values()),
-        "(?s).+",
+    return Tokenizer(
+        BytePairEncoding(ranks, list(ids.values()), "(?s).+").encode,
         special_tokens=special,
         added=added,
         bytes_of=bytes_of,

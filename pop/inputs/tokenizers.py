@@ -22,11 +22,10 @@ Splitter = Callable[[str], list[Piece]]
 
 
 class Tokenizer:
-    """What all kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
-
-    Each kind has `_encode_text`, which returns the ids of a non-empty text without looking for added tokens.
+    """Text to ids and back, with added tokens and the beginning-of-text token (BOS).
 
     Args:
+        encode_text: Returns the ids of a non-empty text without looking for added tokens.
         special_tokens: Ids by name. Text spells these tokens only if the caller allows it.
         added: The ids of other tokens that BPE lacks. Ordinary text spells them.
         bytes_of: The bytes of each token, which may be part of a character.
@@ -37,6 +36,7 @@ class Tokenizer:
 
     def __init__(
         self,
+        encode_text: Callable[[str], list[int]],
         special_tokens: dict[str, int],
         added: dict[str, int],
         bytes_of: dict[int, bytes],
@@ -44,6 +44,7 @@ class Tokenizer:
         normalize: Callable[[str], str] = str,
         normalized: Iterable[str] = (),
     ):
+        self._encode_text = encode_text
         self.special_tokens = special_tokens
         self.added_tokens = added
         self.bos_id = bos_id
