@@ -106,21 +106,22 @@ def calibrate(
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
-    wanted = _wanted(model, plan, layers, speedup)
+    decides = plan is None  # the tokens at full depth, and the layers if they are not given
+    given = _given(model, plan, layers)
     width = model.config.hidden_size
     rank = max(1, width // 2) if rank is None else check_count("rank", rank, most=2 * width)
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)
-    if model.part is not None and (steps or not isinstance(wanted, PrunePlan)):
+    if model.part is not None and (steps or decides):
         needed = "give a plan, and steps=0, or load the model in one process"
         raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
     if resume is not None:
         # Trained numbers and Adam's two moments in float32, and two plans.
         size = plan_numbers(model, rank) * (3 * 4 + 2 * model.dtype.itemsize)
         files.check_writable(resume, WHAT, InputError, size)
-    if isinstance(wanted, float):
-        search.check_speedup(model, wanted, rank)
+    if given is None:
+        search.check_speedup(model, speedup, rank)
 
     windows, num_texts = _windows(model, texts, images, videos, longest)
     random.Random(seed).shuffle(windows)
@@ -135,7 +136,8 @@ def calibrate(
         "steps": steps,
         "seed": seed,
     }
-    saved = SavedProgress(resume, _identity(model, wanted, [windows, judged], about))
+    asked = (given, decides, speedup)
+    saved = SavedProgress(resume, _identity(model, asked, [windows, judged], about))
     restored = saved.read()
     check_memory(model, rank, steps)
     if progress:
@@ -143,9 +145,15 @@ def calibrate(
     judge = Judge(model, judged)
     if restored is None:
         tensors = None
-        decided = _decided(model, wanted, windows, judge, rank, progress)
+        if not decides:
+            decided = dataclasses.replace(given, full_depth_below=0)  # short prompts are pruned meanwhile
+        elif given is not None:
+            decided = search.with_full_depth(model, given.layers, windows)
+        else:
+            with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
+                decided = search.search(model, windows, judge, speedup, rank, step)
         plan = _closed_form(model, decided, windows, judge, rank, progress)
-        if isinstance(wanted, PrunePlan) and not steps and judge.losses(decided).mean < judge.losses(plan).mean:
+        if not decides and not steps and judge.losses(decided).mean < judge.losses(plan).mean:
             plan = decided
     else:
         tensors, fields = restored
@@ -155,33 +163,25 @@ def calibrate(
         save = functools.partial(saved.write, found=plan.fields())
         with progress_bar("distilling", steps, "steps", progress) as step:
             plan = distill(model, plan, windows, judge, steps, seed=seed, restored=tensors, save=save, progress=step)
-    below = wanted.full_depth_below if isinstance(wanted, PrunePlan) else search.SHORT
+    below = search.SHORT if decides else given.full_depth_below
     return dataclasses.replace(_recorded(model, plan, judge, about), full_depth_below=below)
 
 
 # ---- Before the work ----
 
 
-def _wanted(model, plan, layers, speedup) -> PrunePlan | tuple[int, ...] | float:
-    """What is given: a plan without corrections, layers, or the speedup."""
+def _given(model, plan, layers) -> PrunePlan | None:
+    """The plan, or the layers as a plan, without corrections. None if neither is given."""
     if plan is not None and layers is not None:
         raise InputError("both plan and layers are given; give one of them, or neither")
-    num_layers = model.config.num_layers
     if layers is not None:
-        given = PrunePlan.of(layers, num_layers) if isinstance(layers, str) else PrunePlan(layers).check(num_layers)
-        return _checked(given).layers
+        plan = layers if isinstance(layers, str) else PrunePlan(layers)
     if plan is None:
-        if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
-            raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
-        return float(speedup)
-    plan = _checked(PrunePlan.of(plan, num_layers))
-    return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None, name="")
-
-
-def _checked(plan: PrunePlan) -> PrunePlan:
+        return None
+    plan = PrunePlan.of(plan, model.config.num_layers)
     if not plan.layers:
         raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
-    return plan
+    return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None, name="")
 
 
 def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], int]:
@@ -199,11 +199,11 @@ def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], 
     return windows, len(texts)
 
 
-def _identity(model, wanted, texts: list[list[Window]], about: dict) -> str:
+def _identity(model, asked, texts: list[list[Window]], about: dict) -> str:
     """What tells a run from others, as a hash. texts: the windows to fit, and those that judge."""
     tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
     weights = model.sketch.tolist(), model.dtype, model.max_seq_len
-    return hashlib.sha256(repr((__version__, weights, wanted, tokens, about)).encode()).hexdigest()
+    return hashlib.sha256(repr((__version__, weights, asked, tokens, about)).encode()).hexdigest()
 
 
 def plan_numbers(model, rank: int) -> int:
@@ -265,16 +265,6 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
 
 
 # ---- The work ----
-
-
-def _decided(model, wanted, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
-    """The plan without corrections: what is given, and what has to be decided. Short prompts are pruned meanwhile."""
-    if isinstance(wanted, PrunePlan):
-        return dataclasses.replace(wanted, full_depth_below=0)
-    if isinstance(wanted, tuple):
-        return search.with_full_depth(model, wanted, windows)
-    with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
-        return search.search(model, windows, judge, wanted, rank, step)
 
 
 def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:

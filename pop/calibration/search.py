@@ -45,7 +45,9 @@ Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its res
 
 
 def check_speedup(model, speedup: float, rank: int) -> None:
-    """Raise InputError if not even a plan that keeps only layer 0 allows a speedup."""
+    """Raise InputError unless a plan that keeps only layer 0 allows the speedup."""
+    if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
+        raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
     num_layers = model.config.num_layers
     most = range(1, num_layers)
     limit = _limit(model, _with_full_depth(model, most, torch.zeros(num_layers)), rank) if most else 1.0

@@ -23,7 +23,7 @@ from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
 from pop.cli.texts import calibration_texts, read_file, readable
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
-from pop.generation.sampling import OPTIONS, SamplingParams
+from pop.generation.sampling import OPTIONS, sampling_params
 from pop.inputs.processors import Prepared
 from pop.loading import usable_device
 from pop.models.config import DTYPES
@@ -247,7 +247,7 @@ def _media(args, model) -> list[Prepared]:
 def _sampling(args) -> dict:
     """Return the options of sampling that are given. Raises InputError for a wrong one, before the model is loaded."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name, None) is not None}
-    SamplingParams(**{name: value for name, value in given.items() if name != "sampling"})
+    sampling_params(given, stated={})
     return given
 
 

@@ -27,13 +27,11 @@ class LogitsRules:
     def __init__(self, model, params: SamplingParams, rows: list[list[int]]):
         self.params = params
         self.rows = rows
-        tokenizer = model.tokenizer
-        self.known = model.config.vocab_size  # ids that the tokenizer has; the embedding may be padded beyond
+        size = model.config.vocab_size
         never = {*model.vision.placeholders.values()}
-        if tokenizer is not None:
-            self.known = min(self.known, tokenizer.vocab_size)
-            never.update(tokenizer.unused_ids)
-        never = torch.tensor(sorted(token for token in never if token < self.known), dtype=torch.int64, device="cpu")
+        if model.tokenizer is not None:
+            never.update(model.tokenizer.unused_ids, range(model.tokenizer.vocab_size, size))  # of a padded embedding
+        never = torch.tensor(sorted(token for token in never if token < size), dtype=torch.int64, device="cpu")
         (self.barred,) = to_device([never], model.device)
         self.used: Tensor | None = None  # [B, V] bool, which tokens a row has; only for repetition_penalty
 
@@ -48,7 +46,7 @@ class LogitsRules:
             self.used = self.used.scatter(1, tokens.clamp(min=0)[:, None], True)
 
     def __call__(self, logits: Tensor, answers: Sequence[Answer]) -> Tensor:
-        """The logits [B, V] of these answers, which stay as they are -> logits [B, V'] of the tokenizer's ids."""
+        """The logits [B, V] of these answers, which stay as they are -> logits [B, V] by the rules."""
         process = self.params.logits_processor
         if self.params.repetition_penalty != 1:
             logits = self._with_penalty(logits)
@@ -58,7 +56,6 @@ class LogitsRules:
             logits = torch.stack([_processed(process, row.clone(), answer) for row, answer in pairs])
         if len(self.barred):
             logits = logits.index_fill(-1, self.barred, -math.inf)
-        logits = logits[:, : self.known]
         if process is not None and not logits.amax(-1).isfinite().all():
             raise InputError(
                 "logits_processor returned logits whose largest is not finite; "

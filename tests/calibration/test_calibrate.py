@@ -151,7 +151,7 @@ def test_a_model_that_does_not_run_in_its_own_dtype_needs_a_copy(model, monkeypa
 
 
 def test_what_the_work_takes_is_said_before_it(model, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate_file, "_decided", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr(calibrate_file, "Judge", lambda *_: pytest.fail("began"))
     with pytest.raises(pytest.fail.Exception, match="began"):
         calibrate(model, TEXTS, steps=300)
     lacks, line = capsys.readouterr().err.splitlines()
