@@ -69,9 +69,7 @@ class ChatFormat:
         self._spoken = {name for name in self._names(prompt) if name not in around}  # such as <think>, in answers too
         self._spoken &= tokenizer.added_tokens.keys()
         self.tokenizer = tokenizer.reserving([*around, *self._spoken])
-        before_question = self._names(begun.partition(_QUESTION)[0])
         after_answer = self._names(rest.partition(_QUESTION)[0])
-        self.before = "".join(before_question[-1:])  # the last control token before a user's message
         self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
         self._continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
         self.opening = prompt[len(begun) :] if self._continues else ""  # the text that opens the model's turn

@@ -65,10 +65,9 @@ def load_image(image) -> Tensor:
 def _from_array(image: np.ndarray | Tensor) -> Tensor:
     shape = tuple(image.shape)
     dtype = str(image.dtype).removeprefix("torch.")
-    channels_first = isinstance(image, Tensor) and image.ndim == 3 and shape[0] == 3
-    if channels_first and shape[2] == 3:
-        raise InputError(f"an image tensor has shape {list(shape)}, either [3, H, W] or [H, W, 3]; give an array")
-    if channels_first:
+    if isinstance(image, Tensor) and image.ndim == 3 and shape[0] == 3:
+        if shape[2] == 3:
+            raise InputError(f"an image tensor has shape {list(shape)}, either [3, H, W] or [H, W, 3]; give an array")
         image = image.permute(1, 2, 0)
     if image.ndim != 3 or image.shape[2] != 3 or dtype != "uint8":
         raise InputError(

@@ -160,16 +160,11 @@ def processor_of(config, limits=None, min_pixels: int | None = None, max_pixels:
     return processor
 
 
-def as_list(kind: str, given) -> list:
-    """Check the images or videos of one prompt and return them as a list. None stands for an empty list."""
-    if not isinstance(given, list | tuple | None):
-        raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s, or for a batch a list of lists")
-    return list(given or ())
-
-
 def _by_row(kind: str, given, num_rows: int) -> list[list]:
     """Return a list for each batch row. A single row may come without the list around it."""
-    given = as_list(kind, given) or [()] * num_rows
+    if not isinstance(given, list | tuple | None):
+        raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s, or for a batch a list of lists")
+    given = list(given or [()] * num_rows)
     is_row = [_is_row(kind, one) for one in given]
     if num_rows == 1 and not any(is_row):
         return [given]

@@ -110,10 +110,10 @@ def test_a_continuation_of_a_conversation(make):
 
 def test_what_is_refused(make):
     adapter = make()
-    plain = "<|im_start|>user"
+    plain = "user<|im_end|>"
     assert adapter.encode(plain) == ids(plain)  # text, as long as no conversation is in play
     prompt = adapter.apply_chat_template(USER)
-    with pytest.raises(InputError, match=r"<\|im_start\|>"):  # a conversation that became plain text
+    with pytest.raises(InputError, match=r"<\|im_end\|>"):  # a conversation that became plain text
         adapter.loglikelihood(instances((prompt + "Answer:", " no")))
     assert adapter.encode("no control token") == ids("no control token")
     with pytest.raises(InputError, match="user.* empty.*--apply_chat_template"):

@@ -70,7 +70,7 @@ class PopAdapter:
         self.batch_size = check_count("batch_size", int(batch_size) if is_text else batch_size)
         self.model = model
         self.name = name
-        self._mark = None  # the control token that opens a message, once the harness has asked for a conversation
+        self._mark = None  # the control token that ends a message, once the harness has asked for a conversation
         self._warned: set[str] = set()
         self.context_tokens = 0
         self.pruned_tokens = 0
@@ -164,7 +164,7 @@ class PopAdapter:
         """A conversation as a prompt. Without add_generation_prompt, its last turn stays open for a continuation."""
         chat = self.model.chat_format()
         tokenizer = chat.tokenizer
-        self._mark = chat.before
+        self._mark = chat.ends[0] or None
         try:
             ids = chat.encode(chat_history, add_generation_prompt)
         except InputError as error:
