@@ -96,12 +96,6 @@ def test_a_length_that_the_plan_does_not_prune_is_left_out(model):
         pop.check(model, short, [TEXT], lengths=(600, 640), questions=1, progress=False)
 
 
-def test_the_full_model_holds(model):
-    found = pop.check(model, pop.PrunePlan.none(), [TEXT], lengths=[600], questions=1, progress=False)
-    assert found.holds
-    assert found.loss == {"600": {"kl": 0, "first": 0, "same": 1}}
-
-
 def test_without_a_tokenizer_quotations_are_left():
     config = tiny_config(max_positions=200)
     model = pop.Model(random_model(config), config)

@@ -90,16 +90,6 @@ def test_weights_that_are_nowhere(places, name):
         assert f"{lookup(name).source} into {places[0] / name}" in message
 
 
-def test_a_package_outside_a_checkout_has_no_weights_beside_it(places, monkeypatch):
-    monkeypatch.delenv("POP_WEIGHTS")
-    put(places[1] / "llama3.2-1b")
-    (places[1].parent / "setup.py").unlink()
-    with pytest.raises(WeightsNotFound) as caught:
-        find_weights("llama3.2-1b")
-    assert str(places[1]) not in str(caught.value)
-    assert weights_folder() == places[2]
-
-
 def test_new_weights_go_to_the_first_place(places, monkeypatch, tmp_path):
     assert weights_folder() == places[0]
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -14,7 +14,6 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -593,27 +592,6 @@ def resident_of(server):
 
 
 # ---- Clients ----
-
-
-def test_two_clients_at_once(model, monkeypatch):
-    """Each gets its own answer, and both are in one batch: the first step waits for both."""
-    texts, sizes = ["Hello", "Hi there"], []
-    asked = {"max_tokens": 30, "temperature": 0, "stream": True}
-    with serving(model) as (server, url), ThreadPoolExecutor(2) as clients:
-        engine, step = server.engine, server.engine._step
-
-        def watched():
-            until(lambda: sizes or len(engine.rows) + len(engine.waiting) == 2)
-            sizes.append(len(engine.rows))
-            step()
-
-        def answer(text):
-            stream = client_of(url).completions.create(**TEXT | asked | {"prompt": text})
-            return "".join(chunk.choices[0].text for chunk in stream)
-
-        monkeypatch.setattr(engine, "_step", watched)
-        assert list(clients.map(answer, texts)) == [model.generate(text, max_new_tokens=30).text for text in texts]
-    assert 2 in sizes
 
 
 def test_a_client_that_hangs_up_frees_its_place(model, monkeypatch):
