@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
+from support.chat_templates import written
 from support.goldens import REFUSED
 from support.text import GOLDENS, assert_golden
 
@@ -15,11 +16,6 @@ from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat import chat_format
 from pop.inputs.chat_templates import TEMPLATES
 from pop.inputs.tokenizers import load_tokenizer
-
-
-def written(form, messages, add_generation_prompt=True) -> str:
-    """A conversation as text, with the names of control tokens."""
-    return form.tokenizer.decode(form.encode(messages, add_generation_prompt), special=True)
 
 
 def assert_chats(form, golden: dict) -> None:

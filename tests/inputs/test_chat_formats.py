@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.chat_templates import QWEN3, QWEN3_INSTRUCT, QWEN3_THINKING
+from support.chat_templates import QWEN3, QWEN3_INSTRUCT, QWEN3_THINKING, written
 from support.goldens import REFUSED
 from support.text import GOLDENS
 
@@ -25,11 +25,6 @@ WRITTEN["llama-3.2"] = TEMPLATES["llama-3.1"].replace("26 Jul 2024", GOLDEN["dat
 
 def form_of(name: str):
     return chat_format(TOKENIZERS["llama-3.1" if name.startswith("llama") else "qwen3"], choice=WRITTEN[name])
-
-
-def written(form, messages, **options) -> str:
-    """A conversation as text, with the names of control tokens."""
-    return form.tokenizer.decode(form.encode(messages, **options), special=True)
 
 
 @pytest.mark.parametrize("name", GOLDEN["templates"])

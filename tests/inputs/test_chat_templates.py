@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from support.chat_formats import FORMATS
-from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
+from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with, written
 from support.goldens import GOLDENS
 
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
@@ -54,11 +54,6 @@ def rendered(template: str, messages, **options) -> str:
     template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     options = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"} | options
     return environment.from_string(template).render(messages=messages, **options)
-
-
-def written(form, messages, *arguments, **options) -> str:
-    """A conversation as text, with the names of control tokens."""
-    return form.tokenizer.decode(form.encode(messages, *arguments, **options), special=True)
 
 
 def control_tokens(form, messages) -> list[int]:

@@ -134,7 +134,7 @@ def count(shapes: dict[str, tuple[int, ...]]) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_counts(read, name):
-    """Of each model in the registry. A new size needs its config.json in published.py or published_vl.py."""
+    """Of each model in the registry. A new size needs its fields in goldens/published.json or published_vl.py."""
     base = re.sub("-(it|instruct|thinking)$", "", name)
     size = base.removeprefix("qwen3-vl-")
     config = published_vl(size) if size in QWEN3_VL_SIZES else read(PUBLISHED[base])

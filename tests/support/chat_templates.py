@@ -45,3 +45,8 @@ def tokenizer_with(template: str | None, folder: Path, **more):
     config = tokens | more | ({"chat_template": template} if template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return load_tokenizer(folder)
+
+
+def written(form, messages, *arguments, **options) -> str:
+    """A conversation as text, with the names of control tokens."""
+    return form.tokenizer.decode(form.encode(messages, *arguments, **options), special=True)
