@@ -4,7 +4,8 @@ import json
 
 from support.goldens import GOLDENS
 
-# By the model's name in the registry. Qwen3-VL's other sizes: published_vl.py.
+# By the model's name in the registry. A further size goes into the last entry of the file. Qwen3-VL's other sizes:
+# published_vl.py.
 PUBLISHED = json.loads((GOLDENS / "published.json").read_text(encoding="utf-8"))
 _SIZES = PUBLISHED.pop("sizes that differ from another file in these fields")
 PUBLISHED |= {name: PUBLISHED[base] | fields for name, (base, fields) in _SIZES.items()}
