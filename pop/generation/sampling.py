@@ -12,22 +12,8 @@ from torch import Tensor
 from pop.errors import InputError, check_count
 from pop.system.memory import to_device
 
-
-def _is_strings(x) -> bool:
-    """Whether x is a string that is not empty, or a sequence of such strings."""
-    if isinstance(x, str):
-        return x != ""
-    return isinstance(x, Sequence) and all(isinstance(one, str) and one for one in x)
-
-
 # The least and the greatest value. Beyond them, logits in float32 could overflow.
 RANGES = {"temperature": (0, 1e9), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-6, 1e6)}
-# What another option accepts, and in words.
-ACCEPTED = {
-    "stop": (lambda x: x is None or _is_strings(x), "a string or a list of them, none empty"),
-    "logits_processor": (lambda x: x is None or callable(x), "a function, or None"),
-    "logprobs": (lambda x: isinstance(x, bool), "True or False"),
-}
 NOT_FINITE = "the {} are not finite; load with torch.bfloat16 or torch.float32, or check the weights"
 
 
@@ -57,12 +43,16 @@ class SamplingParams:
             is_number = isinstance(value, Real) and not isinstance(value, bool)
             if value is not DEFAULTS[name] and not (is_number and least <= value <= most):
                 raise InputError(f"{name} is {value!r}; it must be a number from {least} to {most}")
-        for name, (accepts, wanted) in ACCEPTED.items():
-            value = getattr(self, name)
-            if not accepts(value):
-                raise InputError(f"{name} is {value!r}; it must be {wanted}")
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stops)
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise InputError(f"logits_processor is {self.logits_processor!r}; it must be a function, or None")
+        if not isinstance(self.logprobs, bool):
+            raise InputError(f"logprobs is {self.logprobs!r}; it must be True or False")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        if stops is None:
+            stops = ()
+        if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise InputError(f"stop is {self.stop!r}; it must be a string or a list of them, none empty")
+        object.__setattr__(self, "stop", tuple(stops))
 
     def seeds(self, batch_size: int) -> list[int]:
         """A seed for each batch row: the given one in all of them, or a random one in each."""

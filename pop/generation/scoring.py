@@ -37,9 +37,9 @@ def score(
     """
     B = len(continuations)
     held = 0 if earlier is None else int(earlier.lengths[0])
-    for number, continuation in enumerate(continuations):
-        row = number if len(contexts) > 1 else 0
-        runner.check_fits(held + len(contexts[row]) + len(continuation) - 1, "context plus continuation")
+    rows = contexts if len(contexts) > 1 else contexts * B
+    for context, continuation in zip(rows, continuations, strict=True):
+        runner.check_fits(held + len(context) + len(continuation) - 1, "context plus continuation")
     tokens, lengths = padded(contexts)
     targets, ends = padded(continuations)  # [B, T], [B]
     T = targets.shape[1]
@@ -50,9 +50,9 @@ def score(
         cache.copy_from(earlier)
     logits = runner.prefill_checked(tokens, cache, lengths, media, plan)  # [B, V] or [1, V]
     if len(contexts) < B:
-        context = cache
+        single = cache
         cache = runner.unlimited_cache(B, room)
-        cache.copy_from(context)
+        cache.copy_from(single)
 
     is_token = torch.arange(T, device="cpu") < ends[:, None]  # [B, T], false for padding
     targets, is_token = to_device([targets, is_token], runner.device)
