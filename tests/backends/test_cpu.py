@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import assert_close, by_position, cases, new_cache
 from support.compiler import requires_compiler
+from support.naive_method import attention
 from support.nightly import NIGHTLY
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from torch._inductor.codecache import CppCodeCache
@@ -180,14 +181,14 @@ def test_fused_attention_is_attention(kind, heads, dtype):
     mask = (first[..., None] <= key) & (key <= last[..., None])
     found = cpu.fused_attention(q, k, v, held, spans, scale)
     assert found.dtype == dtype
-    assert (found.double() - naive(q, k, v, mask, scale)).abs().max() < TOLERANCES[dtype]
+    assert (found.double() - attention(q, k, v, mask, scale)).abs().max() < TOLERANCES[dtype]
 
     order = torch.randperm(N, generator=drawn)
     empty = (torch.rand(B, N, generator=drawn) < 0.1) & (order < own)
     held, mask = order.where(~empty, -1).to(torch.int32), mask[..., order] & ~empty[:, None]
     spans = spans.clamp(min=0).to(torch.int32)
     found = cpu.fused_attention(q, k[:, order], v[:, order], held, spans, scale)
-    assert (found.double() - naive(q, k[:, order], v[:, order], mask, scale)).abs().max() < TOLERANCES[dtype]
+    assert (found.double() - attention(q, k[:, order], v[:, order], mask, scale)).abs().max() < TOLERANCES[dtype]
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -210,7 +211,7 @@ def test_any_sizes_and_strides_are_attended(dtype, B, T, filled, K, G, data):
     found = cpu.fused_attention(q, k, v, torch.arange(N).expand(B, N), spans, 0.3)
     key = torch.arange(N)
     mask = (key <= mine[..., None]) & (key > mine[..., None] - window)
-    assert (found.double() - naive(q, k, v, mask, 0.3)).abs().max() < TOLERANCES[dtype]
+    assert (found.double() - attention(q, k, v, mask, 0.3)).abs().max() < TOLERANCES[dtype]
 
 
 @requires_compiler
@@ -223,7 +224,7 @@ def test_any_scores_are_attended_as_in_torch(dtype):
     spans, mask = torch.stack((0 * own, own), dim=-1), torch.ones(1, 60, 60).tril().bool()
     for x, y, scale in ((q, k, 500.0), (q, k, 5e8), (-1e18 * q.abs(), 1e18 * k.abs(), 1.0)):
         found = cpu.fused_attention(x, y, v, own, spans, scale)
-        assert (found.double() - naive(x, y, v, mask, scale)).abs().max() < 2 * TOLERANCES[dtype]
+        assert (found.double() - attention(x, y, v, mask, scale)).abs().max() < 2 * TOLERANCES[dtype]
     for number in (math.inf, math.nan):
         k[0, 30] = number
         found = cpu.fused_attention(q, k, v, own, spans, 1.0)
@@ -300,15 +301,6 @@ def test_the_kernels_refuse_what_would_lead_them_to_other_memory():
     for place, tensors in others.items():
         for tensor in tensors:
             assert cpu.decode_attention_call(*good[:place], tensor, *good[place + 1 :]) is None
-
-
-def naive(q, k, v, mask, scale):
-    """q [B, T, H, E] attends k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E], all in float64."""
-    G = q.shape[2] // k.shape[2]
-    q, k, v = q.double(), *(x.double().repeat_interleave(G, dim=2) for x in (k, v))
-    scores = torch.einsum("bthe,bnhe->bhtn", q, k) * scale
-    weights = scores.masked_fill(~mask[:, None], -math.inf).softmax(-1)
-    return torch.einsum("bhtn,bnhe->bthe", weights, v).flatten(2)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's flags are read from /proc")

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.naive_method import attention
 
 from pop.backends import cuda
 from pop.backends import span_attention as backend
 from pop.backends.span_attention import MOST_PARTS, attention_in_parts, blocks_of
-from pop.engine import attention
-from pop.engine.attention import AttentionMetadata
+from pop.engine.attention import AttentionMetadata, decode_attention
 
 requires_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3}  # the interpreter's product of bfloat16 numbers is wrong
@@ -58,16 +58,15 @@ def inputs(case, dtype):
 
 
 def by_definition(q, keys, values, spans, scale):
-    (B, T, H, E), S, G = q.shape, keys.shape[1] - 1, q.shape[2] // keys.shape[2]
-    out = torch.zeros(B, T, H, E, dtype=torch.float64)
+    (B, T, H, E), S = q.shape, keys.shape[1] - 1
+    out = torch.zeros(B, T, H * E, dtype=torch.float64)
     for b in range(B):
         for t in range(T):
             first, last = spans[b, t].tolist()
             slots = [position % S for position in range(max(first, last - S + 1), last + 1)]
-            for h in range(H):
-                k, v = (x[b, slots, h // G].double() for x in (keys, values))
-                out[b, t, h] = (k @ q[b, t, h].double() * scale).softmax(0) @ v
-    return out.view(B, T, H * E)
+            k, v = (x[b : b + 1, slots] for x in (keys, values))
+            out[b, t] = attention(q[b : b + 1, t : t + 1], k, v, torch.ones(1, 1, len(slots)).bool(), scale)
+    return out
 
 
 def error(found, expected):
@@ -96,7 +95,7 @@ def test_without_a_compiler_it_is_the_general_function(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
         found = cuda.cache_attention(q, keys, values, metadata, 0.3)
-        assert torch.equal(found, attention.decode_attention(q, keys, values, spans, 0.3))
+        assert torch.equal(found, decode_attention(q, keys, values, spans, 0.3))
     assert len(tried) == len(caplog.records) == 1 and "Failed to find C compiler" in caplog.text
 
 
@@ -121,7 +120,6 @@ def test_there_are_enough_parts_to_fill_the_device_and_a_few_blocks_for_each():
         return blocks_of(q, torch.empty(B, S + 1, K, E, dtype=dtype, device="meta"), processors=132)
 
     assert of(1, 8192, 8, 128) == (16, 32, 33)  # 8 heads: 264 programs on 132 processors
-    assert of(4, 8192, 8, 128) == (16, 32, 9)
     assert of(64, 8192, 8, 128) == (16, 32, 1)
     assert of(1, 8192, 1, 256) == (16, 16, MOST_PARTS)
     assert of(1, 300, 8, 128) == (16, 32, 3)
@@ -131,7 +129,6 @@ def test_there_are_enough_parts_to_fill_the_device_and_a_few_blocks_for_each():
     assert of(1, 8192, 8, 128, T=96) == (64, 32, 6)  # 6 blocks of queries for each of the heads
     assert of(1, 8192, 8, 256, T=96) == (32, 16, 3)
     assert of(1, 8192, 8, 128, T=2) == (64, 32, 33)
-    assert of(4, 8192, 8, 128, T=8192) == (64, 32, 1)
     assert of(1, 8192, 8, 128, torch.float32, T=96) == (16, 16, 2)
 
 

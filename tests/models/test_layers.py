@@ -1,9 +1,8 @@
 """The shared layers against closed forms in float64."""
 
-import math
-
 import pytest
 import torch
+from support.naive_method import attention
 
 from pop.models.config import RopeConfig
 from pop.models.layers import RMSNorm, causal_attention, masked_attention, rope_frequencies, rope_tables
@@ -42,21 +41,10 @@ def test_attention_by_its_definition(heads, tokens):
     q, k, v = randn(2, tokens, H, E), randn(2, S, K, E, seed=1), randn(2, S, K, E, seed=2)
     mask = torch.arange(S) <= torch.tensor([[S - tokens], [0]])[..., None] + torch.arange(tokens)[:, None]
 
-    def naive(q, k, v, mask):
-        out = torch.zeros(2, q.shape[1], H, E, dtype=torch.float64)
-        for b in range(2):
-            for t in range(q.shape[1]):
-                for h in range(H):
-                    kv = h // (H // K)
-                    scores = (k[b, :, kv].double() @ q[b, t, h].double()) * scale
-                    weights = scores.masked_fill(~mask[b, t], -math.inf).softmax(0)
-                    out[b, t, h] = weights @ v[b, :, kv].double()
-        return out.flatten(2).float()
-
-    torch.testing.assert_close(masked_attention(q, k, v, mask, scale), naive(q, k, v, mask))
+    torch.testing.assert_close(masked_attention(q, k, v, mask, scale), attention(q, k, v, mask, scale).float())
     causal = torch.ones(tokens, tokens).tril().bool().expand(2, -1, -1)
     k, v = k[:, :tokens], v[:, :tokens]
-    torch.testing.assert_close(causal_attention(q, k, v, scale, None), naive(q, k, v, causal))
+    torch.testing.assert_close(causal_attention(q, k, v, scale, None), attention(q, k, v, causal, scale).float())
     for window in range(1, tokens + 2):  # that many tokens, itself included
         seen = causal & torch.tensor([[t - s < window for s in range(tokens)] for t in range(tokens)])
-        torch.testing.assert_close(causal_attention(q, k, v, scale, window), naive(q, k, v, seen))
+        torch.testing.assert_close(causal_attention(q, k, v, scale, window), attention(q, k, v, seen, scale).float())

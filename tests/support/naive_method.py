@@ -1,9 +1,18 @@
-"""The method as the paper states it: token by token, each token through its own layers. Slow, and without a cache."""
+"""Attention by its definition, and the method as the paper states it: token by token. Slow, and without a cache."""
 
 import torch
 
 from pop.models.layers import masked_attention
 from pop.pruning import reference
+
+
+def attention(q, k, v, mask, scale):
+    """q [B, T, H, E] attends k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E], all in float64."""
+    G = q.shape[2] // k.shape[2]
+    q, k, v = q.double(), *(x.double().repeat_interleave(G, dim=2) for x in (k, v))
+    scores = torch.einsum("bthe,bnhe->bhtn", q, k) * scale
+    weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhtn,bnhe->bthe", weights, v).flatten(2)
 
 
 @torch.no_grad()
