@@ -53,6 +53,18 @@ def short_averages():
         yield
 
 
+@pytest.fixture
+def notes(monkeypatch):
+    """notes(owner, name, note): a list, to which each call of owner.name adds what `note` makes of its arguments."""
+
+    def take(owner, name, note):
+        taken, call = [], getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **more: taken.append(note(*args, **more)) or call(*args, **more))
+        return taken
+
+    return take
+
+
 def real_weights(name):
     """The folder of real weights. Without it a test is skipped."""
     try:

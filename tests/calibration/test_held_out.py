@@ -47,16 +47,10 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
     assert judge.losses(PrunePlan.none()).mean == 0
 
 
-def test_the_layers_below_the_pruned_ones_run_once(model, monkeypatch):
+def test_the_layers_below_the_pruned_ones_run_once(model, notes):
     judge = Judge(model, random_windows(60))
-    runs, layer_class = [], type(model.module.layers[0])
-    forward = layer_class.forward
-
-    def counted(self, *args):
-        runs.append([*model.module.layers].index(self))
-        return forward(self, *args)
-
-    monkeypatch.setattr(layer_class, "forward", counted)
+    layers = [*model.module.layers]
+    runs = notes(type(layers[0]), "forward", lambda self, *args: layers.index(self))
     losses = [judge.losses(PLAN) for _ in range(2)]
     assert runs == [0, 1] + 2 * [2, 3, 4]
     assert losses[0] == losses[1]

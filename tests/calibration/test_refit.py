@@ -21,7 +21,7 @@ from pop.calibration import calibrate as calibrate_file
 from pop.calibration import refit
 from pop.calibration.calibrate import RIDGES
 from pop.calibration.held_out import Judge, Losses, hold_out
-from pop.calibration.refit import Fit, accumulate
+from pop.calibration.refit import Fit
 from pop.calibration.texts import text_windows
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
@@ -53,16 +53,6 @@ def each_family(request):
 def windows_of(texts):
     """Windows without images."""
     return [(text, []) for text in texts]
-
-
-def record(calls, function):
-    """The function, which also appends its arguments to `calls`."""
-
-    def recorded(*args):
-        calls.append(args)
-        return function(*args)
-
-    return recorded
 
 
 TEXTS = random_texts(0, 300, 40, 17, 500, 90)
@@ -244,15 +234,9 @@ def test_calibration_of_a_trainable_model_leaves_no_graph(calibrated):
     assert copy.deepcopy(plan) == plan == calibrated
 
 
-def test_the_pass_runs_no_layer_twice_or_in_vain(model, monkeypatch):
-    runs, layer_class = [], type(model.module.layers[0])
-    forward = layer_class.forward
-
-    def counted(self, *args):
-        runs.append([*model.module.layers].index(self))
-        return forward(self, *args)
-
-    monkeypatch.setattr(layer_class, "forward", counted)
+def test_the_pass_runs_no_layer_twice_or_in_vain(model, notes):
+    all_layers = [*model.module.layers]
+    runs = notes(type(all_layers[0]), "forward", lambda self, *args: all_layers.index(self))
     for layers, expected in (
         ((4,), [0, 1, 2, 3]),
         ((1,), [0, 1]),
@@ -264,13 +248,13 @@ def test_the_pass_runs_no_layer_twice_or_in_vain(model, monkeypatch):
         assert runs == expected
 
 
-def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch):
+def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch, notes):
     """Where the processor has fast products for it, see working_copy. The sums and the plan are as exact as before."""
-    model, passes = make_model(), []
+    model = make_model()
     expected = calibrate(model, TEXTS, PrunePlan((2, 3)), rank=60, progress=False, steps=0).corrections
     monkeypatch.setattr(refit, "SMALLEST", 1)
     monkeypatch.setattr("pop.calibration.passes.WIDENED", set())
-    monkeypatch.setattr(refit, "accumulate", record(passes, accumulate))
+    passes = notes(refit, "accumulate", lambda *args: args)
     found = calibrate(model, TEXTS, PrunePlan((2, 3)), rank=60, progress=False, steps=0).corrections
     assert {parameter.dtype for *_, module in passes for parameter in module.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}

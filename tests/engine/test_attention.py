@@ -34,19 +34,13 @@ def test_the_example_in_the_docstring_of_attention_metadata():
 
 @pytest.mark.usefixtures("small_query_blocks")
 @pytest.mark.parametrize("held", [0, 30])
-def test_a_windows_prefill_attends_a_band(monkeypatch, held):
+def test_a_windows_prefill_attends_a_band(notes, held):
     """A block of three tokens attends the keys of its windows only, in a fresh chunk and after 30 tokens in a ring."""
     module = random_model(tiny_gemma3_config(windows=(5, None)), seed=4)
     cache = new_cache(module, 1, chunk=24)
     if held:
         prefill(module, torch.arange(held)[None], torch.tensor([held]), NONE, 24, cache)
-    attend, sizes = attention.masked_attention, []
-
-    def watched(q, k, v, mask, scale):
-        sizes.append((q.shape[1], k.shape[1]))
-        return attend(q, k, v, mask, scale)
-
-    monkeypatch.setattr(attention, "masked_attention", watched)
+    sizes = notes(attention, "masked_attention", lambda q, k, *_: (q.shape[1], k.shape[1]))
     prefill(module, torch.arange(24)[None], torch.tensor([24]), NONE, 24, cache)
     local = [(3, 3), (3, 6)] if not held else [(3, 7), (3, 7)]
     local += [(3, 7)] * 6

@@ -108,13 +108,9 @@ def test_a_stream_is_a_turn_of_the_chat_format_from_its_last_piece_on(script):
     assert [*chat.tokens, END, *b"\n"] == model.chat_tokens(chat.messages)[: -len(chatml())]
 
 
-def test_a_turn_runs_what_is_new_and_nothing_else(script, monkeypatch):
+def test_a_turn_runs_what_is_new_and_nothing_else(script, notes):
     model = make("gemma3", "calibrated")
-    ran = []
-    embed = type(model.module).embed
-    monkeypatch.setattr(
-        type(model.module), "embed", lambda self, tokens: ran.append(tokens.numel()) or embed(self, tokens)
-    )
+    ran = notes(type(model.module), "embed", lambda self, tokens: tokens.numel())
     chat = model.start_chat()
     script.says[:] = [*b"Hello", END]
     chat.send("A question that is long enough to tell")

@@ -11,16 +11,14 @@ from pop.pruning import reference
 
 
 @pytest.mark.parametrize("length", [1, 3, 30])
-def test_a_prefix_and_a_rest_are_one_prompt(model, length, monkeypatch):
+def test_a_prefix_and_a_rest_are_one_prompt(model, length, notes):
     tokens = [(7 * n + 3) % 250 for n in range(length)]
     prefix = model.prefix(tokens)
     ahead = max(0, length - model.plan.full_depth_last)
     rests = [[9], list(range(40, 61))]
     expected = [model.generate(tokens + rest, max_new_tokens=4).tokens for rest in rests]
-    logits, pick = [], Sampler.__call__
-    monkeypatch.setattr(Sampler, "__call__", lambda self, x: logits.append(x) or pick(self, x))
-    ran, embed = [], type(model.module).embed
-    monkeypatch.setattr(type(model.module), "embed", lambda self, x: ran.append(x.numel()) or embed(self, x))
+    logits = notes(Sampler, "__call__", lambda self, x: x)
+    ran = notes(type(model.module), "embed", lambda self, tokens: tokens.numel())
     for rest, answer in zip(rests, expected, strict=True):
         logits.clear()
         ran.clear()

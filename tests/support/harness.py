@@ -37,16 +37,3 @@ def close(results, expected) -> bool:
     return [greedy for _, greedy in results] == [greedy for _, greedy in expected] and torch.allclose(
         torch.tensor([value for value, _ in results]), torch.tensor([value for value, _ in expected]), atol=1e-4
     )
-
-
-def count_prefills(adapter, monkeypatch) -> list[int]:
-    """A list to which each prefill adds its number of rows."""
-    rows = []
-    prefill = adapter.model.prefill_checked  # every prefill ends here
-
-    def counted(tokens, *args, **options):
-        rows.append(len(tokens))
-        return prefill(tokens, *args, **options)
-
-    monkeypatch.setattr(adapter.model, "prefill_checked", counted)
-    return rows

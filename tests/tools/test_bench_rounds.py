@@ -101,15 +101,8 @@ def test_the_clock_times_the_first_token_and_each_step_apart(monkeypatch):
     assert timed(lambda: spend(5, 2), lambda token: spend(token, token + 1), 3) == (5.0, [2.0, 3.0, 4.0])
 
 
-def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):
-    seen = []
-    decode = model.decode
-
-    def watched(tokens, cache):
-        seen.append((cache.max_seq_len, int(cache.lengths[0])))
-        return decode(tokens, cache)
-
-    monkeypatch.setattr(model, "decode", watched)
+def test_slots_start_from_the_same_position_in_both_caches(model, notes):
+    seen = notes(model, "decode", lambda tokens, cache: (cache.max_seq_len, int(cache.lengths[0])))
     result = measure.measure_slots(model, 5, 2, 1)
     short, long = ([(slots, 5), (slots, 6)] for slots in (2048, 32768))
     assert seen == short + long + long + short

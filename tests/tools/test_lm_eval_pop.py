@@ -38,7 +38,7 @@ def test_model_args_that_are_wrong(chat_folder):
 
 
 @pytest.mark.parametrize("prune", [0.4, None])
-def test_the_summary_says_what_was_pruned_and_how_much_faster_that_is(chat_folder, prune, monkeypatch):
+def test_the_summary_says_what_was_pruned_and_how_much_faster_that_is(chat_folder, prune, monkeypatch, notes):
     """Each token is a byte. Three contexts, of which the last 4 tokens run at full depth."""
     adapter = PopAdapter(tool.load_model(chat_folder, prune=prune, full_depth_last=4))
     requests = [SimpleNamespace(args=("a" * 30, "b")), SimpleNamespace(args=("a" * 30, "c"))]
@@ -48,11 +48,7 @@ def test_the_summary_says_what_was_pruned_and_how_much_faster_that_is(chat_folde
     assert adapter.context_tokens == 63 + 3 * begin
     assert adapter.pruned_tokens == (2 * (30 + begin - 4) if prune else 0)
     if prune:
-        ran = []
-        prefill = pop.Model.prefill
-        monkeypatch.setattr(
-            pop.Model, "prefill", lambda self, *args, plan: ran.append(plan.layers) or prefill(self, *args, plan=plan)
-        )
+        ran = notes(pop.Model, "prefill", lambda *args, plan: plan.layers)
         assert adapter.speedup() > 0
         assert len(ran) == 5 * 4 * 2 and {*ran} == {(), adapter.model.plan.layers}
         monkeypatch.setattr(adapter, "speedup", lambda: 1.234)

@@ -410,20 +410,14 @@ def test_a_streamed_response_is_the_whole_one(client):
     assert (final.status, final.output_text) == ("completed", whole.output_text[:3])
 
 
-def test_tool_calls_in_responses(monkeypatch):
+def test_tool_calls_in_responses(monkeypatch, notes):
     model = seeing_model()
     call = 'Wait.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     monkeypatch.setattr(type(model.tokenizer), "text_stream", lambda self: lambda token, last: call if last else "")
     parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
     tools = [{"type": "function", "name": "add", "parameters": parameters, "strict": True}]
     asked = {"model": "tiny", "tools": tools, "max_output_tokens": 3}
-    prompts = []
-    encode = type(model.chat_format()).prompt
-    monkeypatch.setattr(
-        type(model.chat_format()),
-        "prompt",
-        lambda self, *args, **tools: prompts.append(args) or encode(self, *args, **tools),
-    )
+    prompts = notes(type(model.chat_format()), "prompt", lambda self, *args, **tools: args)
     with serving(model) as (_, url):
         create = client_of(url).responses.create
         answer = create(**asked, input="Hello")
