@@ -60,11 +60,10 @@ def generate(args) -> None:
     sampling = _sampling(args)
     model = _load(args)
     media = _media(args, model)
-    shown = {kind: [one for one in media if one.kind == kind] for kind in ("image", "video")}
     for kind, mark in reversed(model.vision.marks.items()):
         if mark not in prompt:
-            prompt = mark * len(shown[kind]) + prompt
-    _print_answer(model.stream(prompt, images=shown["image"], videos=shown["video"], **sampling))
+            prompt = mark * sum(one.kind == kind for one in media) + prompt
+    _print_answer(model.stream(prompt, images=media, **sampling))
 
 
 def chat(args) -> None:
