@@ -139,7 +139,7 @@ def calibrate(
     asked = (given, decides, speedup)
     saved = SavedProgress(resume, _identity(model, asked, [windows, judged], about))
     restored = saved.read()
-    check_memory(model)
+    check_memory(model, rank, steps)
     if progress:
         _announce(model, windows, judged, rank, steps)
     judge = Judge(model, judged)
@@ -216,30 +216,28 @@ def _columns(config) -> int:
     return config.num_layers // 2 * 2 * config.num_kv_heads * config.head_dim + config.hidden_size
 
 
-def needed_bytes(model) -> int:
-    """About how many bytes of memory calibration takes beside the weights, if half of the layers are pruned.
-
-    The sums of the fit need the most. Distillation needs less, unless the rank is more than half of the width.
-    """
+def needed_bytes(model, rank: int, steps: int) -> int:
+    """About how many bytes of memory calibration takes beside the weights, if half of the layers are pruned."""
     config = model.config
     inputs = 2 * config.hidden_size
     size = wide(model.dtype).itemsize
     factored = (2 * 8 + 4 * size) * inputs**2  # X' X and its factor; squares, and eigenvectors with their workspace
     sums = size * inputs * _columns(config) + factored
+    trained = 20 * plan_numbers(model, rank) if steps else 0  # float32 with gradients and Adam's moments, and copies
     dtype = working_dtype(model)
     copy = 0 if model.dtype == dtype else dtype.itemsize * model.num_parameters
     states = TOKENS * (4 * inputs + 2 * dtype.itemsize * config.intermediate_size)
     logits = 2 * 4 * CONTINUATION * config.vocab_size
-    return copy + sums + states + logits
+    return copy + max(sums, trained) + states + logits
 
 
-def check_memory(model) -> None:
+def check_memory(model, rank: int, steps: int) -> None:
     """Raise CacheMemoryError if the device lacks the memory to calibrate."""
-    needed = needed_bytes(model)
+    needed = needed_bytes(model, rank, steps)
     free = free_bytes(model.device)
     if free is not None and needed > free:
         lacks = f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free"
-        raise CacheMemoryError(f"{lacks}; load the model in bfloat16, or take a larger machine")
+        raise CacheMemoryError(f"{lacks}; give a smaller rank, load the model in bfloat16, or take a larger machine")
 
 
 def _announce(model, windows: list[Window], judged: list[Window], rank: int, steps: int) -> None:
@@ -260,7 +258,7 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
     passed = 4 * min(num_tokens, needed) + 3 * steps * min(TOKENS, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
-    gigabytes = needed_bytes(model) / 1e9
+    gigabytes = needed_bytes(model, rank, steps) / 1e9
     megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
     work = f"about {minutes} min before a verdict, {gigabytes:.1f} GB beside the weights, a plan of {megabytes:.0f} MB"
     print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {work}", file=sys.stderr)

@@ -25,6 +25,14 @@ class Turn:
     answer: list[int]  # the ids of the answer, as they were generated
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The turns so far, and the cache that holds them. A finished turn replaces both together."""
+
+    turns: tuple[Turn, ...] = ()
+    cache: KVCache | None = None
+
+
 class Conversation:
     """A conversation with an instruct model, made by `model.start_chat`.
 
@@ -41,14 +49,17 @@ class Conversation:
         self.model = model
         self.plan = model.resolve(plan)
         self.enable_thinking = enable_thinking
-        self.turns: tuple[Turn, ...] = ()
-        self._cache: KVCache | None = None  # of the turns
         self._format = model.chat_format()
+        self._state = State()
         self._earlier = earlier
         self._prompt("Hello")  # an error in the earlier messages shows now
         self._earlier = _separate(earlier)
         if earlier and earlier[-1].get("role") == "user":
             raise InputError("the last of messages has the role user; leave it out, and give it to `send`")
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return self._state.turns
 
     @property
     def messages(self) -> list[dict]:
@@ -91,19 +102,17 @@ class Conversation:
         params = sampling_params(options, self.model.sampling)
         content = _copied(message)
         prompt, media = self._prompt(content)
-        turns = self.turns
-        cache = self._cache
+        state = self._state
 
         def after_step(batch: Batch) -> None:
-            if self.turns is not turns:
+            if self._state is not state:
                 raise InputError("the conversation got another turn during this answer; send the message again")
             (answer,) = batch.answers
             if answer.finish_reason:
                 turn = Turn(content, answer.text, prompt, answer.tokens)
-                self.turns = (*turns, turn)
-                self._cache = batch.take_cache()
-                if cache is not None:
-                    self.model.caches.give(cache)
+                self._state = State((*state.turns, turn), batch.take_cache())
+                if state.cache is not None:
+                    self.model.caches.give(state.cache)
 
         return Batch(
             self.model,
@@ -111,7 +120,7 @@ class Conversation:
             [media],
             params,
             self.plan,
-            earlier=cache,
+            earlier=state.cache,
             earlier_tokens=self.tokens,
             after_step=after_step,
         )

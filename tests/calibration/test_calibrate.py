@@ -112,16 +112,18 @@ def test_without_texts_the_last_fifth_of_the_built_in_ones_is_left_out(model, mo
 # ---- Before the work ----
 
 
-def test_memory_that_is_short_is_refused_with_the_numbers(model, monkeypatch):
-    needed = needed_bytes(model)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_memory_that_is_short_is_refused_with_the_numbers(model, steps, monkeypatch):
+    needed = needed_bytes(model, 15, steps)
+    assert needed_bytes(model, 3000, 2) > needed_bytes(model, 15, 2)
     monkeypatch.setattr(calibrate_file, "free_bytes", lambda device: needed - 1)
     monkeypatch.setattr(calibrate_file, "Judge", None)
     numbers = f"about {needed / 1e9:.1f} GB beside the weights, but {(needed - 1) / 1e9:.1f} GB are free"
     with pytest.raises(pop.CacheMemoryError, match=numbers):
-        calibrate(model, TEXTS, PrunePlan((3,)), steps=0, progress=False)
+        calibrate(model, TEXTS, PrunePlan((3,)), steps=steps, progress=False)
     for free in (needed, None):
         monkeypatch.setattr(calibrate_file, "free_bytes", lambda device, free=free: free)
-        calibrate_file.check_memory(model)
+        calibrate_file.check_memory(model, 15, steps)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.bfloat16, 4)])
@@ -131,7 +133,7 @@ def test_the_bytes_are_those_of_the_sums_and_the_states(dtype, size):
     model = pop.Model(random_model(tiny_config()).to(dtype), config)
     columns = 4 * 1000 + 2000  # K and V of half of the layers, and an update of h
     least = 8 * 2 * 4000**2 + size * (4 * 4000**2 + 4000 * columns)
-    assert least < needed_bytes(model) < least + 200e6
+    assert least < needed_bytes(model, 1, 0) < least + 200e6
 
 
 def test_a_model_that_does_not_run_in_its_own_dtype_needs_a_copy(model, monkeypatch):
@@ -142,7 +144,7 @@ def test_a_model_that_does_not_run_in_its_own_dtype_needs_a_copy(model, monkeypa
     for slow in (set(), {torch.bfloat16}):
         monkeypatch.setattr("pop.calibration.passes.WIDENED", slow)
         for one in (model, half):
-            needed[one, bool(slow)] = needed_bytes(one)
+            needed[one, bool(slow)] = needed_bytes(one, 5, 0)
     wider = needed[model, True] - needed[model, False] + 2 * count  # what states and logits take in float32
     assert needed[half, True] - needed[half, False] == wider + 4 * count
     assert wider > 0

@@ -64,7 +64,7 @@ def assert_is_reference(model, chat, script, sampled):
             assert_close(next(logits)[0], expected[begin + len(prompt) - 1 + step])
         begin += len(prompt) + len(answer)
     assert next(logits, None) is None
-    cache = chat._cache
+    cache = chat._state.cache
     assert_close(cached_kv(model.module, cache, 0), in_windows(model.module, kv[:, :, : int(cache.lengths[0])]))
 
 
@@ -166,7 +166,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
         each.send("And?")
         logits.append(torch.cat(script.logits))
     assert torch.equal(*logits)
-    cache, expected = chat._cache, twin._cache
+    cache, expected = chat._state.cache, twin._state.cache
     assert torch.equal(cached_kv(model.module, cache, 0), cached_kv(model.module, expected, 0))
     assert torch.equal(cache.previous_hidden, expected.previous_hidden)
     script.says[:] = [*b"No", END]
@@ -275,7 +275,7 @@ def test_threads_share_a_model():
         options = {"max_new_tokens": 4, "temperature": 1.0, "seed": 4}
         answers = [chat.send(f"{text} {n}", **options).tokens for n in range(2)]
         rows = prefix.generate([text, text * 2], **options)
-        return answers + [row.tokens for row in rows], cached_kv(model.module, chat._cache, 0)
+        return answers + [row.tokens for row in rows], cached_kv(model.module, chat._state.cache, 0)
 
     texts = ("Tell me of whales", "No")
     expected = [work(text) for text in texts]
