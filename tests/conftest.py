@@ -7,8 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from support.devices import DEVICES, no_gpu
 
-from pop import WeightsNotFound
-from pop.checkpoints import registry
+# Nothing of pop is imported here, so that test_architecture.py can name an import that breaks it.
 
 # Tiny tensors run faster without a thread pool to wake.
 torch.set_num_threads(1)
@@ -67,6 +66,9 @@ def notes(monkeypatch):
 
 def real_weights(name):
     """The folder of real weights. Without it a test is skipped."""
+    from pop import WeightsNotFound
+    from pop.checkpoints import registry
+
     try:
         return registry.find_weights(name)
     except WeightsNotFound as error:
@@ -83,5 +85,7 @@ def gemma3():
 def smollm2():
     """The real SmolLM2. Where $POP_REQUIRE_WEIGHTS is set, it must be there."""
     if os.environ.get("POP_REQUIRE_WEIGHTS"):
+        from pop.checkpoints import registry
+
         return registry.find_weights("smollm2-135m")
     return real_weights("smollm2-135m")

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import pop
-
-PACKAGE = Path(pop.__file__).parent
+PACKAGE = Path(__file__).resolve().parents[1] / "pop"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
@@ -95,11 +93,12 @@ def test_modules_that_other_code_imports(name):
 
 
 # What makes code dense.
-# Syntax nodes of all files. The aim is 92,000, which the search for layers and the verdict have put out of reach for
-# now. The bound leaves a hundredth for small changes. Lower it when nodes go. Raise it for a family of models or
-# another feature that is worth its size, by as much as that takes, and give it a row in tools/results/DECISIONS.md.
-NODES = 106_000
-PACKED = 10  # assignments such as `a, b = f(x), g(y)`
+
+# Syntax nodes of all files. The aim is 92,000. There were 103,000 when the bound was set, because calibration decides
+# and judges plans now. The hundredth above that is for small changes. Lower the bound when nodes go. Raise it for a
+# family of models or another feature that is worth its size, by as much as that takes, and give it a row in
+# tools/results/DECISIONS.md.
+NODES = 104_000
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 
 
@@ -136,7 +135,7 @@ def is_packed(node: ast.AST) -> bool:
 
 def test_code_is_not_packed():
     packed = [f"{name}:{node.lineno}" for name, tree in TREES.items() for node in ast.walk(tree) if is_packed(node)]
-    assert len(packed) <= PACKED, f"give each fact its own line: {packed}"
+    assert not packed, f"give each fact its own line: {packed}"
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:

@@ -1,4 +1,7 @@
-"""`pop plans`: what saved plans record about themselves, and which plans are here."""
+"""`pop plans`: what saved plans record about themselves, and which plans are here.
+
+`pop.calibrate` makes the record, and `pop calibrate` adds the verdict.
+"""
 
 import contextlib
 from pathlib import Path

@@ -137,6 +137,7 @@ def test_parameter_counts(read, name):
     """Of each model in the registry. A new size needs its fields in goldens/published.json or published_vl.py."""
     base = re.sub("-(it|instruct|thinking)$", "", name)
     size = base.removeprefix("qwen3-vl-")
+    assert base in PUBLISHED or size in QWEN3_VL_SIZES, "add its config to goldens/published.json or to published_vl.py"
     config = published_vl(size) if size in QWEN3_VL_SIZES else read(PUBLISHED[base])
     assert count(shapes_of(config)) == MODELS[name].parameters
 

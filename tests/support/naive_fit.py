@@ -39,16 +39,17 @@ def own_projections(module, layers):
         layer = module.layers[index]
         gain = norm_gain(module, index)
         for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-            weight = linear.weight.detach() * gain
+            weight = linear.weight.detach() * (1 if gain is None else gain)
             own.append(torch.cat((weight, torch.zeros_like(weight)), dim=1))
     return torch.stack(own).unflatten(0, (-1, 2))
 
 
 def norm_gain(module, index):
-    """What the norm before a layer's attention multiplies with, [D]. OLMo-2 has no such norm, so 1 stands for it."""
-    if module.config.family == "olmo2":
-        return torch.ones(module.config.hidden_size)
-    return module.layers[index].input_layernorm.weight.detach() + (module.config.family == "gemma3")
+    """What the norm before a layer's attention multiplies with, [D]. None: the layer has no such norm, as in OLMo-2."""
+    norm = module.layers[index].input_layernorm
+    if isinstance(norm, torch.nn.Identity):
+        return None
+    return norm(torch.full((module.config.hidden_size,), 1e4)).detach()  # so large that eps does not count
 
 
 def whole_projections(module, corrections):
@@ -87,7 +88,8 @@ def naive_fit(model, windows, plan, ridge, images=None):
             previous = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
             xs[index].append(np.concatenate([x, previous], axis=1)[first:])
             layer = module.layers[index]
-            attended = h if module.config.family == "olmo2" else x * norm_gain(module, index).double().numpy()
+            gain = norm_gain(module, index)
+            attended = h if gain is None else x * gain.double().numpy()
             for i, name in enumerate(("self_attn.k_proj", "self_attn.v_proj")):
                 linear = layer.get_submodule(name)
                 own = attended @ linear.weight.detach().double().numpy().T
