@@ -54,7 +54,7 @@ class Processor:
         """Read and prepare an image or a video, unless it is prepared already."""
         if kind not in self.marks:
             takes = " and ".join(["text", *(f"{taken}s" for taken in self.marks)])
-            raise InputError(f"this model takes {takes} only; leave out the {kind}s")
+            raise InputError(f"this {self.config.family} model takes {takes} only; leave out the {kind}s")
         if isinstance(given, Prepared):
             return given
         limits = self.limits.get(kind)
