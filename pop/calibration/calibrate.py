@@ -77,7 +77,7 @@ def calibrate(
         model: A pop.Model.
         texts: Strings or lists of token ids that resemble the prompts to come. None takes built-in ones, but for the
             last fifth of each, which is left for `pop.check`. A wide model needs more.
-        plan: The layers and the tokens at full depth, as a PrunePlan or another value of `prune` in `load`. None:
+        plan: The layers and the tokens at full depth, as a PrunePlan or anything else that `PrunePlan.of` takes. None:
             decide them.
         layers: The indices of the layers to prune, or a text such as "10,12,19-29". The tokens at full depth are
             decided. None: decide both.
