@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pop.calibration.held_out import repeated_passage
 from pop.calibration.texts import Window, choose, excerpt, size_of, without_images
+from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
 KINDS = ("text", "repetition", "table", "text", "table")
@@ -111,10 +112,20 @@ def _repetition(model, prompt: list[int], length: int, images: Sequence[range], 
     return lines
 
 
+def _words(model, prompt: list[int]) -> list[str]:
+    """A prompt's different words of medium length. Empty without a tokenizer, or if it lacks a token of the prompt."""
+    if model.tokenizer is None:
+        return []
+    try:
+        text = model.tokenizer.decode(prompt)
+    except InputError:  # there may be more embeddings than tokens
+        return []
+    return [word for word in dict.fromkeys(text.split()) if word.isalpha() and 3 < len(word) < 10]
+
+
 def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
     """A prompt with facts in place of its end, and tokens that ask for them: none if it has too few words."""
-    text = "" if model.tokenizer is None else model.tokenizer.decode(prompt)
-    words = [word for word in dict.fromkeys(text.split()) if word.isalpha() and 3 < len(word) < 10]
+    words = _words(model, prompt)
     count = rng.randint(*FACTS)
     if len(words) < 2 * count:
         return prompt, []

@@ -40,6 +40,7 @@ from pop.runner import padded
 from pop.system import files
 from pop.system.progress import progress_bar
 
+LOGITS_AT_ONCE = 256  # response tokens whose logits [N, V] are in memory together
 SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
 
@@ -146,16 +147,16 @@ def sample_responses(model, samples: list[Sample], seeds: list[Sequence[int]], c
     media = [sample.media for sample in samples]
     cache = model.new_cache(len(samples), tokens.shape[1] + count - 1)
     logits = model.prefill(tokens, cache, lengths=lengths, images=media, plan=PrunePlan.none())
-    tokens = sampler(logits)
-    drawn = [read_tokens(tokens)]
-    for _ in range(count - 1):
-        tokens = sampler(model.decode(tokens, cache))
-        drawn.append(read_tokens(tokens))
-    responses = []
-    for row in zip(*drawn, strict=True):
-        length = next((number for number, token in enumerate(row, 1) if token in ends), count)
-        responses.append(list(row[:length]))
-    return responses
+    responses = [[] for _ in samples]
+    while True:
+        tokens = sampler(logits)
+        for response, token in zip(responses, read_tokens(tokens), strict=True):
+            if not response or response[-1] not in ends:
+                response.append(token)
+        have_ended = all(response[-1] in ends for response in responses)
+        if have_ended or max(map(len, responses)) == count:
+            return responses
+        logits = model.decode(tokens, cache)
 
 
 @torch.inference_mode(False)  # whatever the caller's mode is
@@ -181,14 +182,15 @@ def gate_gradients(model, samples: list[Sample]) -> Tensor:
     for index, gate in enumerate(gates):
         h = run.layer(index, h, partial(_gated_layer, gates=gate, decode=decode))
 
-    def row_loss(h, targets):
+    def piece_loss(h, targets):
         return F.cross_entropy(module.head(h), targets, reduction="sum")
 
     loss = 0.0
     for row, sample in zip(h, samples, strict=True):
         predicting = row[len(sample.prompt) - 1 :][: len(sample.response)]  # [N, D]
-        # Checkpointed, so that the logits [N, V] of one row are in memory at a time.
-        loss = loss + checkpointed(row_loss, predicting, torch.tensor(sample.response, device=model.device))
+        targets = torch.tensor(sample.response, device=model.device)
+        for piece in zip(predicting.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True):
+            loss = loss + checkpointed(piece_loss, *piece)
     (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2]
     check_finite(gradients, "gradients of the gates")
     return gradients.permute(1, 2, 0).double().cpu()

@@ -49,8 +49,10 @@ def check_speedup(model, speedup: float, rank: int) -> None:
     if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
         raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
     num_layers = model.config.num_layers
-    most = range(1, num_layers)
-    limit = _limit(model, _with_full_depth(model, most, torch.zeros(num_layers)), rank) if most else 1.0
+    if num_layers == 1:
+        raise InputError("the model has a single layer, so prefill cannot skip any; there is nothing to calibrate")
+    most = _with_full_depth(model, range(1, num_layers), torch.zeros(num_layers))
+    limit = _limit(model, most, rank)
     if limit < speedup:
         raise InputError(f"speedup is {speedup:g}, but this model allows at most {limit:.2f}; ask for less")
 

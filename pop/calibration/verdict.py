@@ -158,10 +158,12 @@ def compared(
     lengths = {min(check_count("a length", length, SHORTEST), most) for length in lengths}
     lengths = sorted(length for length in lengths if length >= least)
     if not lengths:
-        raise InputError(
-            f"lengths has none from {least} tokens on, and shorter prompts are not pruned; give longer ones"
-        )
+        shortest = max(least, SHORTEST)
+        raise InputError(f"lengths has none of at least {shortest} tokens, so nothing is compared; give a longer one")
     head, text = _joined(model, texts)
+    more = []  # follows a text that is shorter than a prompt
+    if model.tokenizer is not None and len(text) < lengths[-1] + CONTINUATION:
+        more = _joined(model, None)[1]
     writer = Writer(model, text, head, check_count("seed", seed, 0))
     makers = (quotations,) if model.tokenizer is None else KINDS
     check_count("questions", questions)
@@ -169,9 +171,7 @@ def compared(
     for length in lengths:
         count = questions if length <= LONG else (questions + 1) // 2
         asked = make_questions(writer, makers, [length], count)[length]
-        long_enough = text
-        if model.tokenizer is not None and len(text) < length + CONTINUATION:
-            long_enough = text + _joined(model, None)[1]
+        long_enough = text if len(text) >= length + CONTINUATION else text + more
         work.append((length, _windows(head, long_enough, length), asked))
     return work
 

@@ -2,7 +2,8 @@
 
 transformers 5 writes one file, processor_config.json. Before, preprocessor_config.json was for images and
 video_preprocessor_config.json for videos. Nothing but the limits may differ from the published files: a file that asks
-for another preparation is refused. A fixed field that a file lacks has its published value.
+for another preparation is refused. A fixed field that a file lacks has its published value, except for Qwen's colours,
+which a file must state.
 """
 
 from dataclasses import MISSING
@@ -56,7 +57,7 @@ def _read(fields: Fields, config: Config, kind: str) -> tuple[int, int] | None:
     fields.fixed(do_resize=True, do_rescale=True, do_normalize=True, resample=2 if config.family == "gemma3" else 3)
     fields.fixed(rescale_factor=1 / 255)
     half = [0.5] * 3
-    # The class of Qwen's images has other colours, which a file without the fields would mean.
+    # The reference's class for Qwen's images has other colours, so a file without these fields would mean those.
     default = MISSING if known == "Qwen2VLImageProcessor" else half
     for name in ("image_mean", "image_std"):
         fields.take(name, repr(half), lambda v: v == half, default)

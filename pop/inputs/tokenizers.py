@@ -264,13 +264,19 @@ def _named_tokens(config: dict, special_map: dict) -> dict[str, dict]:
 def _added_tokens(listed: dict | None, older: dict, spec: dict, named: Iterable[dict]) -> list[dict]:
     """Return the added tokens of all files, in the form of tokenizer.json.
 
-    Those `listed` in the configuration count most, then those of `spec`, the tokenizer.json. `older` are those of
-    added_tokens.json. The last of them have no id: those that the configuration names, and no file lists.
+    Those `listed` in the configuration count most, and must be all that `spec`, the tokenizer.json, has: some classes
+    of transformers spell the others. `older` are those of added_tokens.json.
+
+    The last of them have no id: those that the configuration names, and no file lists.
     """
     special = {token["content"]: token | {"special": True} for token in named}
     tokens = {name: {"id": id, "content": name, "special": name in special} for name, id in older.items()}
     tokens |= {token["content"]: token for token in spec.get("added_tokens", ())}
-    tokens |= {token["content"]: {"id": int(id)} | token for id, token in (listed or {}).items()}
+    if listed is not None:
+        theirs = {token["content"]: {"id": int(id)} | token for id, token in listed.items()}
+        if missing := tokens.keys() - theirs.keys():
+            raise TokenizerError(f"added_tokens_decoder in tokenizer_config.json lacks the token {min(missing)!r}.")
+        tokens = theirs
     by_id = sorted(tokens.values(), key=lambda token: token["id"])
     return by_id + [token for name, token in special.items() if name not in tokens]
 

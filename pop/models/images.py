@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Images:
-    """The images of a batch of plain text. Nothing is replaced or added, and positions count tokens."""
+    """The form for a batch of plain text: nothing is replaced or added, and positions count tokens."""
 
     def place(self, h: Tensor) -> Tensor:
         """Embeddings h [B, T, D] -> the same, with the images' features at their tokens."""

@@ -74,8 +74,15 @@ def test_passages_are_repeated(bare, number):
     assert 0.2 < sum(n > passages for n in breaks) / len(breaks) < 0.6
 
 
-def test_a_prompt_without_words_is_repeated_not_made_a_table(model):
-    window = model.encode("1 + 2 = 3; " * 300, bos=False)
+@pytest.mark.parametrize("more", [0, 8])  # embeddings that no token has
+def test_a_prompt_without_words_is_repeated_not_made_a_table(more):
+    tokenizer = TOKENIZERS["smollm2"]
+    config = tiny_config(vocab_size=tokenizer.vocab_size + more, hidden_size=6)
+    window = random.Random(0).choices(range(tokenizer.vocab_size), k=700)
+    window[::30] = [tokenizer.vocab_size + 2] * len(window[::30])
+    if not more:
+        window = tokenizer.encode("1 + 2 = 3; " * 300, bos=False)
+    model = pop.Model(random_model(config), config, tokenizer)
     assert max(breaks_of(exercise(model, [(window, [])], TABLE, random.Random(1)))) <= 4 * CONTINUATION / PASSAGE[0]
 
 

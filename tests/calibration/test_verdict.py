@@ -92,7 +92,7 @@ def test_a_length_that_the_plan_does_not_prune_is_left_out(model):
     """It would show no loss and no lost answer, whatever the plan is."""
     short = dataclasses.replace(PLAN, full_depth_below=650)
     assert [*pop.check(model, short, [TEXT], lengths=(640, 700), questions=1, progress=False).loss] == ["700"]
-    with pytest.raises(pop.InputError, match="none from 650 tokens on"):
+    with pytest.raises(pop.InputError, match="none of at least 650 tokens"):
         pop.check(model, short, [TEXT], lengths=(600, 640), questions=1, progress=False)
 
 

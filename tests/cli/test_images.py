@@ -71,7 +71,7 @@ def test_the_command_line_refuses_what_cannot_be_seen(command, model, words):
     config = tiny_config(vocab_size=926)
     blind = pop.Model(random_model(config), config, model.tokenizer, compile=False)
     status, out, said = command(*words, "--image", "a", typed="Hi\n", loaded=blind)
-    assert (status, out) == (2, "") and "text only" in said and "images" in said
+    assert (status, out) == (2, "") and "llama model takes text only" in said and "images" in said
     status, out, said = command(*words, "--image", "c.png", typed="Hi\n")
     assert (status, out) == (2, "") and "c.png" in said
     status, out, said = command(*words, "--video", "a", typed="Hi\n")

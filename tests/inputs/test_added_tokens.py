@@ -107,6 +107,7 @@ def test_files_that_name_tokens_count_as_in_transformers(config, special_map, ex
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"added_tokens_decoder": {}}, "added_tokens_decoder .* '<empty_output>'"),
         ({"added_tokens_decoder": [{"lstrip": True}]}, "lstrip"),
         ({"add_prefix_space": True}, "add_prefix_space"),
         ({"split_special_tokens": True}, "split_special_tokens"),

@@ -124,7 +124,7 @@ REFUSED = [
     (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 1 tokens 500, .* 0 images"),
     (lambda m: m.logits([[2, *[IMAGE] * 3, 9, IMAGE]], images=[A]), "4 tokens 500 of each image must be adjacent"),
     (lambda m: m.generate("a cat", images=[A]), "1 images .* <start_of_image> 0 times"),
-    (lambda m: m.generate([2], videos=[A]), "text and images only"),
+    (lambda m: m.generate([2], videos=[A]), "gemma3 model takes text and images only"),
 ]
 
 

@@ -155,7 +155,7 @@ def test_a_text_model_of_the_same_format_takes_text(model):
     config = tiny_config(vocab_size=926)
     text_model = pop.Model(random_model(config), config, model.tokenizer, compile=False)
     for kind in ("image", "video"):
-        with pytest.raises(InputError, match=f"text only; leave out the {kind}s"):
+        with pytest.raises(InputError, match=f"llama model takes text only; leave out the {kind}s"):
             text_model.generate([2], **{f"{kind}s": [A]})
         with pytest.raises(InputError, match="text only"):
             text_model.chat([{"role": "user", "content": [{"type": kind, kind: A}]}])
