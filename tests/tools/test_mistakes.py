@@ -42,8 +42,6 @@ def folder(tmp_path_factory):
     (folder / "empty.txt").write_text("")
     (folder / "one.txt").write_text("a")
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
-    with open(folder / "large.txt", "w") as file:
-        file.truncate(20_000_001)
     write_chat_checkpoint(folder / "nan")
     weights = load_file(folder / "nan/model.safetensors")
     weights["model.layers.0.self_attn.k_proj.weight"][0, 0] = torch.nan
@@ -66,7 +64,7 @@ def test_a_mistake_is_one_sentence(tool, words, said, folder, tiny_folder, seein
         monkeypatch.setitem(sys.modules, library, None)
     names = {"BASE": "base", "META": "meta", "ADAPTER": "adapter", "BROKEN": "broken.json"}
     names |= {"SHORT": "short.txt", "LONG": "long.txt", "TEXT": "text.txt", "NEW": "new"}
-    names |= {"EMPTY": "empty.txt", "ONE": "one.txt", "PICTURE": "picture.png", "LARGE": "large.txt", "NAN": "nan"}
+    names |= {"EMPTY": "empty.txt", "ONE": "one.txt", "PICTURE": "picture.png", "NAN": "nan"}
     paths = {name: str(folder / file) for name, file in names.items()} | {"CHAT": tiny_folder, "SEEING": seeing}
     paths["BUILTIN"] = str(evaluate.BUILTIN[0])
     words = f"{ALSO.get(tool, '')} {words}"
