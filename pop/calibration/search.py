@@ -11,7 +11,6 @@ corrections in closed form, from few tokens, and the held-out windows choose. No
 a machine give the same plan.
 """
 
-import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
@@ -24,7 +23,6 @@ from pop.calibration.lookup import selecting_scores
 from pop.calibration.refit import fitted
 from pop.calibration.texts import Window, choose, enough, excerpt, without_images
 from pop.errors import InputError
-from pop.pruning.corrections import Corrections
 from pop.pruning.cost import speedup_limit
 from pop.pruning.plan import PrunePlan
 
@@ -132,7 +130,7 @@ def _smallest(model, share: float, needed: Tensor, lookups: Tensor, speedup: flo
         if layers is None:
             continue
         plan = _with_full_depth(model, layers, lookups)
-        if _limit(model, plan, None) >= speedup and _limit(model, plan, rank) >= speedup:
+        if _limit(model, plan, rank) >= speedup:
             return plan
     return None
 
@@ -181,9 +179,6 @@ def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan
     )
 
 
-def _limit(model, plan: PrunePlan, rank: int | None) -> float:
-    """The speedup that the shapes allow with corrections of a rank, or without any, at 2,048 tokens."""
-    if rank is not None:
-        corrections = Corrections.zeros(model.config, plan.groups(model.config.num_layers), rank)
-        plan = dataclasses.replace(plan, corrections=corrections)
-    return speedup_limit(model.config, _prompt(model), plan)
+def _limit(model, plan: PrunePlan, rank: int) -> float:
+    """The speedup that the shapes allow with corrections of a rank, at 2,048 tokens."""
+    return speedup_limit(model.config, _prompt(model), plan, rank=rank)

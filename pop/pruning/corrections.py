@@ -14,7 +14,6 @@ layers would have added to h. A z_t approximates that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -76,7 +75,7 @@ class Corrections:
         weight: U [n, 2, K * E, R], for K and for V.
         bias: b [n, 2, K * E].
         shared: V [G, R, 2 * D].
-        update: A [g, D, R] of the first g groups, which kept layers follow. None: no group has one.
+        update: A [g, D, R] of the g groups that kept layers follow, which are all but possibly the last. None: g is 0.
         sketch: Of the layers that they were fitted to, [n, 2, J] float32 on the CPU (sketch.py).
 
     Raises:
@@ -93,28 +92,6 @@ class Corrections:
         self.rows: list[int] | None = None  # which of the K * E rows these are; None: all
         self._copy: Corrections | None = None  # the latest result of `to`
         self._check()
-
-    @classmethod
-    def zeros(cls, config, groups: Sequence, rank: int) -> Corrections:
-        """Corrections that change nothing and take no memory, to count what those of a rank would cost.
-
-        Args:
-            config: The model's.
-            groups: From `PrunePlan.groups`.
-            rank: R.
-        """
-        pruned = [group.layers for group in groups if group.is_pruned]
-        layers = [index for group in pruned for index in group]
-        num_updates = sum(group.stop < config.num_layers for group in pruned)
-        zero = torch.zeros(())
-        return cls(
-            layers,
-            zero.expand(len(layers), 2, config.num_kv_heads * config.head_dim, rank),
-            zero.expand(len(layers), 2, config.num_kv_heads * config.head_dim),
-            zero.expand(len(pruned), rank, 2 * config.hidden_size),
-            zero.expand(num_updates, config.hidden_size, rank) if num_updates else None,
-            sketch=zero.expand(len(layers), 2, NUMBERS),
-        )
 
     def _check(self) -> None:
         for tensor in self.tensors.values():
@@ -138,7 +115,9 @@ class Corrections:
         num_groups, rank, inputs = shared
         if bias != weight[:3] or rank != weight[3] or num_groups != len(self._firsts) or inputs % 2:
             return False
-        return update is None or (update[1:] == [inputs // 2, rank] and 1 <= update[0] <= num_groups)
+        if update is None:
+            return num_groups == 1
+        return update[1:] == [inputs // 2, rank] and update[0] > 0 and num_groups - 1 <= update[0] <= num_groups
 
     @property
     def _firsts(self) -> list[int]:

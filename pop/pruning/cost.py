@@ -21,7 +21,7 @@ attends the rest.
 A calibrated plan with codes of R numbers adds three products:
 
     codes of a group of pruned layers       2 · D·R     for all N tokens, from two states each
-    the update of h after a group           D·R         for all N tokens, if the group has one
+    the update of h after a group           D·R         for all N tokens, if kept layers follow
     k and v of a pruned layer               2 · K·E·R   for the P tokens
 
 Tokens that the plan selects are counted as if they were evenly spread. After the selecting layer they belong to the W
@@ -53,13 +53,17 @@ from pop.models.config import Qwen3VisionConfig
 from pop.pruning.plan import SELECTING, Group, PrunePlan
 
 
-def speedup_limit(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> float:
+def speedup_limit(
+    config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = (), rank: int | None = None
+) -> float:
     """The speedup over a full prefill that the FLOPs allow: F(none) / F(plan). Arguments as in `prefill_flops`."""
     full = prefill_flops(config, num_tokens, PrunePlan.none(), patches)
-    return full / prefill_flops(config, num_tokens, plan, patches)
+    return full / prefill_flops(config, num_tokens, plan, patches, rank)
 
 
-def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> int:
+def prefill_flops(
+    config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = (), rank: int | None = None
+) -> int:
     """FLOPs of the prefill of one prompt, up to its boundary token's logits.
 
     Args:
@@ -67,7 +71,10 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
         num_tokens: N, the length of the prompt.
         plan: Which layers and tokens are pruned.
         patches: The number of patches of each image, or frame pair of a video, in the prompt.
+        rank: R, of corrections that the plan is to get. None: count the plan's own, if it has any.
     """
+    if rank is None:
+        rank = rank_of(plan)
     total = 2 * config.hidden_size * config.vocab_size + selection_flops(config, num_tokens, plan)
     if patches:
         total += vision_flops(config, patches)
@@ -75,9 +82,9 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
         for index in group.layers:
             full_depth, projected = token_masks(plan, num_tokens, group, config.windows[index])
             total += layer_flops(config, index, full_depth)
-            total += 2 * int(projected.sum()) * projected_weights(config, group)
+            total += 2 * int(projected.sum()) * projected_weights(config, rank)
         if not full_depth.all():
-            total += 2 * num_tokens * code_weights(group)
+            total += 2 * num_tokens * code_weights(config, group, rank)
     return total
 
 
@@ -128,18 +135,20 @@ def layer_flops(config, index: int, full_depth: Tensor) -> int:
     return 2 * (int(full_depth.sum()) * layer_weights(config, index) + attention)
 
 
-def projected_weights(config, group: Group) -> int:
-    """The numbers in the matrices of k and v of one layer, and in their corrections."""
-    rank = 0 if group.corrections is None else len(group.corrections.shared)
+def rank_of(plan: PrunePlan) -> int:
+    """The rank of a plan's corrections. 0 without any."""
+    return 0 if plan.corrections is None else plan.corrections.rank
+
+
+def projected_weights(config, rank: int) -> int:
+    """The numbers in the matrices of k and v of one layer, and in corrections of a rank."""
     return 2 * config.num_kv_heads * config.head_dim * (config.hidden_size + rank)
 
 
-def code_weights(group: Group) -> int:
-    """The numbers in the matrices of a group's codes, and of the update after it."""
-    if group.corrections is None:
-        return 0
-    update = group.corrections.update
-    return group.corrections.shared.numel() + (0 if update is None else update.numel())
+def code_weights(config, group: Group, rank: int) -> int:
+    """The numbers in the matrices of a group's codes, and of the update after it if kept layers follow."""
+    matrices = 3 if group.layers.stop < config.num_layers else 2
+    return matrices * config.hidden_size * rank
 
 
 def selection_flops(config, num_tokens: int, plan: PrunePlan) -> int:

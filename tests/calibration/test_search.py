@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cases import random_corrections
 from support.tiny import random_model, tiny_config
 
 import pop
 from pop import PrunePlan
 from pop.calibration import search
 from pop.calibration.search import FULL_DEPTH, LAST, PROMPT, layers_apart, with_full_depth
-from pop.pruning.corrections import Corrections
 
 RANK = 15
 
@@ -61,7 +61,7 @@ def test_layers_apart_are_those_that_prefill_needs_least(data):
 
 def limit(model, plan):
     """The speedup that a plan with corrections allows at 2,048 tokens."""
-    corrections = Corrections.zeros(model.config, plan.groups(model.config.num_layers), RANK)
+    corrections = random_corrections(model.config, plan.layers, 0, RANK)
     return dataclasses.replace(plan, corrections=corrections).speedup(model, PROMPT)
 
 

@@ -15,7 +15,12 @@ from pop.pruning.corrections import Corrections
 from pop.pruning.sketch import NUMBERS
 
 REFIT = Corrections(
-    (1, 3), torch.zeros(2, 2, 3, 5), torch.zeros(2, 2, 3), torch.zeros(2, 5, 8), sketch=torch.zeros(2, 2, NUMBERS)
+    (1, 3),
+    torch.zeros(2, 2, 3, 5),
+    torch.zeros(2, 2, 3),
+    torch.zeros(2, 5, 8),
+    torch.zeros(1, 4, 5),
+    sketch=torch.zeros(2, 2, NUMBERS),
 )
 RECORD = {
     "model": "mine",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def corrections(layers=(2, 3), sketch=SKETCH, **changed):
 
 def test_groups_of_a_plan_have_the_tensors_of_their_layers():
     layers = (0, 2, 3, 5)
-    corrected = random_corrections(tiny_config(num_layers=6), layers, 2)  # h is updated after two of three groups
+    corrected = random_corrections(tiny_config(num_layers=6), layers, 2)  # kept layers follow two of three groups
     plan = PrunePlan(layers, full_depth_first=1, corrections=corrected)
     groups = plan.groups(6)
     assert [(list(group.layers), group.is_pruned) for group in groups] == [
@@ -107,6 +108,15 @@ def test_tensors_of_wrong_shapes_are_refused(name, shape):
     corrections()
     with pytest.raises(PlanError, match=name):
         corrections(**{name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("num_updates", [None, 1, 2, 3])
+def test_h_is_updated_after_all_groups_but_possibly_the_last(num_updates):
+    update = None if num_updates is None else torch.zeros(num_updates, 30, 7)
+    tensors = {"weight": torch.zeros(3, 2, 20, 7), "bias": torch.zeros(3, 2, 20), "shared": torch.zeros(2, 7, 60)}
+    context = nullcontext() if num_updates in (1, 2) else pytest.raises(PlanError, match="update|shared")
+    with context:
+        corrections((1, 3, 4), torch.ones(3, 2, NUMBERS), update=update, **tensors)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,6 @@ def plans(draw, config):
 def random_corrections(config, layers, seed: int, rank: int = 9, model=None) -> Corrections:
     """Random corrections and updates for layers of a model, with codes and outputs of about the size of the inputs.
 
-    seed: also decides after how many of the groups h is updated. -1: after all of them.
     model: whose weights they are for. None: the engine and the reference do not look.
     """
     random = torch.Generator().manual_seed(seed)
@@ -134,10 +133,10 @@ def random_corrections(config, layers, seed: int, rank: int = 9, model=None) -> 
     bias = 0.1 * torch.randn(len(layers), 2, KE, generator=random)
     groups = max(1, sum(layer - 1 not in layers for layer in layers))
     shared = torch.randn(groups, rank, 2 * D, generator=random) / (2 * D) ** 0.5
-    update = torch.randn(groups, D, rank, generator=random) / rank**0.5
-    update = update[: seed % (groups + 1)]
+    num_updates = groups - (layers[-1] + 1 == config.num_layers)
+    update = torch.randn(num_updates, D, rank, generator=random) / rank**0.5
     sketch = torch.zeros(len(layers), 2, NUMBERS) if model is None else model.sketch[list(layers)]
-    return Corrections(layers, weight, bias, shared, update if len(update) else None, sketch=sketch)
+    return Corrections(layers, weight, bias, shared, update if num_updates else None, sketch=sketch)
 
 
 def plain(plan, **fields):

@@ -81,10 +81,10 @@ def _group_parts(config, plan: PrunePlan, group: Group, chunk: torch.Tensor) -> 
         if full_depth.any():
             yield Part(cost.layer_flops(config, index, full_depth), _layer_reads(config, index, full_depth))
         if projected.any():
-            weights = cost.projected_weights(config, group)
+            weights = cost.projected_weights(config, cost.rank_of(plan))
             yield Part(2 * int(projected.sum()) * weights, weights)
     if full_depth.sum() < chunk.sum():
-        weights = cost.code_weights(group)
+        weights = cost.code_weights(config, group, cost.rank_of(plan))
         yield Part(2 * int(chunk.sum()) * weights, weights)
 
 

@@ -68,12 +68,12 @@ def random_plan(random: Random, model: pop.Model) -> pop.PrunePlan:
 
 
 def random_corrections(random: Random, model: pop.Model, layers: tuple[int, ...]) -> Corrections:
-    """Corrections of any rank, with updates of h after any number of groups."""
+    """Corrections of any rank, with updates of h after each group that kept layers follow."""
     D = model.config.hidden_size
     KE = model.config.num_kv_heads * model.config.head_dim
     R = random.choice([1, 3, 9, 30])
     num_groups = sum(layer - 1 not in layers for layer in layers)
-    num_updates = random.randint(0, num_groups)
+    num_updates = num_groups - (layers[-1] + 1 == model.config.num_layers)
     return Corrections(
         layers,
         weight=normal(len(layers), 2, KE, R),
