@@ -207,9 +207,7 @@ class Model(Runner):
             raise InputError(f"the {what} is empty; give it at least one token")
         tokens = token_ids([prompt], 2, self.config.vocab_size)[0].tolist()
         if not media:
-            for kind, token in self.vision.placeholders.items():
-                if token in tokens:
-                    raise InputError(f"the {what} has tokens {token}, which stand for {kind}s, but no {kind} is given")
+            self.vision.runs(tokens, media, f"the {what}")
         return tokens
 
     def _encode_text(self, text: str, what: str, bos: bool, media: Sequence[Prepared]) -> list[int]:

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pop.errors import InputError
 from pop.inputs.images import load_image, normalise
 from pop.inputs.processors import Limits, Prepared, Processor
 from pop.models.config import Gemma3Config
-from pop.models.images import TEXT, PlacedImages
+from pop.models.images import PlacedImages
 
 IMAGES_AT_ONCE = 8  # in the vision tower
 
@@ -39,25 +38,12 @@ class GemmaProcessor(Processor):
         ids = [config.boi_id, *placeholders, config.eoi_id]
         return Prepared(kind, pixels, ("\n\n", ids, "\n\n"))
 
-    def images(self, module, rows, tokens, lengths):
+    def _placed(self, module, rows, runs, lengths, feature_index):
         M = self.config.vision.tokens_per_image
-        image_id = self.config.image_id
-        T = tokens.shape[1]
-        is_image = (tokens == image_id).cpu() & (torch.arange(T) < lengths[:, None])  # [B, T]
-        for row, (media, count) in enumerate(zip(rows, is_image.sum(1).tolist(), strict=True)):
-            if count != M * len(media):
-                raise InputError(f"row {row} has {count} tokens {image_id}, but its {len(media)} images need {M} each")
-        feature_index = is_image.flatten().cumsum(0).view_as(is_image) - 1
-        first = is_image & ~F.pad(is_image, (1, -1))  # image tokens after another token
-        if not torch.equal(first, is_image & (feature_index % M == 0)):
-            raise InputError(f"the {M} tokens {image_id} of each image must be adjacent, between other tokens")
-        if not is_image.any():
-            return TEXT
         weight = next(module.parameters())
         pixels = torch.cat([one.pixels for media in rows for one in media])  # [N, 3, S, S]
         features = []
         for part in pixels.split(IMAGES_AT_ONCE):
             features.append(module.image_features(part.to(weight, non_blocking=True)))  # [images, M, D]
-        look_ahead = (M - 1 - feature_index % M).where(is_image, 0)
-        feature_index = feature_index.where(is_image, -1)
+        look_ahead = (M - 1 - feature_index % M).where(feature_index >= 0, 0)
         return PlacedImages(torch.cat(features).flatten(0, 1), feature_index, look_ahead)  # features [N * M, D]

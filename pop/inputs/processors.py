@@ -8,9 +8,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pop.errors import InputError, check_count
@@ -31,6 +33,11 @@ class Prepared:
     pixels: Tensor  # the vision tower's input, float32 on the CPU
     pieces: tuple[Piece, ...]  # the texts and token ids that replace it in a prompt
     grid: Grid | None = None  # its size in patches, if the family's images differ in size
+
+    def run_lengths(self, placeholder: int) -> list[int]:
+        """Return how many placeholders each run has: one run for an image, and one for each frame pair of a video."""
+        counts = [piece.count(placeholder) for piece in self.pieces if isinstance(piece, list)]
+        return [count for count in counts if count]
 
     @property
     def sha256(self) -> str:
@@ -92,9 +99,19 @@ class Processor:
     def images(self, module, rows: list[list[Prepared]], tokens: Tensor, lengths: Tensor) -> Images:
         """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.
 
-        Raises InputError if tokens [B, T], without the padding after `lengths` [B], have more or fewer placeholders.
+        Raises InputError as `runs` does, for tokens [B, T] without the padding after `lengths` [B].
         """
-        return TEXT
+        if not self.placeholders:
+            return TEXT
+        feature_index = torch.full_like(tokens, -1, device="cpu")
+        runs = []  # of each row
+        count = 0
+        for row, (media, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+            runs.append(self.runs(tokens[row, :length], media, f"row {row}"))
+            for run in chain.from_iterable(runs[row]):
+                feature_index[row, run.start : run.stop] = torch.arange(count, count + len(run))
+                count += len(run)
+        return self._placed(module, rows, runs, lengths, feature_index) if count else TEXT
 
     def prepare_batch(self, images, videos, num_rows: int) -> list[list[Prepared]]:
         """Return each row's images and then its videos, prepared from the forms that `pop.Model.generate` accepts."""
@@ -129,19 +146,28 @@ class Processor:
 
     def locate(self, tokens: Sequence[int], media: Sequence[Prepared]) -> list[range]:
         """Return where each image and video is in a prompt's tokens: from its first to its last placeholder."""
-        left = {
-            kind: iter([index for index, token in enumerate(tokens) if token == placeholder])
-            for kind, placeholder in self.placeholders.items()
-        }
-        ranges = []
-        for one in media:
-            placeholder = self.placeholders[one.kind]
-            count = sum(piece.count(placeholder) for piece in one.pieces if isinstance(piece, list))
-            found = list(islice(left[one.kind], count))
-            if len(found) < count:
-                raise InputError(f"{one.kind}s are given for which the prompt lacks tokens {placeholder}; add them")
-            ranges.append(range(found[0], found[-1] + 1))
-        return ranges
+        return [range(runs[0].start, runs[-1].stop) for runs in self.runs(tokens, media)]
+
+    def runs(self, tokens: Sequence[int], media: Sequence[Prepared], what: str = "the prompt") -> list[list[range]]:
+        """Return where the runs of placeholders of each image and video are in a prompt's tokens.
+
+        Raises InputError if the runs are not those of `media`. `what` names the tokens in it.
+        """
+        tokens = torch.as_tensor(tokens, device="cpu")
+        left = {}
+        for kind, placeholder in self.placeholders.items():
+            edges = F.pad(tokens == placeholder, (1, 1)).diff().nonzero().flatten().tolist()  # begins and ends, in turn
+            runs = list(map(range, edges[::2], edges[1::2]))
+            found = [len(run) for run in runs]
+            given = [one for one in media if one.kind == kind]
+            needed = [length for one in given for length in one.run_lengths(placeholder)]
+            if found != needed:
+                raise InputError(
+                    f"{what} has runs of {found} tokens {placeholder}, but the {len(given)} {kind}s given need runs of "
+                    f"{needed}; give the {kind}s that the tokens stand for, or correct the tokens"
+                )
+            left[kind] = iter(runs)
+        return [list(islice(left[one.kind], len(one.run_lengths(self.placeholders[one.kind])))) for one in media]
 
 
 TEXT_ONLY = Processor(None, {})

@@ -19,7 +19,7 @@ from pop.inputs.images import normalise
 from pop.inputs.processors import Limits, Prepared, Processor
 from pop.inputs.video_files import Video
 from pop.models.config import Qwen3VisionConfig, Qwen3VLConfig
-from pop.models.images import TEXT, PlacedImages
+from pop.models.images import PlacedImages
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
@@ -150,27 +150,12 @@ class QwenProcessor(Processor):
         pieces.append([config.end_id])
         return Prepared(kind, pixels, tuple(pieces), grid)
 
-    def images(self, module, rows, tokens, lengths):
-        tokens = tokens.cpu()
-        B, T = tokens.shape
-        rope_positions = torch.zeros(3, B, T, dtype=torch.int64)
-        for row, (media, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-            image_grids = [one.grid for one in media if one.kind == "image"]
-            video_grids = [one.grid for one in media if one.kind == "video"]
-            ids = tokens[row, :length].tolist()
-            try:
-                rope_positions[:, row, :length], _ = image_positions(ids, self.config, image_grids, video_grids)
-            except InputError as error:
-                raise InputError(f"row {row}: {error}") from None
-        if not any(rows):
-            return TEXT
-        is_prompt = torch.arange(T) < lengths[:, None]  # [B, T]
-        feature_index = torch.full_like(tokens, -1)
-        media = []
-        for kind, token in self.placeholders.items():  # the features are those of all images, then of all videos
-            media += [one for row in rows for one in row if one.kind == kind]
-            found = (tokens == token) & is_prompt
-            feature_index[found] = feature_index.max() + 1 + torch.arange(int(found.sum()))
+    def _placed(self, module, rows, runs, lengths, feature_index):
+        rope_positions = feature_index.new_zeros(3, *feature_index.shape)
+        for row, length in enumerate(lengths.tolist()):
+            frames = [(run, one.grid) for one, own in zip(rows[row], runs[row], strict=True) for run in own]
+            rope_positions[:, row, :length] = image_positions(length, frames, self.config.vision.merge_size)
+        media = [one for row in rows for one in row]
         pixels = torch.cat([one.pixels for one in media])  # [P, ...]
         features, deepstack = module.image_features(pixels, [one.grid for one in media])
         return PlacedImages(features, feature_index, rope_positions=rope_positions, deepstack=deepstack)

@@ -10,13 +10,11 @@ It adds two things to Qwen3:
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pop.errors import InputError
 from pop.models import base
 from pop.models.config import Qwen3VLConfig
 from pop.models.layers import RMSNorm
@@ -70,47 +68,25 @@ class Qwen3VL(base.DecoderModel):
         return {None: (angles.cos(), angles.sin())}
 
 
-def image_positions(
-    tokens: Sequence[int], config: Qwen3VLConfig, images: Sequence[Grid] = (), videos: Sequence[Grid] = ()
-) -> tuple[Tensor, int]:
-    """The rotary positions of one prompt.
+def image_positions(length: int, frames: Iterable[tuple[range, Grid]], merge_size: int) -> Tensor:
+    """The rotary positions of a prompt of `length` tokens, by time, row and column: [3, T] int64.
 
     Text advances all three axes by one. An image or a frame pair has one time, and its rows and columns start at the
     current position. After it, positions continue as if it had as many tokens as its longer side.
 
     Args:
-        tokens: the prompt. It has a run of image_id for each image, and a run of video_id for each frame pair of a
-            video. A run has one token for each merged patch of its grid.
-        config: of the model.
-        images, videos: the grids of patches, in the order of the prompt.
-
-    Returns:
-        The positions by time, row and column, [3, T] int64, and the position that follows them.
-
-    Raises:
-        InputError: if the runs and the grids do not match.
+        length: T.
+        frames: For each image and each frame pair of a video, where its tokens are, and its grid of patches.
+        merge_size: How many patches are a side of the square that becomes one token.
     """
-    merge = config.vision.merge_size
-    frames = [grid for grid in videos for _ in range(grid.frames)]
-    grids = {config.image_id: list(images), config.video_id: frames}
-    runs = [(token, len(list(run))) for token, run in groupby(tokens, lambda token: token if token in grids else None)]
-    for token, name in ((config.image_id, "images"), (config.video_id, "frame pairs of videos")):
-        found = [length for kind, length in runs if kind == token]
-        needed = [grid.rows * grid.columns // merge**2 for grid in grids[token]]
-        if found != needed:
-            raise InputError(f"the prompt has runs of {found} tokens for {name}; it must have {needed} for those given")
-    left = {token: iter(given) for token, given in grids.items()}
-    blocks = []
-    position = 0
-    for token, length in runs:
-        index = torch.arange(length, device="cpu")
-        block = index.expand(3, -1)  # [3, length]
-        extent = length
-        if token is not None:
-            grid = next(left[token])
-            columns = grid.columns // merge
-            block = torch.stack([torch.zeros_like(index), index // columns, index % columns])
-            extent = max(grid.rows // merge, columns)
-        blocks.append(position + block)
-        position += extent
-    return torch.cat(blocks, dim=1), position
+    steps = torch.ones(length, dtype=torch.int64, device="cpu")  # how far positions advance after each token
+    offsets = steps.new_zeros(3, length)
+    for run, grid in frames:
+        tokens = slice(run.start, run.stop)
+        columns = grid.columns // merge_size
+        index = torch.arange(len(run), device="cpu")
+        offsets[1, tokens] = index // columns
+        offsets[2, tokens] = index % columns
+        steps[tokens] = 0
+        steps[run.stop - 1] = max(grid.rows // merge_size, columns)
+    return steps.cumsum(0) - steps + offsets

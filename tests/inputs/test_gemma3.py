@@ -117,12 +117,15 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
 
 
 REFUSED = [
-    (lambda m: m.generate([2, *ONE]), "the prompt has tokens 500"),
-    (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan, steps=0), "the text has tokens 500"),
-    (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500"),
-    (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 4 tokens 500, .* 2 images"),
-    (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 1 tokens 500, .* 0 images"),
-    (lambda m: m.logits([[2, *[IMAGE] * 3, 9, IMAGE]], images=[A]), "4 tokens 500 of each image must be adjacent"),
+    (lambda m: m.generate([2, *ONE]), r"the prompt has runs of \[4\] tokens 500.* 0 images given .*\[\]"),
+    (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan, steps=0), "the text has runs of .* tokens 500"),
+    (lambda m: pop.importance(m, [[2, *ONE]]), r"the prompt has runs of \[4\] tokens 500.* 0 images given .*\[\]"),
+    (lambda m: m.generate([2, *ONE], images=[A, B]), r"row 0 .*\[4\] tokens 500, .* 2 images .*\[4, 4\]"),
+    (lambda m: m.logits([[2, 3], [2, IMAGE]]), r"row 1 .*\[1\] tokens 500, .* 0 images .*\[\]"),
+    (
+        lambda m: m.logits([[2, *[IMAGE] * 3, 9, IMAGE]], images=[A]),
+        r"row 0 .*\[3, 1\] tokens 500, .* 1 images .*\[4\]",
+    ),
     (lambda m: m.generate("a cat", images=[A]), "1 images .* <start_of_image> 0 times"),
     (lambda m: m.generate([2], videos=[A]), "gemma3 model takes text and images only"),
 ]

@@ -147,7 +147,7 @@ def test_importance_of_samples_with_images(model):
     swapped = [[b if one is a else a for one in row or []] for row in rows]
     others = pop.importance(model, samples, images=swapped, **options)
     assert not torch.equal(others.prefill, scores.prefill)
-    with pytest.raises(InputError, match="sample 0 .* the prompt has tokens"):
+    with pytest.raises(InputError, match="sample 0 .* the prompt has runs"):
         pop.importance(model, samples[:1])
     with pytest.raises(InputError, match="images must be a list of 3 lists"):
         pop.importance(model, samples, images=[a, b, a])
@@ -232,7 +232,7 @@ def test_calibration_with_images(model, monkeypatch):
     assert judge.losses(result).mean <= plain * (1 + 1e-4)
     answer = model.generate(windows[2], images=rows[2], plan=result, max_new_tokens=3)
     assert len(answer.tokens) == 3
-    with pytest.raises(InputError, match="the text has tokens"):
+    with pytest.raises(InputError, match="the text has runs"):
         pop.calibrate(model, windows, plan, progress=False, steps=0)
     short = pop.Model(model.module, model.config, max_seq_len=20, compile=False)
     with pytest.raises(ContextOverflow, match="has 2. tokens, .* 20"):

@@ -1,5 +1,7 @@
 """Qwen3-VL's positions on three axes: the reference's, and by the rule."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error, qwen3_vl_case
 from support.tiny import random_model, tiny_qwen3_vl_config
 
 import pop
+from pop.inputs.processors import processor_of
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
@@ -16,10 +19,15 @@ CONFIG = tiny_qwen3_vl_config()
 
 @pytest.mark.parametrize(("name", "case"), qwen3_vl_cases())
 def test_positions_are_the_references(name, case):
-    case, config = Qwen3VLCase(name, case), Golden(name).config
-    positions, following = image_positions(case.prompt.inputs, config, case.grids["image"], case.grids["video"])
-    assert torch.equal(positions, case.positions)
-    assert following == case.prompt.next_position
+    case, vision = Qwen3VLCase(name, case), processor_of(Golden(name).config)
+    tower = SimpleNamespace(image_features=lambda pixels, grids: (pixels, ()))
+    tokens = torch.tensor([case.prompt.inputs])
+    lengths = torch.tensor([tokens.shape[1]])
+    media = [one for kind in case.prompt.seen.values() for one in kind]
+    images = vision.images(tower, [media], tokens, lengths)
+    index = torch.arange(tokens.shape[1])[None]
+    assert torch.equal(images.rotary(index).expand(3, 1, -1)[:, 0], case.positions)
+    assert lengths + images.rope_offset(lengths) == case.prompt.next_position
 
 
 def test_rows_that_stay_keep_their_positions(tmp_path):
@@ -42,7 +50,7 @@ def test_on_text_positions_are_those_of_a_qwen3():
     module, positions = random_model(CONFIG), torch.arange(300)[None]
     for plain, by_axis in zip(module.rope(positions)[None], module.rope(positions.expand(3, 1, -1))[None], strict=True):
         assert torch.equal(plain, by_axis)
-    assert image_positions(range(9), CONFIG)[0].tolist() == [list(range(9))] * 3
+    assert image_positions(9, [], 2).tolist() == [list(range(9))] * 3
 
 
 @given(
@@ -50,19 +58,18 @@ def test_on_text_positions_are_those_of_a_qwen3():
 )
 def test_positions_by_the_rule(parts):
     """Text advances by one. An image spreads from where it begins, and takes as many steps as its longer side."""
-    tokens, grids, expected, at = [], [], [], 0
+    frames, expected, at = [], [], 0
     for part in parts:
         if isinstance(part, int):
-            tokens += [1] * part
             expected += [(at + n,) * 3 for n in range(part)]
             at += part
             continue
-        frames, rows, columns = part
-        grids.append(Grid(frames, 2 * rows, 2 * columns))
-        for _ in range(frames):
-            tokens += [2, *[CONFIG.video_id] * (rows * columns)]  # the text between separates the frames
-            expected += [(at,) * 3, *((at + 1, at + 1 + y, at + 1 + x) for y in range(rows) for x in range(columns))]
-            at += 1 + max(rows, columns)
-    positions, following = image_positions(tokens, CONFIG, videos=grids)
+        pairs, rows, columns = part
+        for _ in range(pairs):
+            begin = len(expected)
+            frames.append((range(begin, begin + rows * columns), Grid(1, 2 * rows, 2 * columns)))
+            expected += [(at, at + y, at + x) for y in range(rows) for x in range(columns)]
+            at += max(rows, columns)
+    expected.append((at,) * 3)
+    positions = image_positions(len(expected), frames, 2)
     assert positions.T.tolist() == [list(position) for position in expected]
-    assert following == at

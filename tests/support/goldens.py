@@ -110,8 +110,10 @@ class Qwen3VLCase:
             self.patches[kind] = random_patches(sum(counts), config.vision.patch_values, seed)
             self.features[kind] = arrays[f"{case}_{kind}_features"]
             self.deepstack[kind] = arrays[f"{case}_{kind}_deepstack"]
-            pixels = zip(self.patches[kind].split(counts), grids, strict=True)
-            seen[f"{kind}s"] = [Prepared(kind, of_one, (), grid) for of_one, grid in pixels]
+            placeholder = getattr(config, f"{kind}_id")
+            for pixels, grid in zip(self.patches[kind].split(counts), grids, strict=True):
+                frame = [placeholder] * (grid.rows * grid.columns // config.vision.merge_size**2)
+                seen[f"{kind}s"].append(Prepared(kind, pixels, (frame,) * grid.frames, grid))
         logits = arrays[f"{case}_logits"]
         self.prompt = Prompt(golden["tokens"], golden["greedy"], logits, seen, golden["next"])
 
