@@ -84,7 +84,7 @@ def plan_of(model: pop.Model, name: str) -> pop.PrunePlan:
     weight = draw(len(LAYERS), 2, KE, RANK)
     shared = draw(2, RANK, 2 * D)  # the layers form two groups, and kept layers follow the first
     update = draw(1, D, RANK)
-    corrections = Corrections(LAYERS, weight, weight[..., 0], shared, update, sketch=model.sketch[list(LAYERS)])
+    corrections = Corrections(LAYERS, weight, shared, update, sketch=model.sketch[list(LAYERS)])
     return pop.PrunePlan(LAYERS, last, first, corrections)
 
 

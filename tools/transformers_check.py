@@ -105,7 +105,6 @@ def _calibrated(twin: pop.Model, layers: tuple[int, ...], num_groups: int, num_u
     corrections = Corrections(
         layers,
         weight=torch.randn(len(layers), 2, KE, RANK) / RANK**0.5,
-        bias=torch.randn(len(layers), 2, KE) / 10,
         shared=torch.randn(num_groups, RANK, 2 * D) / (2 * D) ** 0.5,
         update=torch.randn(num_updates, D, RANK) / RANK**0.5 if num_updates else None,
         sketch=twin.sketch[list(layers)],

@@ -233,9 +233,7 @@ class PrunedLayer:
         k = attention.k_proj(x)  # [B, T, K * E]
         v = attention.v_proj(x)
         if self.corrections is not None:
-            weight = self.corrections.weight[self.number]
-            bias = self.corrections.bias[self.number]
-            for_k, for_v = F.linear(prompt.z, weight, bias).chunk(2, dim=-1)
+            for_k, for_v = F.linear(prompt.z, self.corrections.weight[self.number]).chunk(2, dim=-1)
             k = k + for_k
             v = v + for_v
         k = rotated(by_head(k, attention, "k_norm"), *tables)  # [B, T, K, E]

@@ -43,7 +43,6 @@ class _Run:
             name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in self.given.items()
         }
         rates = {name: learning_rate(tensor.float()) for name, tensor in self.given.items()}
-        rates["bias"] = rates["weight"]
         groups = [{"params": [tensor], "rate": rates[name]} for name, tensor in self.trained.items()]
         self.adam = torch.optim.Adam(groups, betas=BETAS)
         for tensor in self.trained.values():

@@ -146,8 +146,7 @@ class Pass:
             if corrections is None:
                 k, v = layer.keys_values(h, rope)
             else:
-                weight = corrections.weight[number]
-                k, v = corrected_keys_values(layer, h, z, weight, corrections.bias[number], rope)
+                k, v = corrected_keys_values(layer, h, z, corrections.weight[number], rope)
             attend = functools.partial(_attend_prompt, prompt_k=k, prompt_v=v, rows=rows, mask=masks[layer.window])
             f = layer(f, tuple(table[rows] for table in rope), attend)
         if corrections is not None:

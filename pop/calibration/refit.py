@@ -152,10 +152,8 @@ class Fit:
     def _corrections(self, solutions: list[Solution]) -> Corrections:
         """The corrections of the first groups."""
         layers = [index for group in self.groups[: len(solutions)] for index in group]
-        weight = torch.cat([solution.weight for solution in solutions])
         tensors = {
-            "weight": weight,
-            "bias": torch.zeros_like(weight[..., 0]),
+            "weight": torch.cat([solution.weight for solution in solutions]),
             "shared": torch.stack([solution.shared for solution in solutions]),
         }
         updates = [solution.update for solution in solutions if solution.update is not None]

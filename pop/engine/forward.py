@@ -226,6 +226,6 @@ class Call:
             if z is None:
                 self.stages.pruned_layer(layer, h[:, needed], rope, slots, keys, values)
             else:
-                inputs = (h[:, needed], z[:, needed], corrections.weight[number], corrections.bias[number])
+                inputs = (h[:, needed], z[:, needed], corrections.weight[number])
                 self.stages.corrected_layer(layer, *inputs, rope, slots, keys, values)
         return passed

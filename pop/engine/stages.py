@@ -30,12 +30,12 @@ def pruned_layer(layer, h, rope, slots, keys, values):
     write(keys, values, slots, *layer.keys_values(h, rope))
 
 
-def corrected_layer(layer, h, z, weight, bias, rope, slots, keys, values, linear: Callable = F.linear):
+def corrected_layer(layer, h, z, weight, rope, slots, keys, values, linear: Callable = F.linear):
     """A pruned layer of a calibrated plan: its own K and V of h [B, T, D], corrected by products of z [B, T, R].
 
-    weight is [2 * K * E, R], bias is [2 * K * E].
+    weight is the layer's U [2 * K * E, R].
     """
-    write(keys, values, slots, *corrected_keys_values(layer, h, z, weight, bias, rope, linear))
+    write(keys, values, slots, *corrected_keys_values(layer, h, z, weight, rope, linear))
 
 
 def code(layer, h, previous, shared, linear: Callable = F.linear):
@@ -43,7 +43,7 @@ def code(layer, h, previous, shared, linear: Callable = F.linear):
 
     `previous` [B, D] is the state before each row's first one, and `shared` [R, 2 * D] is the group's.
     """
-    group = GroupCorrections(shared, None, None, None)
+    group = GroupCorrections(shared, None, None)
     x = layer.normalised(h)
     return group.code(x, shifted(x, layer.normalised(previous)), linear)
 

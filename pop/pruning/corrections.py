@@ -5,7 +5,7 @@ consecutive pruned layers. Calibration (pop/calibration) measures the resulting 
 x_t the state of token t, normalised without a weight, and x_{-1} = 0,
 
     z_t = V [x_t ; x_{t-1}]               a code of R numbers for each token, shared by the layers of the group
-    k_t, v_t  =  own projections of h_t  +  U z_t + b
+    k_t, v_t  =  own projections of h_t  +  U z_t
     h_t  <-  h_t + A z_t                  after the group, if kept layers follow it
 
 K's norm, where the family has one, and the rotary position follow as always. Kept layers after a group need what its
@@ -31,7 +31,6 @@ class GroupCorrections(NamedTuple):
 
     shared: Tensor  # V [R, 2 * D]
     weight: Tensor  # U [n, 2 * K * E, R]: K's rows come first, and then V's
-    bias: Tensor  # b [n, 2 * K * E]
     update: Tensor | None  # A [D, R], or None if no kept layer follows
 
     def code(self, x: Tensor, before: Tensor, linear=F.linear) -> Tensor:
@@ -51,19 +50,19 @@ def shifted(x: Tensor, previous: Tensor) -> Tensor:
     return torch.where((column > 0)[:, None], earlier, previous[:, None])
 
 
-def corrected_keys_values(layer, h, z, weight, bias, rope, linear=F.linear) -> tuple[Tensor, Tensor]:
+def corrected_keys_values(layer, h, z, weight, rope, linear=F.linear) -> tuple[Tensor, Tensor]:
     """K and V of a pruned layer of a calibrated plan, each [B, T, K, E], as the cache holds them.
 
     Args:
         layer: The PrunableLayer.
         h: [B, T, D], enters the layer's group.
         z: [B, T, R], the code of h.
-        weight, bias: The layer's U [2 * K * E, R] and b [2 * K * E].
+        weight: The layer's U [2 * K * E, R].
         rope: The tokens' rotary tables.
         linear: The function that multiplies.
     """
     own_k, own_v = layer.projected(h)  # [B, T, K * E] each
-    k, v = linear(z, weight, bias).chunk(2, dim=-1)  # [B, T, K * E] each
+    k, v = linear(z, weight).chunk(2, dim=-1)  # [B, T, K * E] each
     return layer.placed(own_k + k, own_v + v, rope)
 
 
@@ -73,7 +72,6 @@ class Corrections:
     Args:
         layers: The indices of the layers, in order.
         weight: U [n, 2, K * E, R], for K and for V.
-        bias: b [n, 2, K * E].
         shared: V [G, R, 2 * D].
         update: A [g, D, R] of the g groups that kept layers follow, which are all but possibly the last. None: g is 0.
         sketch: Of the layers that they were fitted to, [n, 2, J] float32 on the CPU (sketch.py).
@@ -82,10 +80,9 @@ class Corrections:
         PlanError: The tensors do not fit each other, or are not finite.
     """
 
-    def __init__(self, layers, weight, bias, shared, update=None, *, sketch: Tensor):
+    def __init__(self, layers, weight, shared, update=None, *, sketch: Tensor):
         self.layers = tuple(layers)
         self.weight = weight
-        self.bias = bias
         self.shared = shared
         self.update = update
         self.sketch = sketch
@@ -109,11 +106,11 @@ class Corrections:
             advice = "calibrate again, or use another dtype"
             raise PlanError(f"the corrections are not finite in {self.weight.dtype}; {advice}")
 
-    def _fits(self, weight: list[int], bias: list[int], shared: list[int], update: list[int] | None = None) -> bool:
+    def _fits(self, weight: list[int], shared: list[int], update: list[int] | None = None) -> bool:
         if len(weight) != 4 or len(shared) != 3 or weight[:2] != [len(self.layers), 2]:
             return False
         num_groups, rank, inputs = shared
-        if bias != weight[:3] or rank != weight[3] or num_groups != len(self._firsts) or inputs % 2:
+        if rank != weight[3] or num_groups != len(self._firsts) or inputs % 2:
             return False
         if update is None:
             return num_groups == 1
@@ -128,7 +125,7 @@ class Corrections:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, as in a saved plan."""
-        tensors = {"weight": self.weight, "bias": self.bias, "shared": self.shared}
+        tensors = {"weight": self.weight, "shared": self.shared}
         return tensors if self.update is None else tensors | {"update": self.update}
 
     @property
@@ -146,7 +143,6 @@ class Corrections:
         return GroupCorrections(
             shared=self.shared[number],
             weight=self.weight[own].flatten(1, 2),  # [n, 2 * K * E, R]
-            bias=self.bias[own].flatten(1),  # [n, 2 * K * E]
             update=self.update[number] if has_update else None,
         )
 
@@ -163,7 +159,7 @@ class Corrections:
                 return ready
         tensors = self.tensors
         if rows is not None:
-            tensors |= {"weight": self.weight[:, :, rows], "bias": self.bias[:, :, rows]}
+            tensors["weight"] = self.weight[:, :, rows]
         copy = self.replaced({name: tensor.to(device, dtype) for name, tensor in tensors.items()})
         copy.rows = rows
         self._copy = copy  # set last, since another thread may read it

@@ -284,6 +284,8 @@ def _read(path: str | os.PathLike) -> dict:
     except SafetensorError:  # a plan without corrections
         return files.read_json(path, PlanError)
     fields = json.loads(metadata["pop_plan"])
+    for name in tensors.keys() - {"weight", "shared", "update", "sketch"}:
+        raise PlanError(f"it has a tensor {name!r:.100}, and no corrections have one of this name; calibrate again")
     fields["corrections"] = Corrections(fields["layers"], **tensors)
     return fields
 

@@ -150,9 +150,9 @@ def code(layer, group: Group, h: Tensor) -> Tensor | None:
 
 
 def corrected(layer, group: Group, index: int, h, z, rope, skips, k, v) -> KeysValues:
-    """K and V [1, T, K, E] of a layer, in which tokens that skip it have k + U z + b and v + U z + b."""
+    """K and V [1, T, K, E] of a layer, in which tokens that skip it have k + U z and v + U z."""
     number = index - group.layers[0]
-    correction = z @ group.corrections.weight[number].T + group.corrections.bias[number]  # [1, T, 2 * K * E]
+    correction = z @ group.corrections.weight[number].T  # [1, T, 2 * K * E]
     correction_k, correction_v = correction.chunk(2, dim=-1)
     own_k, own_v = layer.projected(h)  # before K's norm and rotary positions
     pruned_k, pruned_v = layer.placed(own_k + correction_k, own_v + correction_v, rope)

@@ -78,7 +78,7 @@ def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
 
     D = module.config.hidden_size
     KE = module.config.num_kv_heads * module.config.head_dim
-    tensors = {"weight": normal(2, 2, KE, 7), "bias": normal(2, 2, KE), "shared": normal(2, 7, 2 * D)}
+    tensors = {"weight": normal(2, 2, KE, 7), "shared": normal(2, 7, 2 * D)}
     plan = pop.PrunePlan(
         (1, 3), 1, 1, Corrections((1, 3), **tensors, update=normal(2, D, 7), sketch=torch.zeros(2, 2, NUMBERS))
     )

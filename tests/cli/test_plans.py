@@ -17,7 +17,6 @@ from pop.pruning.sketch import NUMBERS
 REFIT = Corrections(
     (1, 3),
     torch.zeros(2, 2, 3, 5),
-    torch.zeros(2, 2, 3),
     torch.zeros(2, 5, 8),
     torch.zeros(1, 4, 5),
     sketch=torch.zeros(2, 2, NUMBERS),

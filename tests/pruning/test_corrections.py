@@ -23,7 +23,7 @@ SKETCH = torch.ones(2, 2, NUMBERS)
 
 def tensors(**changed):
     """For layers 2 and 3 of a model of width 30, with 20 rows of K and of V, and codes of 7 numbers."""
-    shapes = {"weight": (2, 2, 20, 7), "bias": (2, 2, 20), "shared": (1, 7, 60), "update": (1, 30, 7)}
+    shapes = {"weight": (2, 2, 20, 7), "shared": (1, 7, 60), "update": (1, 30, 7)}
     made = {name: torch.zeros(shape) for name, shape in shapes.items()} | changed
     return {name: tensor for name, tensor in made.items() if tensor is not None}
 
@@ -46,7 +46,6 @@ def test_groups_of_a_plan_have_the_tensors_of_their_layers():
     for number, found in enumerate((first, second, third)):
         assert torch.equal(found.shared, corrected.shared[number])
     assert torch.equal(second.weight[1], corrected.weight[2].flatten(0, 1))  # [2 * K * E, R]
-    assert torch.equal(second.bias[1], corrected.bias[2].flatten())
     assert torch.equal(second.update, corrected.update[1]) and third.update is None
 
 
@@ -65,7 +64,6 @@ def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     assert corrected.to(CPU, torch.float32) is corrected
     part = corrected.to(CPU, torch.bfloat16, [4, 1])
     assert torch.equal(part.weight, corrected.weight[:, :, [4, 1]].bfloat16())
-    assert torch.equal(part.bias, corrected.bias[:, :, [4, 1]].bfloat16())
     assert torch.equal(part.shared, corrected.shared.bfloat16()) and torch.equal(
         part.update, corrected.update.bfloat16()
     )
@@ -113,7 +111,7 @@ def test_tensors_of_wrong_shapes_are_refused(name, shape):
 @pytest.mark.parametrize("num_updates", [None, 1, 2, 3])
 def test_h_is_updated_after_all_groups_but_possibly_the_last(num_updates):
     update = None if num_updates is None else torch.zeros(num_updates, 30, 7)
-    tensors = {"weight": torch.zeros(3, 2, 20, 7), "bias": torch.zeros(3, 2, 20), "shared": torch.zeros(2, 7, 60)}
+    tensors = {"weight": torch.zeros(3, 2, 20, 7), "shared": torch.zeros(2, 7, 60)}
     context = nullcontext() if num_updates in (1, 2) else pytest.raises(PlanError, match="update|shared")
     with context:
         corrections((1, 3, 4), torch.ones(3, 2, NUMBERS), update=update, **tensors)
@@ -122,11 +120,11 @@ def test_h_is_updated_after_all_groups_but_possibly_the_last(num_updates):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("bias", torch.zeros(2, 2, 20, dtype=torch.bfloat16)),  # the weight is float32
-        ("bias", torch.full((2, 2, 20), math.inf)),
+        ("shared", torch.zeros(1, 7, 60, dtype=torch.bfloat16)),  # the weight is float32
+        ("shared", torch.full((1, 7, 60), math.inf)),
         ("weight", torch.full((2, 2, 20, 7), math.nan)),
         ("weight", torch.zeros(2, 2, 20, 7, dtype=torch.int64)),
-        ("bias", [0.0]),
+        ("shared", [0.0]),
     ],
 )
 def test_tensors_of_wrong_numbers_are_refused(name, value):
@@ -161,7 +159,7 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
         lambda: path.write_bytes(content[:-1]),
         lambda: save_file(saved, path),
         lambda: rewrite({"weight": saved["weight"]}),
-        lambda: rewrite(saved | {"other": saved["bias"] + 1}),
+        lambda: rewrite(saved | {"other": saved["weight"] + 1}),
         lambda: rewrite(layers=[2]),
         lambda: rewrite(gates=3),
         lambda: rewrite(about={"a": math.nan}),
@@ -169,3 +167,11 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
     ][broken]()
     with pytest.raises(PlanError, match=str(path)):
         PrunePlan.load(path)
+
+
+def test_a_tensor_of_another_name_is_named(tmp_path):
+    """Corrections once had a bias."""
+    tensors = corrections().tensors | {"bias": torch.zeros(2, 2, 20), "sketch": SKETCH}
+    save_file(tensors, tmp_path / "plan", metadata={"pop_plan": json.dumps({"layers": [2, 3], "full_depth_first": 1})})
+    with pytest.raises(PlanError, match="'bias'.*calibrate again"):
+        PrunePlan.load(tmp_path / "plan")

@@ -130,13 +130,12 @@ def random_corrections(config, layers, seed: int, rank: int = 9, model=None) -> 
     random = torch.Generator().manual_seed(seed)
     D, KE = config.hidden_size, config.num_kv_heads * config.head_dim
     weight = torch.randn(len(layers), 2, KE, rank, generator=random) / rank**0.5
-    bias = 0.1 * torch.randn(len(layers), 2, KE, generator=random)
     groups = max(1, sum(layer - 1 not in layers for layer in layers))
     shared = torch.randn(groups, rank, 2 * D, generator=random) / (2 * D) ** 0.5
     num_updates = groups - (layers[-1] + 1 == config.num_layers)
     update = torch.randn(num_updates, D, rank, generator=random) / rank**0.5
     sketch = torch.zeros(len(layers), 2, NUMBERS) if model is None else model.sketch[list(layers)]
-    return Corrections(layers, weight, bias, shared, update if num_updates else None, sketch=sketch)
+    return Corrections(layers, weight, shared, update if num_updates else None, sketch=sketch)
 
 
 def plain(plan, **fields):

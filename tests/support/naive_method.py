@@ -51,8 +51,8 @@ def token_by_token(module, tokens, plans, ends=None):
                 group = sum(other - 1 not in plan.layers for other in plan.layers[: number + 1]) - 1
                 z = plan.corrections.shared[group] @ torch.cat((x, before), dim=-1)[0, 0]  # position 0 is never pruned
                 own = layer.projected(entered[start][-1])
-                weight, bias = plan.corrections.weight[number], plan.corrections.bias[number]
-                k, v = layer.placed(*(own[i] + weight[i] @ z + bias[i] for i in (0, 1)), rope[layer.window])
+                weight = plan.corrections.weight[number]
+                k, v = layer.placed(own[0] + weight[0] @ z, own[1] + weight[1] @ z, rope[layer.window])
                 updates = [] if plan.corrections.update is None else plan.corrections.update
                 if index + 1 not in plan.layers and group < len(updates):
                     h = h + updates[group] @ z

@@ -1,5 +1,7 @@
 """Contenders and baselines compute what their papers say: naive computations with masks and projections."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -201,25 +203,32 @@ def test_without_boundary_handling_the_whole_prompt_is_pruned(windows):
     assert_predicts(baselines.NoBoundary("no-boundary", model, plan), naive)
 
 
+def with_constants(projected, constants, h):
+    return tuple(x + constant for x, constant in zip(projected(h), constants, strict=True))
+
+
 @pytest.mark.parametrize("make", [controls.constant_kv, controls.embedding_kv])
 @pytest.mark.parametrize("windows", [False, True])
 def test_controls_are_plans_whose_codes_are_the_embedding(make, windows):
-    """With all layers pruned, the embedding is the state that enters the group. So the engine can run the same plan."""
+    """With all layers pruned, the embedding is the state that enters the group. So the engine can run the same plan.
+
+    Its corrections lack a constant, which is added to the projections of pruned tokens.
+    """
     model = tiny_windows() if windows else tiny_model()
     layers = tuple(range(5))
     contender = make(model, 1.0, WINDOWS)
     D = model.config.hidden_size
     weight = []
-    for index in layers:
-        W = contender.weights[index][0].T  # [2 * K * E, D]
+    for index, layer in enumerate(model.module.layers):
+        W, b = contender.weights[index]  # [D, 2 * K * E] and [2 * K * E]
         assert bool(W.any()) == (make is controls.embedding_kv)
         # A projection is linear in the normalised state, which is e_i sqrt(D) for a multiple of a unit vector e_i.
-        own = torch.cat(model.module.layers[index].projected(1e4 * torch.eye(D)[None]), dim=-1)[0].T / D**0.5
-        weight.append((W - own).unflatten(0, (2, -1)))
+        own = torch.cat(layer.projected(1e4 * torch.eye(D)[None]), dim=-1)[0].T / D**0.5
+        weight.append((W.T - own).unflatten(0, (2, -1)))
+        layer.projected = partial(with_constants, layer.projected, b.chunk(2))
     corrections = Corrections(
         layers,
         weight=torch.stack(weight),
-        bias=torch.stack([contender.weights[index][1].unflatten(0, (2, -1)) for index in layers]),
         shared=torch.eye(D, 2 * D)[None],  # the code of a token is its own state
         sketch=model.sketch[list(layers)],
     )

@@ -115,7 +115,6 @@ def random_corrections(model: pop.Model, plan: pop.PrunePlan) -> Corrections:
     return Corrections(
         plan.layers,
         weight=draw(len(plan.layers), 2, config.num_kv_heads * config.head_dim, rank),
-        bias=draw(len(plan.layers), 2, config.num_kv_heads * config.head_dim),
         shared=draw(len(groups), rank, 2 * config.hidden_size),
         update=draw(len(updates), config.hidden_size, rank) if updates else None,
         sketch=model.sketch[list(plan.layers)],

@@ -77,7 +77,6 @@ def random_corrections(random: Random, model: pop.Model, layers: tuple[int, ...]
     return Corrections(
         layers,
         weight=normal(len(layers), 2, KE, R),
-        bias=normal(len(layers), 2, KE),
         shared=normal(num_groups, R, 2 * D),
         update=normal(num_updates, D, R) if num_updates else None,
         sketch=model.sketch[list(layers)],

@@ -239,7 +239,7 @@ class Pruned:
         for number, index in enumerate(group.layers):
             k, v = self.projected(index, h)
             if z is not None:
-                correction = F.linear(z, corrections.weight[number], corrections.bias[number])  # [N, 2 * K * E]
+                correction = F.linear(z, corrections.weight[number])  # [N, 2 * K * E]
                 correction_k, correction_v = correction.chunk(2, dim=-1)
                 k = k + correction_k
                 v = v + correction_v

@@ -206,7 +206,6 @@ def calibrated(engine: Reference, layers: tuple[int, ...], **fields) -> pop.Prun
 
     tensors = {
         "weight": random(len(layers), 2, kv_rows, rank, scale=0.1),
-        "bias": random(len(layers), 2, kv_rows, scale=0.1),
         "shared": random(len(groups), rank, 2 * config.hidden_size, scale=(2 * config.hidden_size) ** -0.5),
     }
     if num_updates:
