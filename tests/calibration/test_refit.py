@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import models
 from support.naive_fit import assert_fit, fitted, naive_fit, whole_projections
+from support.plans import contents
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
 import pop
@@ -178,8 +179,8 @@ def test_the_defaults(model, calibrated):
 
 def test_a_calibrated_plan_can_be_calibrated_again_and_the_seed_decides(model):
     plan = calibrate(model, TEXTS, PrunePlan((2, 3)), longest=20, seed=1, progress=False, steps=0)
-    assert calibrate(model, TEXTS, plan, longest=20, seed=1, progress=False, steps=0) == plan
-    assert calibrate(model, TEXTS, plan, longest=20, seed=2, progress=False, steps=0) != plan
+    assert contents(calibrate(model, TEXTS, plan, longest=20, seed=1, progress=False, steps=0)) == contents(plan)
+    assert contents(calibrate(model, TEXTS, plan, longest=20, seed=2, progress=False, steps=0)) != contents(plan)
 
 
 def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
@@ -221,7 +222,7 @@ def test_bfloat16_is_close_to_float32(model, calibrated, tmp_path):
     own = calibrate(half, TEXTS, PLAN, progress=False, steps=0)
     assert own.corrections.weight.dtype == torch.bfloat16
     own.save(tmp_path / "plan")
-    assert PrunePlan.load(tmp_path / "plan") == own
+    assert contents(PrunePlan.load(tmp_path / "plan")) == contents(own)
 
 
 def test_calibration_of_a_trainable_model_leaves_no_graph(calibrated):
@@ -231,7 +232,7 @@ def test_calibration_of_a_trainable_model_leaves_no_graph(calibrated):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plan = calibrate(model, TEXTS, PLAN, progress=False, steps=0)
     assert not plan.corrections.weight.requires_grad
-    assert copy.deepcopy(plan) == plan == calibrated
+    assert contents(copy.deepcopy(plan)) == contents(plan) == contents(calibrated)
 
 
 def test_the_pass_runs_no_layer_twice_or_in_vain(model, notes):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.plans import contents
 from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
@@ -271,7 +272,7 @@ def test_calibrate_puts_a_plan_beside_the_weights(calibration, layers, capsys, m
     fitted = [text[: len(text) * 4 // 5] for text in texts]
     expected = pop.calibrate(model, fitted, longest=600, rank=5, steps=2, seed=3, progress=False, **given)
     plan = pop.PrunePlan.load(folder / "default.plan")
-    assert plan == expected
+    assert contents(plan) == contents(expected)
     assert plan.about == expected.about | {"verdict": {"holds": True, "sentence": "It holds."}}
     assert not list(folder.glob("*.progress"))
     assert (

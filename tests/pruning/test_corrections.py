@@ -1,6 +1,5 @@
-"""Corrections: codes, copies, equality and files, and what is refused. tests/calibration fits them."""
+"""Corrections: codes, copies and files, and what is refused. tests/calibration fits them."""
 
-import dataclasses
 import json
 import math
 import pickle
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.cases import random_corrections
 from support.goldens import REFUSED
+from support.plans import contents
 from support.tiny import tiny_config
 
 from pop import PlanError, PrunePlan
@@ -70,19 +70,19 @@ def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     assert (part.layers, part.rank, part.rows) == (corrected.layers, corrected.rank, [4, 1])
     assert corrected.to(CPU, torch.bfloat16, [4, 1]) is part
     assert corrected.to(CPU, torch.bfloat16) is not part
-    assert pickle.loads(pickle.dumps(corrected)) == corrected
+    again = pickle.loads(pickle.dumps(corrected))
+    assert again.layers == corrected.layers and torch.equal(again.sketch, corrected.sketch)
+    for name, tensor in corrected.tensors.items():
+        assert torch.equal(again.tensors[name], tensor)
     assert len(pickle.dumps(corrected)) == pickled  # without the copy
 
 
-def test_equality_compares_every_field():
-    one = corrections()
-    assert one == corrections()
-    for name, tensor in one.tensors.items():
-        assert one != corrections(**{name: tensor + 1})
-    assert one != corrections(update=None)
-    assert one != corrections(sketch=SKETCH + 1)
-    assert one != Corrections((3, 4), **one.tensors, sketch=SKETCH)
-    assert one != one.to(CPU, torch.bfloat16)
+def test_plans_with_corrections_are_equal_if_they_share_them():
+    shared = corrections()
+    one = PrunePlan((2, 3), full_depth_first=1, corrections=shared)
+    assert one == PrunePlan((2, 3), full_depth_first=1, corrections=shared)
+    assert one != PrunePlan((2, 3), full_depth_first=1, corrections=corrections())
+    assert len({one, PrunePlan((2, 3), full_depth_first=1, corrections=shared)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_plan_with_transposed_tensors_can_be_saved(tmp_path):
     transposed = torch.arange(7 * 60.0).view(1, 60, 7).mT  # [1, 7, 60]
     plan = PrunePlan((2, 3), full_depth_first=1, corrections=corrections(shared=transposed))
     plan.save(tmp_path / "plan")
-    assert PrunePlan.load(tmp_path / "plan") == plan
+    assert contents(PrunePlan.load(tmp_path / "plan")) == contents(plan)
 
 
 @pytest.mark.parametrize("broken", range(8))
@@ -145,8 +145,7 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
     plan = PrunePlan((2, 3), full_depth_first=1, corrections=corrections())
     plan.save(path)
-    assert PrunePlan.load(path) == plan
-    assert PrunePlan.load(path) != dataclasses.replace(plan, corrections=None)
+    assert contents(PrunePlan.load(path)) == contents(plan)
     saved, content = load_file(path), path.read_bytes()
     fields = {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1}
 

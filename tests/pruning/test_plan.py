@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.cases import random_corrections
+from support.plans import contents
 from support.tiny import tiny_config
 
 import pop
@@ -149,7 +150,8 @@ def test_a_plan_that_ships_with_the_package_is_known_by_its_name(tmp_path, monke
     name, plan = "smollm2-135m-third", PrunePlan((1,))
     shipped = PrunePlan.load(name)
     assert shipped.layers == (*range(20, 30),)
-    assert PrunePlan.of(name, 30) == PrunePlan.of(Path(name), 30) == shipped
+    for again in (PrunePlan.of(name, 30), PrunePlan.of(Path(name), 30)):
+        assert contents(again) == contents(shipped)
     plan.save("here.plan")
     for path in (f"./{name}", f"{name}.plan", "here"):
         with pytest.raises(PlanError):
@@ -216,5 +218,5 @@ def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
     for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, corrections), PrunePlan((1,), 1, 1, corrections, 0.25)):
         plan.save(tmp_path / "link")
         assert (tmp_path / "link").is_symlink()
-        assert PrunePlan.load(tmp_path / "plan") == plan
+        assert contents(PrunePlan.load(tmp_path / "plan")) == contents(plan)
         assert (tmp_path / "plan").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.plans import contents
 from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
@@ -31,7 +32,7 @@ def calibrated(model, path) -> list:
     assert pop.Importance.load(path).plan(2) == scores.plan(2)
     plan = pop.calibrate(model, texts, layers=(1, 2), rank=4, longest=64, steps=1, progress=False)
     plan.save(path)
-    assert pop.PrunePlan.load(path) == plan
+    assert contents(pop.PrunePlan.load(path)) == contents(plan)
     verdict = pop.check(model, plan, texts, lengths=[700], questions=1, progress=False)
     tensors = {name: tensor.tolist() for name, tensor in plan.corrections.tensors.items()}
     return [scores.prefill.tolist(), tensors, verdict.record(), model.prefill([[1, 2, 3]], model.new_cache()).tolist()]

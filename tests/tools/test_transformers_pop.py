@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import assert_close, random_corrections
+from support.plans import contents
 from support.tiny import hf_config, tiny_config
 from torch import nn
 
@@ -285,7 +286,8 @@ def test_calibrates_the_model_itself(model):
     texts = [torch.randint(3, CONFIG.vocab_size, (90,)).tolist() for _ in range(4)]
     options = {"rank": 8, "longest": 48, "steps": 0, "progress": False}
     plan = calibrate(model, texts, PrunePlan((3, 4)), **options)
-    assert plan == pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), **options)
+    expected = pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), **options)
+    assert contents(plan) == contents(expected)
     pruned(model, plan)
 
 
