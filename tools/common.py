@@ -6,11 +6,13 @@ package. The demo also imports the converter.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -87,7 +89,16 @@ def write_plot(path: str, drawn: bytes) -> None:
 
 
 def _write(path: str, data: str | bytes, what: str) -> None:
-    files.save_anyway(lambda path: files.write_whole(path, data, what, InputError), path)
+    """Write what took long. If that fails, write it into a temporary file, and name it in the error."""
+    try:
+        files.write_whole(path, data, what, InputError)
+    except InputError as error:
+        problem = error
+        with contextlib.suppress(OSError, InputError):
+            spare = Path(tempfile.mkdtemp(prefix="pop-")) / Path(path).name
+            files.write_whole(spare, data, what, InputError)
+            problem = InputError(f"{error}; meanwhile it is in {spare}")
+        raise problem from None
 
 
 # ---- Tables ----

@@ -8,7 +8,6 @@ texts ──► windows to fit, and windows to judge by (texts.py, held_out.py)
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 import os
@@ -51,6 +50,7 @@ from pop.system.progress import progress_bar
 RIDGES = (1e-4, 1e-3, RIDGE, 1e-1, 1.0)  # candidates for lambda
 LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
 WINDOWS = 10  # texts are cut into at least as many windows
+GIVEN = "given "  # before the name of a tensor of the closed form, in the file of unfinished work
 
 
 @own_dtypes_and_devices()
@@ -144,7 +144,7 @@ def calibrate(
         _announce(model, windows, judged, rank, steps)
     judge = Judge(model, judged)
     if restored is None:
-        tensors = None
+        tensors = {}
         if not decides:
             decided = dataclasses.replace(given, full_depth_below=0)  # short prompts are pruned meanwhile
         elif given is not None:
@@ -159,10 +159,23 @@ def calibrate(
         tensors, fields = restored
         plan = _restored(model, tensors, fields)
 
+    found = plan.fields()
+    if plan.corrections is not None:
+        tensors |= {f"{GIVEN}{name}": tensor for name, tensor in plan.corrections.tensors.items()}
+    saved.write(tensors, found)
     if steps:
-        save = functools.partial(saved.write, found=plan.fields())
         with progress_bar("distilling", steps, "steps", progress) as step:
-            plan = distill(model, plan, windows, judge, steps, seed=seed, restored=tensors, save=save, progress=step)
+            plan = distill(
+                model,
+                plan,
+                windows,
+                judge,
+                steps,
+                seed=seed,
+                restored=tensors,
+                save=lambda changed: saved.write(tensors | changed, found),
+                progress=step,
+            )
     below = search.SHORT if decides else given.full_depth_below
     return dataclasses.replace(_recorded(model, plan, judge, about), full_depth_below=below)
 
@@ -288,10 +301,10 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
 
 def _restored(model, tensors: dict, fields: dict) -> PrunePlan:
     """The closed form of an unfinished run."""
-    prefix = "given "
-    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    given = {name.removeprefix(GIVEN): tensor for name, tensor in tensors.items() if name.startswith(GIVEN)}
     layers = fields["layers"]
-    return PrunePlan(**fields, corrections=Corrections(layers, **given, sketch=model.sketch[layers]))
+    corrections = Corrections(layers, **given, sketch=model.sketch[layers]) if given else None
+    return PrunePlan(**fields, corrections=corrections)
 
 
 def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:

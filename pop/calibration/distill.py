@@ -30,19 +30,17 @@ CHECKS = 8  # how often the held-out windows are judged
 
 
 class _Run:
-    """All that a run needs to continue: the trained tensors in float32, Adam's moments, the given and best tensors."""
+    """All that changes during a run: the trained tensors in float32, Adam's moments, and the best tensors."""
 
     def __init__(self, model, plan: PrunePlan, least: float):
         self.model = model
         self.plan = plan
         self.steps = torch.tensor(0.0)  # that are done
         self.least = torch.tensor(least)  # the held-out loss of the best tensors
-        self.given = {name: tensor.to(model.device) for name, tensor in plan.corrections.tensors.items()}
-        self.best = {name: tensor.clone() for name, tensor in self.given.items()}  # in the model's dtype
-        self.trained = {
-            name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in self.given.items()
-        }
-        rates = {name: learning_rate(tensor.float()) for name, tensor in self.given.items()}
+        given = {name: tensor.to(model.device) for name, tensor in plan.corrections.tensors.items()}
+        self.best = {name: tensor.clone() for name, tensor in given.items()}  # in the model's dtype
+        self.trained = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in given.items()}
+        rates = {name: learning_rate(tensor.float()) for name, tensor in given.items()}
         groups = [{"params": [tensor], "rate": rates[name]} for name, tensor in self.trained.items()]
         self.adam = torch.optim.Adam(groups, betas=BETAS)
         for tensor in self.trained.values():
@@ -53,14 +51,14 @@ class _Run:
         """All tensors that change, by name."""
         tensors = {"steps": self.steps, "least": self.least}
         for name, tensor in self.trained.items():
-            tensors |= {name: tensor.detach(), f"best {name}": self.best[name], f"given {name}": self.given[name]}
+            tensors |= {name: tensor.detach(), f"best {name}": self.best[name]}
             tensors |= {f"{moment} {name}": value for moment, value in self.adam.state[tensor].items()}
         return tensors
 
     def restore(self, saved: dict[str, Tensor]) -> None:
-        """Continue from saved `tensors`."""
+        """Continue from saved `tensors`. Those that are not saved stay."""
         for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
+            tensor.copy_(saved.get(name, tensor))
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> PrunePlan:
         """The plan with other tensors."""
@@ -114,18 +112,16 @@ def distill(
         judge: Compares plans on held-out windows.
         steps: How many.
         seed: Decides the exercises.
-        restored: Tensors that `save` has received, from which the run continues. The plan is the same then.
-        save: Is called with the tensors that the run needs to continue, at the start and after each check.
+        restored: Tensors that `save` has received, from which the run continues. The plan is the same then. Other
+            tensors are ignored.
+        save: Is called with the tensors that the run needs to continue, after each check.
         progress: Is called with the number of steps done since its last call, and a note on the loss.
 
     Raises:
         InputError: The gradients are not finite.
     """
     run = _Run(model, plan, judge.losses(plan).mean)
-    if restored is not None:
-        run.restore(restored)
-    else:
-        save(run.tensors())
+    run.restore(restored or {})
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
     done = int(run.steps)

@@ -22,7 +22,7 @@ from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
 from pop.cli.texts import calibration_texts, read_file, readable
-from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
+from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, sampling_params
 from pop.inputs.processors import Prepared
 from pop.loading import usable_device
@@ -135,7 +135,7 @@ def importance(args) -> None:
     least = result.plan(len(result.prefill) // 3).layers
     print(f"\nPrefill needs this third of the layers least: layers {', '.join(map(str, least))}.")
     if args.out is not None:
-        files.save_anyway(result.save, args.out)
+        result.save(args.out)
 
 
 def excerpts(model, texts: list[str], count: int, length: int, seed: int) -> list[list[int]]:
@@ -163,7 +163,10 @@ def calibrate(args) -> None:
     plan = pop.calibrate(model, fitted, resume=resume, **options)
     verdict = pop.check(model, plan, rest, lengths=lengths)
     plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})
-    files.save_anyway(plan.save, args.out)
+    try:
+        plan.save(args.out)
+    except PlanError as error:
+        raise PlanError(f"{error}, or make this one writable: the same command continues from {resume}") from None
     Path(os.path.expanduser(resume)).unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")

@@ -9,9 +9,8 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +101,6 @@ def check_writable(path: str | os.PathLike, what: str, error: type[PopError], si
     free = shutil.disk_usage(folder).free
     if free < size:
         raise error(f"{what} takes about {size:,} bytes, but {folder} has {free:,} free; choose another path")
-
-
-def save_anyway(save: Callable[[str | os.PathLike], object], path: str | os.PathLike) -> None:
-    """Call save(path) with what took long. If that fails, save into a temporary file, and name it in the error."""
-    try:
-        save(path)
-    except PopError as error:
-        problem = error
-        with contextlib.suppress(OSError, PopError):
-            spare = Path(tempfile.mkdtemp(prefix="pop-")) / "saved"
-            save(spare)
-            problem = type(error)(f"{error}; it is in {spare}")
-        raise problem from None
 
 
 def hash_file(path: Path, hasher) -> str:

@@ -10,8 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -312,6 +310,26 @@ def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
     assert pathlib.Path("~nosuchuser").read_bytes() == pathlib.Path("whole").read_bytes()
 
 
+@pytest.mark.parametrize("steps", ["0", "2"])
+def test_a_plan_that_cannot_be_written_is_not_lost(calibration, steps, capsys, monkeypatch):
+    """The same command continues after the work. Here a folder takes the plan's place while the verdict is made."""
+    _, words, _ = calibration
+    words = [*words, "--steps", steps, "--layers", "2,4-5", "--out"]
+    assert main([*words, "whole"]) == 0
+    check = pop.check
+    with monkeypatch.context() as patch:
+        patch.setattr(pop, "check", lambda *args, **options: os.mkdir("my.plan") or check(*args, **options))
+        assert main([*words, "my.plan"]) == 2
+    error = without_plan(capsys.readouterr().err).splitlines()[-1]
+    assert re.search(r"written to my\.plan .* the same command continues from my\.plan\.progress$", error)
+    os.rmdir("my.plan")
+    monkeypatch.setattr("pop.calibration.calibrate.fitted", None)
+    monkeypatch.setattr("pop.calibration.distill.distillation_loss", None)
+    assert main([*words, "my.plan"]) == 0
+    assert pathlib.Path("my.plan").read_bytes() == pathlib.Path("whole").read_bytes()
+    assert not os.path.exists("my.plan.progress")
+
+
 def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys, monkeypatch):
     _, words, texts = calibration
     seen = []
@@ -404,24 +422,6 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(command, path,
     assert main([*command.split(), path]) == 2
     assert f"cannot be written to {path} (" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("command", ["calibrate", "importance"])
-def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp_path, monkeypatch, capsys):
-    plan, out = pop.PrunePlan((1, 3)), tmp_path / "folder" / "out"
-    out.parent.mkdir()
-    scores = pop.Importance([1.0] * 6, [2.0] * 6, [0.1] * 6, [0.1] * 6, 3)
-    done = {"calibrate": plan, "importance": scores}[command]
-    monkeypatch.setattr(pop, command, lambda *_, **__: out.parent.rmdir() or done)
-    verdict = SimpleNamespace(record=dict)
-    monkeypatch.setattr(pop, "check", lambda *_, **__: verdict)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    assert main([command, folder, "--out", str(out)]) == 2
-    (line,) = without_plan(capsys.readouterr().err).splitlines()
-    assert str(out) in line
-    saved = type(done).load(line.split("; it is in ")[1])
-    assert saved.plan(2) == scores.plan(2) if command == "importance" else saved == plan
 
 
 # ---- Ctrl-C and closed pipes ----
