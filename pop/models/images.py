@@ -40,16 +40,15 @@ class Images:
         """Prompt lengths [B] -> [B], the next rotary position after each prompt minus its length."""
         return torch.zeros_like(lengths)
 
-    def extended(self, num_tokens: int) -> Images:
-        """The images of one prompt, with text after it, up to `num_tokens` tokens."""
-        return self
-
     def chunk_ends(self, begin: Tensor, end: Tensor) -> Tensor:
         """begin, end [B] of each row's chunk -> ends [B], moved back so that no image is cut."""
         return end
 
-    def select(self, index: Tensor, valid: Tensor) -> Images:
-        """The part of the images at tokens `index` [B, C] of the prompts. Tokens that are not valid [B, C] are text."""
+    def select(self, index: Tensor, valid: Tensor | bool = True) -> Images:
+        """The part of the images at tokens `index` [B, C], int64 on the CPU, of the prompts and what follows them.
+
+        Tokens that follow a prompt, and those that are not `valid` [B, C], are text. TEXT: all tokens are.
+        """
         return self
 
 
@@ -111,18 +110,13 @@ class PlacedImages(Images):
         may_end = (self.look_ahead == 0) & (index < end[:, None])  # [B, T], whether a chunk may end after this token
         return torch.where(may_end, index + 1, begin[:, None]).amax(1)
 
-    def extended(self, num_tokens):
-        index = torch.arange(num_tokens, device="cpu")[None]
-        return self._part(index, index < self.feature_index.shape[1])
-
-    def select(self, index, valid):
-        part = self._part(index, valid)
-        return part if (part.feature_index >= 0).any() else TEXT
-
-    def _part(self, index: Tensor, valid: Tensor) -> PlacedImages:
-        """The images at tokens `index` [B, C]. Tokens that are not valid [B, C] are text."""
-        inside = index.clamp(max=self.feature_index.shape[1] - 1)
+    def select(self, index, valid=True):
+        T = self.feature_index.shape[1]
+        valid = valid & (index < T)
+        inside = index.clamp(max=T - 1)
         feature_index = self.feature_index.gather(1, inside).where(valid, -1)
+        if (feature_index < 0).all():
+            return TEXT
         look_ahead = self.look_ahead
         if look_ahead is not None:
             look_ahead = look_ahead.gather(1, inside).where(valid, 0)

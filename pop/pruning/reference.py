@@ -57,8 +57,8 @@ def run_layers(
         h [1, T, D] after the last layer that has run, and K and V of each of these layers.
     """
     full_depth = full_depth.to(tokens.device)
-    images = images.extended(len(tokens))
     position = torch.arange(len(tokens), device=tokens.device)[None]  # [1, T]
+    images = images.select(position.cpu())
     last_attended = images.last_attended(position)
     ropes = module.rope(images.rotary(position))
     groups = groups_by_layer(module, plan)

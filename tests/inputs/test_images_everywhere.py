@@ -106,8 +106,7 @@ def gated_loss(model, prompt, response, ones, gates):
             for index, layer in enumerate(layers):
                 scale, update = gates[:, index][stage][None, :, None], getattr(layer, name)
                 patch.setattr(layer, name, lambda x, scale=scale, update=update: scale * update(x))
-        images = images_of(model, prompt, ones)
-        images = images.extended(len(tokens))
+        images = images_of(model, prompt, ones).select(torch.arange(len(tokens))[None])
         logits = model.module(torch.tensor([tokens]), images)[0, len(prompt) - 1 :]
     return torch.nn.functional.cross_entropy(logits.double(), torch.tensor(response), reduction="sum")
 
@@ -262,7 +261,7 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     rows = torch.tensor(rows)
     chosen = []
     for row, shown in zip(rows, images, strict=True):
-        prompt_images = shown.select(torch.arange(cut)[None], torch.tensor(True))
+        prompt_images = shown.select(torch.arange(cut)[None])
         selected = selected_tokens(model.module, row[:cut], plan, prompt_images)
         chosen.append(torch.zeros(cut, dtype=torch.bool) if selected is None else selected)
     expected, gradients = naive_gradients(model.module, plan, rows, torch.stack(chosen), cut, images)
