@@ -5,7 +5,10 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support.devices import DEVICES, no_gpu
+
+pytest.register_assert_rewrite("support")  # so that a failure in it shows values
+
+from support.devices import DEVICES, no_gpu  # noqa: E402
 
 # Nothing of pop is imported here, so that test_architecture.py can name an import that breaks it.
 

@@ -14,6 +14,7 @@ from support.cases import (
     by_reference,
     cached_kv,
     cases,
+    hidden_by_reference,
     in_windows,
     models,
     new_cache,
@@ -34,12 +35,14 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks")
 
 
 @settings(max_examples=6 * settings().max_examples)
-@given(cases(), st.integers(0, 5))
-def test_prefill_and_decode_are_the_reference(case, steps):
-    """Logits and cache, for any plan, window, batch, padding and chunking."""
+@given(cases(), st.integers(0, 5), st.integers(0, 5))
+def test_prefill_and_decode_are_the_reference(case, steps, layer):
+    """Logits, cache and the state that entered a layer, for any plan, window, batch, padding and chunking."""
     module, plan, tokens, lengths, chunk = case
     logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     assert cache.lengths.tolist() == lengths.tolist()
+    layer %= len(module.layers)
+    hidden = cache.previous_hidden[layer]  # [B, D], before decode replaces it
     answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
     logits = torch.stack([logits, *(engine.decode(module, token, cache) for token in answer.T)], dim=1)
     for row, n in enumerate(lengths.tolist()):
@@ -47,6 +50,8 @@ def test_prefill_and_decode_are_the_reference(case, steps):
         expected, kv = by_reference(module, whole, plan, n, chosen[row])
         assert_close(logits[row], expected[n - 1 :])
         assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
+        entering = hidden_by_reference(module, whole[:n], plan, n, chosen[row], layer)
+        assert_close(hidden[row], entering[-1])
 
 
 @given(models(), st.data())

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import cases
 from support.goldens import GOLDENS, REFUSED, TOLERANCE, Golden, error
 from support.published import PUBLISHED
 from support.published_vl import SIZES as QWEN3_VL_SIZES
@@ -30,8 +31,9 @@ import pop
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import MODELS
 from pop.checkpoints.weights import load_weights
-from pop.errors import CheckpointError
+from pop.errors import CheckpointError, some
 from pop.models import FAMILIES, build
+from pop.models import config as configs
 from pop.models.config import Config
 
 # Against the reference: tiny random models with awkward sizes. tools/goldens says what is in each.
@@ -43,6 +45,21 @@ CASES = [
 
 def test_every_family_has_goldens():
     assert {case.split("/")[0] for case in CASES} == FAMILIES.keys()
+
+
+def test_every_family_is_in_the_tables_that_other_tests_read():
+    read = json.loads((GOLDENS / "config_edits.json").read_bytes())["read as"].values()
+    split = json.loads((GOLDENS / "parallel.json").read_bytes()).values()
+    fuzzed = json.loads((GOLDENS.parents[1] / "tools/fuzz/data/configs.json").read_bytes())["families"]
+    tables = {
+        "FAMILIES in tests/support/cases.py": cases.FAMILIES,
+        '"read as" in tests/goldens/config_edits.json': {getattr(configs, entry["class"]).family for entry in read},
+        "tests/goldens/parallel.json": {re.sub("_(text|moe)$", "", entry["model_type"]) for entry in split},
+        "tools/fuzz/data/configs.json": fuzzed,
+    }
+    for table, families in tables.items():
+        missing = FAMILIES.keys() - set(families)
+        assert not missing, f"{table} lacks {some(sorted(missing))}; models/README.md lists what a family needs"
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -85,7 +102,7 @@ def test_prefill_then_decode(golden, model, whole):
         assert cache.lengths + cache.rope_offsets == expected  # after an image, positions continue from its longer side
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "olmo2"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if (GOLDENS / name / "bfloat16").exists()])
 def test_bfloat16_run(family, tmp_path):
     """Two bfloat16 runs round at different places, so each is judged by its distance from the float32 logits.
 

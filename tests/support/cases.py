@@ -39,7 +39,9 @@ FAMILIES = {
 def assert_close(actual, expected):
     """To 1e-4 of the scale of the expected values, the bound of the whole suite for float32."""
     assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-4 * expected.std(correction=0) + 1e-7
+    error = (actual - expected).abs().max().item()
+    allowed = 1e-4 * expected.std(correction=0).item() + 1e-7
+    assert error <= allowed, f"values differ by up to {error:.2g}, but {allowed:.2g} is allowed"
 
 
 @st.composite
@@ -201,6 +203,13 @@ def by_reference(module, tokens, plan, n, chosen, images=TEXT):
     """The reference's logits [T, V], K and V for a prompt of n tokens [T], of which `chosen` [N] were selected."""
     full_depth = reference.full_depth_tokens(n, len(tokens), plan)
     return with_chosen(module, tokens, full_depth, plan, F.pad(chosen[:n], (0, len(tokens) - n)), images)
+
+
+def hidden_by_reference(module, tokens, plan, n, chosen, layer):
+    """The h [T, D] of the same tokens, as it enters a layer."""
+    full_depth = reference.full_depth_tokens(n, len(tokens), plan)
+    chosen = F.pad(chosen[:n], (0, len(tokens) - n)) if chosen.any() else None
+    return reference.run_layers(module, tokens, full_depth, plan, selected=chosen, stop=layer)[0][0]
 
 
 def with_chosen(module, tokens, full_depth, plan, chosen, images=TEXT):

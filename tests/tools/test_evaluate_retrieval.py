@@ -15,7 +15,17 @@ from tools.evaluate import baselines
 from tools.evaluate.contender import OneByOne
 from tools.evaluate.questions import CUE, QUOTED, Writer, documents, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
-from tools.evaluate.ruler import HOPS, RULER, VALUES
+from tools.evaluate.ruler import (
+    HOPS,
+    RULER,
+    VALUES,
+    common,
+    frequent,
+    multikey,
+    multiquery,
+    multivalue,
+    variables,
+)
 
 
 @pytest.fixture
@@ -84,11 +94,10 @@ def test_keys_of_unequal_lengths_leave_room_for_the_question(tiny):
     )
     for seed in range(5):
         writer.rng.seed(seed)
-        asked(writer, RULER[0], length=600)
+        asked(writer, multikey, length=600)
 
 
 def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
-    multikey, multivalue, multiquery, variables, common, frequent = RULER
     places = []
     for prompt, answer, _ in asked(writer, multikey):
         found = dict(re.findall(r"The secret number of (\w+) is (\d{5})\.", prompt))
@@ -129,7 +138,7 @@ def test_the_seed_decides_and_short_prompts_are_refused(tiny, writer):
     makers = [codes, needle, documents, quotes("code"), *RULER]
     first, second, third = (make_questions(w, makers, [900, 1000], 2) for w in (writer, again, other))
     assert first == second and first != third
-    assert {length: len(group) for length, group in first.items()} == {900: 20, 1000: 20}
+    assert {length: len(group) for length, group in first.items()} == dict.fromkeys([900, 1000], 2 * len(makers))
     for make in makers:
         with pytest.raises(pop.InputError, match="too short"):
             make_questions(writer, [make], [20], 1)

@@ -48,7 +48,9 @@ def make_tiny(name: str, case: Case) -> None:
         if golden["smallest_margin"] >= MIN_MARGIN and is_varied and not has_ended:
             break
     else:
-        sys.exit(f"{name}: no seed below 100 gives varied greedy tokens without ties; change its sizes")
+        sys.exit(
+            f"{name}: no seed below 100 gives varied greedy tokens without ties; change its sizes, or untie its head"
+        )
 
     folder = GOLDENS / name
     shutil.rmtree(folder, ignore_errors=True)
