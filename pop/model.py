@@ -104,9 +104,7 @@ class Model(Runner):
 
     def _batch(self, prompt, images, videos, plan, options: dict) -> Batch:
         params = sampling_params(options, self.sampling)
-        prompts, is_list = as_prompts(prompt)
-        media = self.vision.prepare_batch(images, videos, len(prompts))
-        prompts = [self.encode(prompt, media=row) for prompt, row in zip(prompts, media, strict=True)]
+        prompts, media, is_list = self.encode_batch(prompt, images, videos)
         return Batch(self, prompts, media, params, self.resolve(plan), is_list=is_list)
 
     def chat(self, messages, *, tools=None, enable_thinking: bool = True, plan=None, **options) -> Generation:
@@ -120,10 +118,11 @@ class Model(Runner):
             enable_thinking: False asks a model that may think to answer at once.
             plan, options: As in `generate`.
         """
+        began = time.perf_counter()
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
         tokens, media = self.chat_format().prompt(messages, tools=tools, enable_thinking=enable_thinking)
-        return self.generate(tokens, images=media, plan=plan, **options)
+        return self._batch(tokens, media, None, plan, options).generate(began)
 
     def chat_tokens(self, messages, *, tools=None, enable_thinking: bool = True) -> list[int]:
         """The token ids of a conversation, up to where the answer begins. Arguments as in `chat`."""
@@ -185,10 +184,8 @@ class Model(Runner):
         Raises:
             InputError: An argument cannot be used, or the logits overflow. ContextOverflow: A row is too long.
         """
-        contexts, has_several_contexts = as_prompts(context, "context")
-        media = self.vision.prepare_batch(images, videos, len(contexts))
-        contexts = [self.encode(one, "context", media=row) for one, row in zip(contexts, media, strict=True)]
-        continuations, is_list = self.encode_continuations(continuation)
+        contexts, media, has_several_contexts = self.encode_batch(context, images, videos, "context")
+        continuations, _, is_list = self.encode_batch(continuation, what="continuation", bos=False)
         if has_several_contexts and not (is_list and len(contexts) == len(continuations)):
             counts = f"there are {len(contexts)} contexts, but {len(continuations)} continuations"
             raise InputError(f"{counts}; give a list of one for each")
@@ -217,10 +214,17 @@ class Model(Runner):
         pieces = self.vision.replace_marks(text, media, what) if media else [text]
         return self.tokenizer.encode_pieces(pieces, bos)
 
-    def encode_continuations(self, continuation) -> tuple[list[list[int]], bool]:
-        """The token ids of what is to be scored, and whether the caller has given a list."""
-        given, is_list = as_prompts(continuation, "continuation")
-        return [self.encode(one, "continuation", bos=False) for one in given], is_list
+    def encode_batch(
+        self, prompt, images=None, videos=None, what: str = "prompt", bos: bool = True
+    ) -> tuple[list[list[int]], list[list[Prepared]], bool]:
+        """The ids of each given prompt, the images and videos of each, and whether a list of prompts was given.
+
+        prompt, images and videos are as in `generate`, what and bos as in `encode`.
+        """
+        prompts, is_list = as_prompts(prompt, what)
+        media = self.vision.prepare_batch(images, videos, len(prompts))
+        tokens = [self.encode(one, what, bos, row) for one, row in zip(prompts, media, strict=True)]
+        return tokens, media, is_list
 
     def need_tokenizer(self, use: str) -> None:
         """Raise TokenizerError if the model lacks a tokenizer; `use` says what needs one."""

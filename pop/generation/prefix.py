@@ -3,7 +3,7 @@
 import time
 
 from pop.generation.answers import Generation
-from pop.generation.batch import Batch, Stream, as_prompts
+from pop.generation.batch import Batch, Stream
 from pop.generation.sampling import sampling_params
 from pop.generation.scoring import score
 from pop.pruning.plan import PrunePlan
@@ -60,20 +60,18 @@ class Prefix:
 
     def score(self, continuation) -> float | list[float]:
         """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list."""
-        continuations, is_list = self.model.encode_continuations(continuation)
+        continuations, _, is_list = self.model.encode_batch(continuation, what="continuation", bos=False)
         contexts = [self._left_tokens]
         scores = score(self.model, contexts, continuations, [self._left_media], self.plan, earlier=self._cache)
         return scores if is_list else scores[0]
 
     def _batch(self, rest, images, videos, options: dict) -> Batch:
         params = sampling_params(options, self.model.sampling)
-        rests, is_list = as_prompts(rest)
-        rows = self.model.vision.prepare_batch(images, videos, len(rests))
-        rests = [self.model.encode(rest, bos=False, media=row) for rest, row in zip(rests, rows, strict=True)]
+        rests, media, is_list = self.model.encode_batch(rest, images, videos, bos=False)
         return Batch(
             self.model,
             [self._left_tokens + rest for rest in rests],
-            [self._left_media + row for row in rows],
+            [self._left_media + row for row in media],
             params,
             self.plan,
             is_list=is_list,

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from support.chat_models import make
+from support.letters import Letters
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -17,6 +18,25 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 @pytest.fixture(scope="module")
 def model():
     return make("llama", pop.PrunePlan((3, 4)))
+
+
+def test_the_time_to_the_first_token_counts_from_the_call_on(model, monkeypatch):
+    """By a clock that moves by one for each text that is tokenized."""
+    now = [0.0]
+    encode_pieces = Letters.encode_pieces
+
+    def encode(*args, **options):
+        now[0] += 1
+        return encode_pieces(*args, **options)
+
+    prefix = model.prefix("Once")
+    chat = model.start_chat()
+    monkeypatch.setattr(Letters, "encode_pieces", encode)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    for method, prompt in ((model.generate, "a"), (prefix.generate, "a"), (chat.send, "a"), (model.chat, MESSAGES)):
+        now[0] = 0.0
+        answer = method(prompt, max_new_tokens=2)
+        assert answer.ttft_s == now[0] >= 1
 
 
 def test_what_a_method_cannot_take_is_said_at_once(model):
