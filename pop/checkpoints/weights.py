@@ -84,20 +84,15 @@ def load_weights(
     folder = Path(folder)
     shards = shards or {}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    whole_shapes = dict(shapes)
-    for name, shard in shards.items():
-        whole_shapes[name] = shard.whole_shape(shapes[name])
-    pieces = _survey(folder, module.config, whole_shapes)
+    whole_shapes = {name: shard.whole_shape(shapes[name]) for name, shard in shards.items()}
+    pieces = _survey(folder, module.config, shapes | whole_shapes)
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
     step = max(size // 50, 2**20)
     with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
-        for piece, source, target in _slices(pieces, weights, shards, step):
-            if not piece.repeats:
-                target.copy_(source)
-                advance(target.nbytes)
-            elif not torch.equal(target, source.to(target)):
-                raise CheckpointError(f"{piece.file}: {piece.name} should repeat {piece.parameter}, but differs")
+        for source, target in _slices(pieces, weights, shards, step):
+            target.copy_(source)
+            advance(target.nbytes)
     for name, weight in weights.items():
         if weight.dim() == 1 and not weight.isfinite().all():
             raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")
@@ -131,7 +126,6 @@ class _Piece:
     parameter: str
     shape: tuple[int, ...]  # of the tensor, unless it is transposed
     fills: tuple[slice, ...]  # of the whole parameter
-    repeats: bool = False  # another tensor fills the parameter, and this one must be equal
     file: Path = Path()
     name: str = ""  # in the file
 
@@ -151,9 +145,9 @@ class _Piece:
 
 
 def _slices(
-    pieces: list[_Piece], weights: dict[str, Tensor], shards: dict[str, Shard], step: int
-) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
-    """Yield what to copy, in slices of about `step` bytes: a piece, rows of its tensor, and rows of its parameter.
+    pieces: Iterable[_Piece], weights: dict[str, Tensor], shards: dict[str, Shard], step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what to copy, in slices of about `step` bytes: rows of a stored tensor, and rows of its parameter.
 
     A page of a mapped file counts as resident memory until the file is unmapped. The file is therefore mapped anew when
     about `step` bytes of it have been read.
@@ -171,7 +165,7 @@ def _slices(
                     touched = 0
                 source = piece.laid_out(tensors[piece.name])[source_at]
                 part = source[first : first + rows]
-                yield piece, part, target[first : first + rows]
+                yield part, target[first : first + rows]
                 touched += part.nbytes
 
 
@@ -206,36 +200,45 @@ def _map(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[_Piece]:
-    """Match the stored tensors with the parameters, given by name and shape. One error names all differences."""
+def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterable[_Piece]:
+    """Match the stored tensors with the parameters, given by name and shape. One error names all differences.
+
+    A head that is stored beside a tied embedding must be a copy of it. It is compared here, and not loaded.
+    """
     stored = _stored(folder, shapes.keys())
     wanted = _wanted(shapes, stored.keys())
-    if config.tie_embeddings and HEAD in stored:
-        embedding = next(name for name in shapes if name.endswith(EMBEDDING))
-        wanted[HEAD] = replace(wanted[embedding], repeats=True)
-    missing = [name for name in wanted if name not in stored]
-    surplus = [name for name in stored if name not in wanted]
+    has_copy = config.tie_embeddings and HEAD in stored
+    if has_copy:
+        wanted[HEAD] = next(piece for name, piece in wanted.items() if name.endswith(EMBEDDING))
+    surplus = []
     dtypes = []
     misfits = []
-    pieces = []
+    pieces = {}
     for name, (file, name_in_file, tensor) in stored.items():
-        if name not in wanted:
+        piece = wanted.pop(name, None)
+        if piece is None:
+            surplus.append(name)
             continue
-        piece = wanted[name]
         if tensor.dtype not in FLOATS:
             dtypes.append(f"{name} ({tensor.dtype})")
         if not piece.fits(tensor):
             misfits.append(f"{name} is {list(tensor.shape)}, not {list(piece.shape)}")
-        pieces.append(replace(piece, file=file, name=name_in_file))
-    faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
+        pieces[name] = replace(piece, file=file, name=name_in_file)
+    faults = {"missing": list(wanted), "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
-        reasons = _causes(config, stored, missing, surplus) + reasons
+        reasons = _causes(config, stored, wanted, surplus) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
-    return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
+    if has_copy:
+        head = pieces.pop(HEAD)
+        tied = {head.parameter: stored[head.parameter][2]}
+        for source, target in _slices([head], tied, {}, step=2**24):
+            if not torch.equal(source.to(target), target):
+                raise CheckpointError(f"{head.file}: {HEAD} should repeat {head.parameter}, but differs")
+    return pieces.values()
 
 
-def _causes(config: Config, stored: Iterable[str], missing: list[str], surplus: list[str]) -> list[str]:
+def _causes(config: Config, stored: Iterable[str], missing: Iterable[str], surplus: list[str]) -> list[str]:
     """Return what may explain that the weights are not those of the config."""
     causes = []
     layers = {name.partition(OF_LAYER)[0] for name in stored if OF_LAYER in name}
@@ -267,7 +270,7 @@ def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _
 
 
 def _stored(folder: Path, parameters: Set[str]) -> dict[str, tuple[Path, str, Tensor]]:
-    """Return the stored tensors by their published names, each with its file and its name there."""
+    """Return the stored tensors by their published names, file by file, each with its file and its name there."""
     stored = {}
     for file in _weight_files(folder):
         for name, tensor in _map(file).items():

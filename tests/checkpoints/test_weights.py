@@ -96,7 +96,8 @@ def test_shards_are_the_same_model(tmp_path, options):
     assert_same(load(folder), expected)
 
 
-def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
+def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path, monkeypatch):
+    """It is compared before weights are allocated."""
     write_checkpoint(tmp_path, tie_embeddings=True)
     weights = stored(tmp_path)
     head = weights["model.embed_tokens.weight"].clone()
@@ -105,7 +106,10 @@ def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
     assert_same(load(tmp_path, torch.bfloat16), weights)
     head[-1, -1] += 1
     store(tmp_path, {**weights, "lm_head.weight": head})
-    refused(tmp_path, r"lm_head\.weight.*model\.embed_tokens\.weight")
+    module = shell(read_config(tmp_path))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated"))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*model\.embed_tokens\.weight"):
+        load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False)
 
 
 def test_large_tensors_are_copied_in_slices(tmp_path):
