@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pop.calibration.passes import Pass
 from pop.engine.selection import select
 from pop.errors import InputError
 from pop.pruning.plan import PrunePlan
@@ -29,15 +30,14 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
     position = torch.arange(T)[None]
     others = (position > 0) & (position < T - last)  # [1, T]
     count = torch.tensor([int(others.sum() * share)])
+    run = Pass(model.module, torch.tensor([prompt], device=model.device))
+    h = run.embed()
     found = []
-
-    def step(index, layer, h, rope, attend):
+    for index in range(model.config.num_layers):
         plan = PrunePlan((index + 1,), selecting_layer=index)
         selected = select(model.module, plan, h, position, torch.tensor([T]), others, count)
         found.append(selected[0, begin : begin + size].float().mean())
-        return layer(h, rope, attend)
-
-    model.module.through_layers(torch.tensor([prompt], device=model.device), step=step)
+        h = run.layer(index, h)
     return torch.stack(found).cpu()
 
 

@@ -98,15 +98,12 @@ class PrunableModel(nn.Module):
         """h [..., D] after the last layer -> logits [..., V] float32."""
         raise NotImplementedError
 
-    def through_layers(
-        self, tokens: Tensor, images: Images = TEXT, step: Callable[..., Tensor] | None = None
-    ) -> Tensor:
-        """The pass over all layers, without a cache: tokens [B, T] int -> h [B, T, D] after the last layer.
+    def forward(self, tokens: Tensor, images: Images = TEXT) -> Tensor:
+        """The plain, unpruned pass, without a cache: logits [B, T, V] float32 at every position.
 
         Args:
-            tokens: prompts of one length.
+            tokens: prompts of one length, [B, T] int.
             images: the images of the prompts.
-            step: step(index, layer, h, rope, attend) runs one layer and returns the next h. None: call the layer.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)  # [B, T]
         last_attended = images.last_attended(positions)
@@ -117,17 +114,9 @@ class PrunableModel(nn.Module):
 
         h = images.place(self.embed(tokens))
         for index, layer in enumerate(self.layers):
-            rope = ropes[layer.window]
-            if step is None:
-                h = layer(h, rope, attend)
-            else:
-                h = step(index, layer, h, rope, attend)
+            h = layer(h, ropes[layer.window], attend)
             h = images.add_deepstack(h, index)
-        return h
-
-    def forward(self, tokens: Tensor, images: Images = TEXT) -> Tensor:
-        """The plain, unpruned pass: tokens [B, T] int -> logits [B, T, V] float32 at every position."""
-        return self.head(self.through_layers(tokens, images))
+        return self.head(h)
 
 
 class DecoderLayer(PrunableLayer):
