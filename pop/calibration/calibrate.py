@@ -7,8 +7,11 @@ texts ──► windows to fit, and windows to judge by (texts.py, held_out.py)
       ──► the plan, with a record of all this
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import logging
 import math
 import os
 import random
@@ -24,7 +27,6 @@ from pop.calibration.exercises import TOKENS
 from pop.calibration.held_out import CONTINUATION, Judge, hold_out
 from pop.calibration.passes import Pass, working_dtype
 from pop.calibration.refit import RIDGE, fitted, wide
-from pop.calibration.resume import WHAT, SavedProgress
 from pop.calibration.texts import (
     SHORTEST,
     Window,
@@ -41,7 +43,6 @@ from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
-from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
 from pop.system import __version__, files
 from pop.system.memory import free_bytes
@@ -50,7 +51,8 @@ from pop.system.progress import progress_bar
 RIDGES = (1e-4, 1e-3, RIDGE, 1e-1, 1.0)  # candidates for lambda
 LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
 WINDOWS = 10  # texts are cut into at least as many windows
-GIVEN = "given "  # before the name of a tensor of the closed form, in the file of unfinished work
+
+logger = logging.getLogger(__name__)
 
 
 @own_dtypes_and_devices()
@@ -89,7 +91,9 @@ def calibrate(
         longest: The most tokens of a prompt and its continuation in training and in judging. Lengths are spread from
             128 tokens up to it. Texts with images stay whole.
         steps: Steps of distillation after the closed form. 0: none.
-        resume: A file that keeps unfinished work. If it exists, the same call continues from it.
+        resume: A file that keeps the best plan so far. If it exists, the same call continues from this plan, at the
+            step that was reached. Adam's moments begin anew, so the result may differ from that of one uninterrupted
+            call. By the held-out windows, it is never worse than the plan that was kept.
         seed: Decides which windows are held out, and what the steps train on.
         progress: Show on stderr what the work takes, and bars if tqdm is installed.
 
@@ -117,9 +121,8 @@ def calibrate(
         needed = "give a plan, and steps=0, or load the model in one process"
         raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
     if resume is not None:
-        # Trained numbers and Adam's two moments in float32, and two plans.
-        size = plan_numbers(model, rank) * (3 * 4 + 2 * model.dtype.itemsize)
-        files.check_writable(resume, WHAT, InputError, size)
+        size = plan_numbers(model, rank) * model.dtype.itemsize
+        files.check_writable(resume, "the run's progress", InputError, size)
     if given is None:
         search.check_speedup(model, speedup, rank)
 
@@ -137,14 +140,15 @@ def calibrate(
         "seed": seed,
     }
     asked = (given, decides, speedup)
-    saved = SavedProgress(resume, _identity(model, asked, [windows, judged], about))
-    restored = saved.read()
+    run = _identity(model, asked, [windows, judged], about)
+    keep = functools.partial(_keep, resume, run)
+    plan = _unfinished(resume, run)
+    begin = 0 if plan is None else plan.about["steps"]
     check_memory(model, rank, steps)
     if progress:
         _announce(model, windows, judged, rank, steps)
     judge = Judge(model, judged)
-    if restored is None:
-        tensors = {}
+    if plan is None:
         if not decides:
             decided = dataclasses.replace(given, full_depth_below=0)  # short prompts are pruned meanwhile
         elif given is not None:
@@ -155,27 +159,10 @@ def calibrate(
         plan = _closed_form(model, decided, windows, judge, rank, progress)
         if not decides and not steps and judge.losses(decided).mean < judge.losses(plan).mean:
             plan = decided
-    else:
-        tensors, fields = restored
-        plan = _restored(model, tensors, fields)
-
-    found = plan.fields()
-    if plan.corrections is not None:
-        tensors |= {f"{GIVEN}{name}": tensor for name, tensor in plan.corrections.tensors.items()}
-    saved.write(tensors, found)
+        keep(plan, 0)
     if steps:
         with progress_bar("distilling", steps, "steps", progress) as step:
-            plan = distill(
-                model,
-                plan,
-                windows,
-                judge,
-                steps,
-                seed=seed,
-                restored=tensors,
-                save=lambda changed: saved.write(tensors | changed, found),
-                progress=step,
-            )
+            plan = distill(model, plan, windows, judge, steps, seed=seed, begin=begin, keep=keep, progress=step)
     below = search.SHORT if decides else given.full_depth_below
     return dataclasses.replace(_recorded(model, plan, judge, about), full_depth_below=below)
 
@@ -299,12 +286,27 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
     return best
 
 
-def _restored(model, tensors: dict, fields: dict) -> PrunePlan:
-    """The closed form of an unfinished run."""
-    given = {name.removeprefix(GIVEN): tensor for name, tensor in tensors.items() if name.startswith(GIVEN)}
-    layers = fields["layers"]
-    corrections = Corrections(layers, **given, sketch=model.sketch[layers]) if given else None
-    return PrunePlan(**fields, corrections=corrections)
+def _keep(path, run: str, plan: PrunePlan, done: int) -> None:
+    """Keep the best plan so far for `_unfinished`, and how many steps are done. If that fails, the run goes on."""
+    if path is None:
+        return
+    try:
+        dataclasses.replace(plan, about={"run": run, "steps": done}).save(path)
+    except PlanError as error:
+        logger.warning("%s; meanwhile the run goes on", error)
+
+
+def _unfinished(path, run: str) -> PrunePlan | None:
+    """The plan that an interrupted run has kept. None if there is no file."""
+    path = os.path.expanduser(path or "")
+    if not os.path.exists(path):
+        return None
+    with contextlib.suppress(PlanError):
+        plan = PrunePlan.load(path)
+        if plan.about.get("run") == run:
+            return dataclasses.replace(plan, name="")
+    problem = "does not hold the progress of a run of the same model, plan, texts, options and version"
+    raise InputError(f"{path} {problem}; give another path, or remove the file to start anew")
 
 
 def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:

@@ -29,66 +29,6 @@ LARGEST = 1.0  # the norm to which larger gradients are cut
 CHECKS = 8  # how often the held-out windows are judged
 
 
-class _Run:
-    """All that changes during a run: the trained tensors in float32, Adam's moments, and the best tensors."""
-
-    def __init__(self, model, plan: PrunePlan, least: float):
-        self.model = model
-        self.plan = plan
-        self.steps = torch.tensor(0.0)  # that are done
-        self.least = torch.tensor(least)  # the held-out loss of the best tensors
-        given = {name: tensor.to(model.device) for name, tensor in plan.corrections.tensors.items()}
-        self.best = {name: tensor.clone() for name, tensor in given.items()}  # in the model's dtype
-        self.trained = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in given.items()}
-        rates = {name: learning_rate(tensor.float()) for name, tensor in given.items()}
-        groups = [{"params": [tensor], "rate": rates[name]} for name, tensor in self.trained.items()]
-        self.adam = torch.optim.Adam(groups, betas=BETAS)
-        for tensor in self.trained.values():
-            moments = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
-            self.adam.state[tensor] = {"step": self.steps.clone(), **moments}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors that change, by name."""
-        tensors = {"steps": self.steps, "least": self.least}
-        for name, tensor in self.trained.items():
-            tensors |= {name: tensor.detach(), f"best {name}": self.best[name]}
-            tensors |= {f"{moment} {name}": value for moment, value in self.adam.state[tensor].items()}
-        return tensors
-
-    def restore(self, saved: dict[str, Tensor]) -> None:
-        """Continue from saved `tensors`. Those that are not saved stay."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(saved.get(name, tensor))
-
-    def with_tensors(self, tensors: dict[str, Tensor]) -> PrunePlan:
-        """The plan with other tensors."""
-        return dataclasses.replace(self.plan, corrections=self.plan.corrections.replaced(tensors))
-
-    def step(self, loss: Tensor, share: float) -> None:
-        """A step of Adam (Kingma and Ba 2015), with a share of the full learning rates."""
-        self.adam.zero_grad()
-        loss.backward(inputs=list(self.trained.values()))
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), LARGEST)
-        check_finite(norm, "gradients of the corrections")
-        for group in self.adam.param_groups:
-            group["lr"] = group["rate"] * share
-        self.adam.step()
-        self.steps += 1
-
-    def rounded(self, tensors: dict[str, Tensor]) -> PrunePlan:
-        """The plan with tensors in the model's dtype."""
-        dtype = self.model.dtype
-        return self.with_tensors({name: tensor.detach().to(dtype, copy=True) for name, tensor in tensors.items()})
-
-    def check(self, judge: Judge) -> None:
-        """Keep the trained tensors if the held-out windows find them the best so far."""
-        loss = judge.losses(self.rounded(self.trained)).mean
-        if loss < self.least:
-            self.least.fill_(loss)
-            for name, tensor in self.trained.items():
-                self.best[name].copy_(tensor.detach())
-
-
 @torch.inference_mode(False)  # whatever the caller's mode is
 @torch.enable_grad()
 def distill(
@@ -99,8 +39,8 @@ def distill(
     steps: int,
     *,
     seed: int = 0,
-    restored: dict[str, Tensor] | None = None,
-    save: Callable[[dict[str, Tensor]], object] = lambda tensors: None,
+    begin: int = 0,
+    keep: Callable[[PrunePlan, int], object] = lambda plan, done: None,
     progress: Callable[..., object] = lambda count, note="": None,
 ) -> PrunePlan:
     """Distil the corrections of a plan. Returns the best plan by the judge, which may be the given one.
@@ -112,30 +52,54 @@ def distill(
         judge: Compares plans on held-out windows.
         steps: How many.
         seed: Decides the exercises.
-        restored: Tensors that `save` has received, from which the run continues. The plan is the same then. Other
-            tensors are ignored.
-        save: Is called with the tensors that the run needs to continue, after each check.
+        begin: How many steps are done already. The plan is the best one up to there, and Adam's moments begin anew.
+        keep: Is called with the best plan and the number of steps that are done, after each check.
         progress: Is called with the number of steps done since its last call, and a note on the loss.
 
     Raises:
         InputError: The gradients are not finite.
     """
-    run = _Run(model, plan, judge.losses(plan).mean)
-    run.restore(restored or {})
+    best = model.resolve(plan)
+    least = judge.losses(best).mean
+    given = best.corrections.tensors
+    trained = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in given.items()}
+    groups = [{"params": [tensor], "rate": learning_rate(tensor.detach())} for tensor in trained.values()]
+    adam = torch.optim.Adam(groups, betas=BETAS)
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
-    done = int(run.steps)
-    progress(done)
-    for number in range(done, steps):
+    progress(begin)
+    for number in range(begin, steps):
         rng = random.Random(f"{seed} {number}")
         batch = exercise(model, windows, number, rng)
-        loss = distillation_loss(module, model.vision, run.with_tensors(run.trained), batch)
-        run.step(loss, schedule(number, steps))
+        loss = distillation_loss(module, model.vision, _with_tensors(best, trained), batch)
+        _step(adam, loss, schedule(number, steps))
         if number + 1 in checks:
-            run.check(judge)
-            save(run.tensors())
+            rounded = {name: tensor.detach().to(model.dtype, copy=True) for name, tensor in trained.items()}
+            candidate = _with_tensors(best, rounded)
+            found = judge.losses(candidate).mean
+            if found < least:
+                best = candidate
+                least = found
+            keep(best, number + 1)
         progress(1, f"loss {loss.item():.4f}")
-    return run.rounded(run.best)
+    return best
+
+
+def _with_tensors(plan: PrunePlan, tensors: dict[str, Tensor]) -> PrunePlan:
+    """The plan with other tensors of its corrections."""
+    return dataclasses.replace(plan, corrections=plan.corrections.replaced(tensors))
+
+
+def _step(adam: torch.optim.Adam, loss: Tensor, share: float) -> None:
+    """A step of Adam (Kingma and Ba 2015), with a share of the full learning rates."""
+    trained = [tensor for group in adam.param_groups for tensor in group["params"]]
+    adam.zero_grad()
+    loss.backward(inputs=trained)
+    norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST)
+    check_finite(norm, "gradients of the corrections")
+    for group in adam.param_groups:
+        group["lr"] = group["rate"] * share
+    adam.step()
 
 
 def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise) -> Tensor:

@@ -19,7 +19,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import api
-from pop.calibration.resume import SavedProgress
+from pop.calibration import calibrate as calibrate_file
 from pop.checkpoints import registry
 from pop.cli import commands, main
 from pop.cli.commands import excerpts
@@ -286,23 +286,21 @@ def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, c
 
 
 def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
-    """The same command ends with the same file, bit for bit. Unfinished work lies beside the plan until then.
+    """From the closed form, the same command ends with the same file. Until then, the best plan lies beside it.
 
     The tilde of a user that does not exist is part of a name.
     """
     _, words, _ = calibration
     words = [*words, "--steps", "2", "--layers", "2,4-5", "--out"]
     assert main([*words, "whole"]) == 0
-    write, left = SavedProgress.write, [None] * 2
+    keep = calibrate_file._keep
 
-    def interrupted(self, *args, **found):
-        write(self, *args, **found)
-        left.pop()
-        if not left:
-            raise KeyboardInterrupt
+    def interrupted(*args):
+        keep(*args)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SavedProgress, "write", interrupted)
+        patch.setattr(calibrate_file, "_keep", interrupted)
         assert main([*words, "~nosuchuser"]) == 130
     assert os.path.exists("~nosuchuser.progress") and not os.path.exists("~nosuchuser")
     assert main([*words, "~nosuchuser"]) == 0
