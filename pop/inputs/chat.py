@@ -10,7 +10,7 @@ from itertools import chain
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat_templates import TEMPLATES, ControlMarks, jinja
-from pop.inputs.messages import read_messages, tool_call
+from pop.inputs.messages import read_call, read_messages
 from pop.inputs.processors import TEXT_ONLY, Prepared, Processor
 from pop.inputs.tokenizers import Tokenizer
 
@@ -140,7 +140,7 @@ class ChatFormat:
         return self._encode(added, media, conversation), media
 
     def parse_tool_calls(self, text: str) -> list[dict]:
-        """Return the calls in an answer, as a message has them under "tool_calls". An answer in words has none.
+        """Return the calls in an answer, as a message takes them under "tool_calls". An answer in words has none.
 
         A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters".
         """
@@ -149,8 +149,10 @@ class ChatFormat:
         calls = []
         for found in tagged or [text]:
             try:
-                call = json.loads(found)
-                calls.append(tool_call(call["name"], call[key]))
+                given = json.loads(found)
+                call = read_call({"name": given["name"], "arguments": given[key]})
+                _as_json(call)  # raises InputError if a message could not hold it
+                calls.append(call)
             except (ValueError, LookupError, TypeError, RecursionError):
                 if tagged:
                     raise InputError(f"a tool call is not JSON with a name and arguments: {found!r:.80}") from None

@@ -103,13 +103,16 @@ def _typed(part: str | Prepared) -> dict:
 def _read_calls(calls: list[dict] | None, where: str) -> list[dict]:
     """Return a message's tool calls, with their arguments as dicts."""
     try:
-        return [_read_call(given) for given in calls or ()]
+        return [read_call(given) for given in calls or ()]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise InputError(f"{where}: tool_calls must be a list like {[tool_call('f', {'x': 1})]}") from None
 
 
-def _read_call(given: dict) -> dict:
-    """Return one call, given in either of two forms, and with arguments as a dict or as JSON."""
+def read_call(given: dict) -> dict:
+    """Return one call, given in either of two forms, and with arguments as a dict or as JSON.
+
+    Raises KeyError, TypeError, ValueError, AttributeError or RecursionError for anything else.
+    """
     function = given.get("function", given)
     name = function["name"]
     arguments = function["arguments"]

@@ -71,11 +71,25 @@ def test_calls_in_an_answer_are_found():
     for form in (qwen, llama):  # arguments may be JSON
         first = form.encode([ASKED, {"role": "assistant", "tool_calls": calls[:1]}])
         assert form.encode([ASKED, {"role": "assistant", "tool_calls": [same]}]) == first
+    assert qwen.parse_tool_calls(f"<tool_call>{json.dumps(same)}</tool_call>") == calls[:1]
     for text in ("", "No tools.", "[1]", '{"name": "f"}', "<tool_call>", "{" * 100_000):
         assert qwen.parse_tool_calls(text) == llama.parse_tool_calls(text) == []
-    for broken in ("{", "[]", '{"name": "f"}', '"name"', "[" * 100_000):
+
+
+# Names and arguments of calls that no message can hold.
+NO_CALLS = [(3, {}), (None, {}), ("f", 3), ("f", "x"), ("f", "3"), ("f", None), ("f", [1]), ("f", {"x": "\ud800"})]
+
+
+def test_what_is_no_call_in_an_answer_is_refused_or_words():
+    qwen, llama = form_of("qwen3"), form_of("llama-3.1")
+    wrong = [{"name": name, "arguments": arguments} for name, arguments in NO_CALLS]
+    for broken in ("{", "[]", '{"name": "f"}', '"name"', "[" * 100_000, *map(json.dumps, wrong)):
         with pytest.raises(InputError, match="tool call is not JSON"):
             qwen.parse_tool_calls(f"<tool_call>{broken}</tool_call>")
+    for call in wrong:
+        assert llama.parse_tool_calls(json.dumps({"name": call["name"], "parameters": call["arguments"]})) == []
+        with pytest.raises(InputError):
+            qwen.encode([ASKED, {"role": "assistant", "tool_calls": [call]}])
 
 
 def test_messages_and_tools_that_are_refused():
