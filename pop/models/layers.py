@@ -162,14 +162,10 @@ def causal_attention(
         last_attended: [B, T] int, the last position that each token attends. None: the token's own position.
     """
     T = q.shape[1]
+    mask = None
     if last_attended is not None or (window is not None and window < T):
         mask = causal_mask(T, window, last_attended, q.device)
-        return masked_attention(q, k, v, mask, scale)
-    q = q.transpose(1, 2)  # [B, H, T, E]
-    k = k.transpose(1, 2)  # [B, K, T, E]
-    v = v.transpose(1, 2)  # [B, K, T, E]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).flatten(2)
+    return masked_attention(q, k, v, mask, scale)
 
 
 def causal_mask(T: int, window: int | None, last_attended: Tensor | None, device: torch.device) -> Tensor:
@@ -183,16 +179,21 @@ def causal_mask(T: int, window: int | None, last_attended: Tensor | None, device
     return mask & (key > query - window)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """q [B, T, H, E] attends the keys of k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E]."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [B, T, H, E] attends the keys of k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E].
+
+    None: each of the T = N tokens attends itself and those before it.
+    """
     B, T, H, E = q.shape
     k = k.transpose(1, 2)  # [B, K, N, E]
     v = v.transpose(1, 2)  # [B, K, N, E]
-    mask = mask[:, None]  # [B, 1, T, N]
-    if T == 1:
+    if mask is not None:
+        mask = mask[:, None]  # [B, 1, T, N]
+    if mask is not None and T == 1:
         # The G query heads of a group take the place of the tokens, so K and V are not repeated for each query head.
         q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
     q = q.transpose(1, 2)  # [B, H, T, E]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    options = {"is_causal": mask is None, "scale": scale, "enable_gqa": True}
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     return out.transpose(1, 2).flatten(2)

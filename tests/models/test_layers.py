@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.naive_method import attention
+from support.torch_calls import calls_of
 
 from pop.models.config import RopeConfig
 from pop.models.layers import RMSNorm, causal_attention, masked_attention, rope_frequencies, rope_tables
@@ -48,3 +50,14 @@ def test_attention_by_its_definition(heads, tokens):
     for window in range(1, tokens + 2):  # that many tokens, itself included
         seen = causal & torch.tensor([[t - s < window for s in range(tokens)] for t in range(tokens)])
         torch.testing.assert_close(causal_attention(q, k, v, scale, window), attention(q, k, v, seen, scale).float())
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("window", [None, 5])
+def test_torch_gets_no_mask_where_attention_is_causal(tokens, window):
+    """It has faster kernels for this. A single token is no exception, or compiled code would depend on the length."""
+    q, k, v = randn(2, tokens, 4, 6), randn(2, tokens, 2, 6), randn(2, tokens, 2, 6)
+    _, called = calls_of(causal_attention, q, k, v, 0.3, window)
+    ((args, options),) = [call[1:] for call in called if call[0] is F.scaled_dot_product_attention]
+    assert [tuple(x.shape) for x in args] == [(2, 4, tokens, 6), (2, 2, tokens, 6), (2, 2, tokens, 6)]
+    assert options == {"attn_mask": None, "is_causal": True, "scale": 0.3, "enable_gqa": True}
