@@ -130,17 +130,18 @@ class Runner:
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else check_count("max_seq_len", max_seq_len)
         self.check_fits(max_seq_len, "a row of the cache")
-        try:
-            return self.unlimited_cache(batch_size, max_seq_len)
-        except CacheMemoryError:
-            if not self.caches.clear():
-                raise
         return self.unlimited_cache(batch_size, max_seq_len)
 
     def unlimited_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
-        """An empty cache that may be longer than the model's context, for the padding of a batch."""
+        """Like `new_cache`, but it may be longer than the model's context, for the padding of a batch."""
         sizes = self.module.config  # in one process of several, those of its part
-        return KVCache(sizes, batch_size, max_seq_len, dtype=self.dtype, device=self.device, chunk_size=self.chunk_size)
+        options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
+        try:
+            return KVCache(sizes, batch_size, max_seq_len, **options)
+        except CacheMemoryError:
+            if not self.caches.clear():
+                raise
+        return KVCache(sizes, batch_size, max_seq_len, **options)
 
     def prefill(
         self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan: PrunePlan | None = None
