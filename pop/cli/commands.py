@@ -227,14 +227,17 @@ def download(args) -> None:
 def _load(args):
     options = {name: value for name, value in vars(args).items() if name in LOADING}
     options["dtype"] = DTYPES.get(args.dtype)
-    model = pop.load(args.model, parallel="auto", **options)
     changes = {}
     for name in ("full_depth_last", "full_depth_selected", "selecting_layer"):
         value = getattr(args, name, None)
         if value is not None:
             changes[name] = value
-    model.plan = dataclasses.replace(model.plan, **changes)
-    is_shown = args.prune == "default" and not changes  # pop.load shows the default plan
+    is_default = args.prune == "default"
+    # With its progress, pop.load shows the default plan, which is not the one that runs if it is changed.
+    model = pop.load(args.model, parallel="auto", progress=not (is_default and changes), **options)
+    if changes:  # the record and the name are the given plan's
+        model.plan = dataclasses.replace(model.plan, about={}, name="", **changes)
+    is_shown = is_default and not changes
     if model.plan.layers and not is_shown and launched()[0] == 0:
         print(f"pop: {model!a}", file=sys.stderr, flush=True)
     return model

@@ -164,7 +164,7 @@ def test_generate_prints_what_the_model_generates(arguments, options, folder, mo
         ([], ["skips 2 of 6 layers"]),
         (["--prune", "0.5"], ["skips 3 of 6 layers"]),
         (["--prune", "1.0", "--full-depth-last", "999"], ["skips 6 of 6 layers, at most 1.0"]),
-        (["--full-depth-last", "999"], ["skips 2 of 6 layers, at most 1.49", "skips 2 of 6 layers, at most 1.0"]),
+        (["--full-depth-last", "999"], ["skips 2 of 6 layers, at most 1.0"]),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -174,6 +174,17 @@ def test_a_line_says_which_plan_runs(command, arguments, said, folder, capsys):
     assert all(words in line for words, line in zip(said, lines, strict=True)), lines
     assert main([command, folder, "Hello", "--max-new-tokens", "3", "--prune", "none"]) == 0
     assert "pop: <" not in capsys.readouterr().err
+
+
+def test_a_changed_plan_has_neither_the_name_nor_the_record_of_the_given_one(folder, tmp_path, capsys):
+    record = {"verdict": {"holds": True, "kept": [0.97, 0.9, 1.0]}}
+    pop.PrunePlan((3, 4), about=record).save(tmp_path / "mine.plan")
+    words = ["generate", folder, "Hello", "--max-new-tokens", "3", "--prune", str(tmp_path / "mine.plan")]
+    for options, is_said in (([], True), (["--full-depth-last", "2"], False)):
+        assert main([*words, *options]) == 0
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pop: <")]
+        assert "skips 2 of 6 layers" in line
+        assert ("by mine.plan" in line) == ("keeps 97% of the answers" in line) == is_said
 
 
 def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, capsys):
