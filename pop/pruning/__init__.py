@@ -1,1 +1,4 @@
-"""The method: plans, corrections, the naive reference, the cost model. May import pop.models and pop.system."""
+"""The method: plans, corrections, the naive reference, the cost model.
+
+May import pop.models, pop.errors and pop.system.
+"""

@@ -141,8 +141,8 @@ class PrunePlan:
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
         kinds = "'third', 'none', a share of layers (1/3, or 1.0 for all), layers such as 10,12,19-29"
-        files = "the path of a saved plan or of importance scores, the name of a plan that ships"
-        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {files}, or a PrunePlan")
+        saved = "the path of a saved plan or of importance scores, the name of a plan that ships"
+        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {saved}, or a PrunePlan")
 
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, and raise PlanError otherwise."""
