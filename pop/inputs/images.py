@@ -97,10 +97,13 @@ def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:
 
 @contextlib.contextmanager
 def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
-    """Turn every exception within the block into an InputError: corrupt bytes can raise nearly anything."""
+    """Turn exceptions within the block into an InputError: corrupt bytes can raise nearly anything.
+
+    A lack of memory says nothing about the bytes, so a MemoryError passes.
+    """
     try:
         yield
-    except PopError:
+    except (PopError, MemoryError):
         raise
     except Exception as error:
         broken = f"{name} is truncated or broken, or not one of {', '.join(formats)}"

@@ -1,7 +1,7 @@
 """The Qwen3 family of language models, from 0.6B to 235B.
 
 It differs from Llama (llama.py) in two points. Queries and keys are normalised head by head before they are rotated.
-In the sizes 30B-A3B and 235B-A22B, some layers have a mixture of experts (experts.py) in place of the MLP.
+In the sizes 30B-A3B and 235B-A22B, all layers have a mixture of experts (experts.py) in place of the MLP.
 
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """

@@ -230,6 +230,16 @@ def test_other_files_are_refused(tmp_path):
     refused("a\0b", "is not a file|truncated or broken")
 
 
+def test_a_lack_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
+    def lacking(*args):
+        raise MemoryError
+
+    path = write(tmp_path / "image.png", saved(Image.new("RGB", (4, 4)), "PNG").getvalue())
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lacking)
+    with pytest.raises(MemoryError):
+        load_image(path)
+
+
 def test_without_pillow_arrays_work_and_files_need_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     picture = random_bytes(7, 9, 3, seed=1)
