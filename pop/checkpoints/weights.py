@@ -112,7 +112,7 @@ def instead(names: Iterable[str]) -> str:
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first file's largest tensor. Without weights, which `load_weights` reports: float32."""
     with contextlib.suppress(CheckpointError, ValueError):
-        file = _weight_files(folder)[0]
+        file = weight_files(folder)[0]
         largest = max(_map(file).values(), key=Tensor.numel)
         if largest.dtype in FLOATS:
             return largest.dtype
@@ -272,7 +272,7 @@ def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _
 def _stored(folder: Path, parameters: Set[str]) -> dict[str, tuple[Path, str, Tensor]]:
     """Return the stored tensors by their published names, file by file, each with its file and its name there."""
     stored = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for name, tensor in _map(file).items():
             if name.endswith(ROPE_TABLES):
                 continue
@@ -283,7 +283,7 @@ def _stored(folder: Path, parameters: Set[str]) -> dict[str, tuple[Path, str, Te
     return stored
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Find the weight files: those that an index names, or a single file, which takes precedence."""
     single = folder / "model.safetensors"
     index_file = folder / "model.safetensors.index.json"

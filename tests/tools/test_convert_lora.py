@@ -113,9 +113,11 @@ def test_a_sum_that_overflows_is_refused(tmp_path):
 
 
 def test_the_other_files_and_the_shards_are_those_of_the_base_model(base, tmp_path):
+    """Weights that the index does not name are not the model's."""
     weights = load_file(base / "model.safetensors")
     weight_map = shard(base, 2)
     files = {*weight_map.values()}
+    save_file(weights, base / "consolidated.safetensors")
     (base / "tokenizer_config.json").write_text("{}")
     (base / "third.plan").write_text("of the base model's weights")
     folder = merge(base, tmp_path)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from pop.checkpoints.config_json import read_config, read_fields
 from pop.checkpoints.fields import Fields
-from pop.checkpoints.weights import published_name
+from pop.checkpoints.weights import published_name, weight_files
 from pop.errors import CheckpointError, ConfigError, some
 from pop.system.files import read_tensors, refuse_pointers
 from pop.system.progress import progress_bar
@@ -61,7 +61,7 @@ def write(base: Path, adapter: Path, folder: Path, progress: bool) -> None:
     Raises ConfigError or CheckpointError, which names what is not plain LoRA or does not fit the base model.
     """
     config = read_config(base)
-    files = _weight_files(base)
+    files = weight_files(base)
     shapes = {}
     for file in files:
         tensors = _read(file)
@@ -84,14 +84,6 @@ def write(base: Path, adapter: Path, folder: Path, progress: bool) -> None:
                         raise CheckpointError(f"{name} with {adapter} merged overflows {dtype}; merge into float32")
             write_weights(tensors, folder / file.name)
             step(1)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no weights, such as model.safetensors; give a base model")
-    return files
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
