@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import math
 import os
 import random
 import sys
@@ -98,9 +97,8 @@ def calibrate(
         progress: Show on stderr what the work takes, and bars if tqdm is installed.
 
     Returns:
-        The plan with corrections, and with a full_depth_first of at least 1. A plan for given layers has no corrections
-        if it is not distilled and plain pruning is better on the held-out windows. Its `about` records the model, the
-        texts, the options and the loss on held-out windows.
+        The plan with corrections, and with a full_depth_first of at least 1. Its `about` records the model, the texts,
+        the options and the loss on held-out windows.
 
     Raises:
         InputError: The texts are too short, or an option is out of range.
@@ -157,8 +155,6 @@ def calibrate(
             with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
                 decided = search.search(model, windows, judge, speedup, rank, step)
         plan = _closed_form(model, decided, windows, judge, rank, progress)
-        if not decides and not steps and judge.losses(decided).mean < judge.losses(plan).mean:
-            plan = decided
         keep(plan, 0)
     if steps:
         with progress_bar("distilling", steps, "steps", progress) as step:
@@ -272,18 +268,7 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
     windows = enough(windows, tokens_needed(model))
     with progress_bar("fitting", num_groups * total_size(windows), "tokens", progress) as step:
-        fit = fitted(model, windows, plan, rank, step)
-
-    best = None
-    least = math.inf
-    for ridge in [RIDGE] if fit.sums is None else RIDGES:
-        candidate = fit.calibrated(ridge)
-        loss = judge.losses(candidate).mean
-        check_finite(torch.tensor(loss), "predictions on the texts")
-        if loss < least:
-            best = candidate
-            least = loss
-    return best
+        return judge.best(fitted(model, windows, plan, rank, RIDGES, step))
 
 
 def _keep(path, run: str, plan: PrunePlan, done: int) -> None:

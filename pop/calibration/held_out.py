@@ -8,8 +8,9 @@ it, because the full model copies such a passage almost surely, whatever the tex
            by the plan             ┊           at full depth
 """
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from pop.calibration.passes import Pass, first_layer
 from pop.calibration.texts import Window, size_of, total_size
+from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
@@ -106,6 +108,18 @@ class Judge:
             copied = pruned[counted].argmax(-1) == targets
             parts.append((kl[: len(case.continuation) + 1], kl[counted], copied, kl[:1]))
         return Losses(*(_mean(torch.cat(kind)) for kind in zip(*parts, strict=True)))
+
+    def best(self, plans: Iterable[PrunePlan]) -> PrunePlan:
+        """The plan with the least loss. Raises InputError if a loss is not finite."""
+        best = None
+        least = math.inf
+        for plan in plans:
+            loss = self.losses(plan).mean
+            check_finite(torch.tensor(loss), "predictions on the texts")
+            if loss < least:
+                best = plan
+                least = loss
+        return best
 
     def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:
         """As Case.full, by a plan."""

@@ -16,7 +16,7 @@ the one that changes C s least on the text. README.md in this folder derives it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,100 +67,105 @@ class Sums:
         self.xy = torch.zeros(inputs, sum(self.widths), dtype=wide(model.dtype), device=model.device)
 
 
-class Fit:
-    """The corrections of a plan, for one group of pruned layers after the other.
+def fitted(
+    model, windows: list[Window], plan: PrunePlan, rank: int, ridges: Sequence[float] = (RIDGE,), step: Callable = int
+) -> Iterator[PrunePlan]:
+    """Yield a plan with corrections that are fitted to windows, for each lambda of its last group.
 
-    What enters a group depends on the updates of h after earlier groups. So each group takes a pass over the texts.
+    What enters a group depends on the updates of h after earlier groups. So each group takes a pass over the windows. A
+    group with an update takes lambda = RIDGE.
+
+    Args:
+        model: A pop.Model.
+        windows: Of text.
+        plan: Without corrections.
+        rank: Of the corrections.
+        ridges: The candidates for lambda.
+        step: Is called with the number of tokens that have passed since its last call.
     """
+    groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
+    groups = [group.layers for group in groups if group.is_pruned]
+    if any(layers.start - 1 in plan.layers for layers in groups):
+        problem = "between which DeepStack adds features of images"
+        raise PlanError(f"the plan prunes the layers {plan.layers}, {problem}; prune one of these layers only")
+    # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
+    is_copied = model.num_parameters >= SMALLEST and model.part is None
+    module = working_copy(model) if is_copied else model.module
+    solutions = []
+    before = PrunePlan(full_depth_first=plan.full_depth_first)  # the groups before the one that is fitted
+    for layers in groups:
+        sums = Sums(model, layers)
+        for batch in batches(windows):
+            accumulate(model, batch, plan.layers[0], before, sums, module)
+            step(total_size(batch))
+        if not sums.count:
+            raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+        for ridge in [RIDGE] if sums.has_update else ridges:
+            solution = solve(model, sums, rank, ridge)
+            corrections = _corrections(model, plan, [*solutions, solution])
+            if layers == groups[-1]:
+                yield dataclasses.replace(plan, corrections=corrections)
+        solutions.append(solution)
+        before = dataclasses.replace(before, layers=corrections.layers, corrections=corrections)
+        del sums  # they are large
 
-    def __init__(self, model, plan: PrunePlan, rank: int):
-        self.model = model
-        self.plan = plan
-        self.rank = rank
-        groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
-        self.groups = [group.layers for group in groups if group.is_pruned]
-        if any(layers.start - 1 in plan.layers for layers in self.groups):
-            problem = "between which DeepStack adds features of images"
-            raise PlanError(f"the plan prunes the layers {plan.layers}, {problem}; prune one of these layers only")
-        self.solved: list[Solution] = []  # of the groups before the one that is fitted
-        self.sums: Sums | None = None  # of the group that is fitted. If it is the last one, lambda can still be chosen
 
-    def calibrated(self, ridge: float = RIDGE) -> PrunePlan:
-        """The plan with its corrections, for lambda = ridge in the group that is left."""
-        solutions = list(self.solved)
-        if self.sums is not None:
-            solutions.append(self.solve(ridge))
-        return dataclasses.replace(self.plan, corrections=self._corrections(solutions))
+def solve(model, sums: Sums, rank: int, ridge: float) -> Solution:
+    """Solve the normal equations of a group, and reduce the solution to the rank.
 
-    def enter(self, run: Pass, h: Tensor) -> Tensor:
-        """The h [B, T, D] that enters the group, from the h that enters the first pruned layer.
+    Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average. So
+    the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
+    V = Q' F^-1. Then V s has a mean square of about 1. C F is computed for one layer at a time, and twice, because all
+    of it would be as large as X' Y.
+    """
+    for values in (sums.xx, sums.xy):
+        check_finite(values, "hidden states of the texts")
+    gram = sums.xx / sums.count
+    gram.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(gram)  # F
+    del gram
 
-        The first full_depth_first tokens run at full depth. The others skip the solved groups, with their corrections.
-        """
-        if not self.solved:
-            return h
-        corrections = self._corrections(self.solved)
-        solved = PrunePlan(corrections.layers, full_depth_first=self.plan.full_depth_first, corrections=corrections)
-        full_depth = torch.arange(h.shape[1]) < self.plan.full_depth_first
-        return run.pruned(self.model.resolve(solved), h, full_depth, self.plan.layers[0], self.sums.layers.start)
+    def parts() -> Iterator[Tensor]:
+        """The rows of C F that belong to each layer, and those of the update: [M, 2 * D] each."""
+        for columns in sums.xy.split(sums.widths, dim=1):
+            yield torch.linalg.solve_triangular(factor, columns.double() / sums.count, upper=False).T
 
-    def solve(self, ridge: float) -> Solution:
-        """Solve the normal equations of the group that is fitted, and reduce the solution to the rank.
+    basis = _largest_directions(model, sums, parts(), rank)  # Q
+    rows = [part @ basis for part in parts()]
+    weight = torch.stack([_of_all_heads(model, row) for row in rows[: len(sums.layers)]])
+    shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
+    return Solution(weight, shared, rows[-1] if sums.has_update else None)
 
-        Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average.
-        So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
-        V = Q' F^-1. Then V s has a mean square of about 1. C F is computed for one layer at a time, and twice, because
-        all of it would be as large as X' Y.
-        """
-        sums = self.sums
-        for values in (sums.xx, sums.xy):
-            check_finite(values, "hidden states of the texts")
-        gram = sums.xx / sums.count
-        gram.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(gram)  # F
-        del gram
 
-        def parts() -> Iterator[Tensor]:
-            """The rows of C F that belong to each layer, and those of the update: [M, 2 * D] each."""
-            for columns in sums.xy.split(sums.widths, dim=1):
-                yield torch.linalg.solve_triangular(factor, columns.double() / sums.count, upper=False).T
+def _largest_directions(model, sums: Sums, parts: Iterator[Tensor], rank: int) -> Tensor:
+    """As many orthonormal directions [2 * D, R] as the rank, in which the rows of all parts are largest."""
+    squares = torch.zeros_like(sums.xx, dtype=sums.xy.dtype)
+    for number, part in enumerate(parts):
+        if number < len(sums.layers):
+            part = _of_all_heads(model, part).flatten(0, 1)
+        part = part.to(squares.dtype)
+        squares.addmm_(part.T, part)
+        del part  # what follows takes much memory
+    directions = torch.linalg.eigh(squares).eigenvectors  # of the largest eigenvalues at the end
+    return directions[:, -rank:].to(sums.xx.dtype, copy=True)
 
-        basis = self._largest_directions(parts())  # Q
-        rows = [part @ basis for part in parts()]
-        weight = torch.stack([self._of_all_heads(row) for row in rows[: len(sums.layers)]])
-        shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
-        return Solution(weight, shared, rows[-1] if sums.has_update else None)
 
-    def _largest_directions(self, parts: Iterator[Tensor]) -> Tensor:
-        """As many orthonormal directions [2 * D, R] as the rank, in which the rows of all parts are largest."""
-        sums = self.sums
-        squares = torch.zeros_like(sums.xx, dtype=sums.xy.dtype)
-        for number, part in enumerate(parts):
-            if number < len(sums.layers):
-                part = self._of_all_heads(part).flatten(0, 1)
-            part = part.to(squares.dtype)
-            squares.addmm_(part.T, part)
-            del part  # what follows takes much memory
-        directions = torch.linalg.eigh(squares).eigenvectors  # of the largest eigenvalues at the end
-        return directions[:, -self.rank :].to(sums.xx.dtype, copy=True)
+def _of_all_heads(model, rows: Tensor) -> Tensor:
+    """Rows for K and V of a layer [2 * K * E, M], with the heads of all processes: [2, K * E, M]."""
+    rows = rows.unflatten(0, (2, -1))
+    return rows if model.part is None else model.part.gather_heads(rows[None])[0]
 
-    def _of_all_heads(self, rows: Tensor) -> Tensor:
-        """Rows for K and V of a layer [2 * K * E, M], with the heads of all processes: [2, K * E, M]."""
-        rows = rows.unflatten(0, (2, -1))
-        return rows if self.model.part is None else self.model.part.gather_heads(rows[None])[0]
 
-    def _corrections(self, solutions: list[Solution]) -> Corrections:
-        """The corrections of the first groups."""
-        layers = [index for group in self.groups[: len(solutions)] for index in group]
-        tensors = {
-            "weight": torch.cat([solution.weight for solution in solutions]),
-            "shared": torch.stack([solution.shared for solution in solutions]),
-        }
-        updates = [solution.update for solution in solutions if solution.update is not None]
-        if updates:
-            tensors["update"] = torch.stack(updates)
-        tensors = {name: tensor.to(self.model.dtype) for name, tensor in tensors.items()}
-        return Corrections(layers, sketch=self.model.sketch[layers], **tensors)
+def _corrections(model, plan: PrunePlan, solutions: list[Solution]) -> Corrections:
+    """The corrections of a plan's first groups."""
+    weight = torch.cat([solution.weight for solution in solutions])
+    tensors = {"weight": weight, "shared": torch.stack([solution.shared for solution in solutions])}
+    updates = [solution.update for solution in solutions if solution.update is not None]
+    if updates:
+        tensors["update"] = torch.stack(updates)
+    tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
+    layers = plan.layers[: len(weight)]
+    return Corrections(layers, sketch=model.sketch[list(layers)], **tensors)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -168,42 +173,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
-def fitted(model, windows: list[Window], plan: PrunePlan, rank: int, step: Callable[[int], object] = int) -> Fit:
-    """Fit the corrections of a plan to windows, which are passed over once for each group of pruned layers.
-
-    Args:
-        model: A pop.Model.
-        windows: Of text.
-        plan: Without corrections.
-        rank: Of the corrections.
-        step: Is called with the number of tokens that have passed since its last call.
-    """
-    # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
-    is_copied = model.num_parameters >= SMALLEST and model.part is None
-    module = working_copy(model) if is_copied else model.module
-    fit = Fit(model, plan, rank)
-    for layers in fit.groups:
-        fit.sums = Sums(model, layers)
-        for batch in batches(windows):
-            accumulate(model, batch, fit, module)
-            step(total_size(batch))
-        if not fit.sums.count:
-            raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
-        if fit.sums.has_update:
-            fit.solved.append(fit.solve(RIDGE))
-            fit.sums = None  # they are large
-    return fit
-
-
-def accumulate(model, windows: list[Window], fit: Fit, module) -> None:
-    """Add the tokens of a batch of windows to the sums of the group that is fitted.
+def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums: Sums, module) -> None:
+    """Add the tokens of a batch of windows to the sums of a group.
 
     One full pass gives the targets. The pass by the plan branches off at its first pruned layer.
 
     Args:
         model: A pop.Model.
         windows: Of about equal lengths.
-        fit: Has the sums.
+        first: The first pruned layer of the plan that is fitted.
+        solved: The groups before this one, with their corrections. Only its first full_depth_first tokens, to which
+            nothing is fitted, run at full depth.
+        sums: Of the group.
         module: The model's own, or a copy that runs in its place.
     """
     tokens, lengths = padded([tokens for tokens, _ in windows])  # [B, T] and [B]
@@ -211,12 +192,13 @@ def accumulate(model, windows: list[Window], fit: Fit, module) -> None:
     run = Pass(module, tokens.to(model.device), images)
     position = torch.arange(tokens.shape[1], device=model.device)
     is_inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
-    is_fitted = is_inside & (position >= fit.plan.full_depth_first)
-    first = fit.plan.layers[0]
-    sums = fit.sums
+    is_fitted = is_inside & (position >= solved.full_depth_first)
     group = sums.layers
     h = run.layers(run.embed(), 0, first)
-    entering = fit.enter(run, h)  # [B, T, D], by the plan
+    entering = h  # [B, T, D], by the plan
+    if solved.layers:
+        full_depth = torch.arange(tokens.shape[1]) < solved.full_depth_first
+        entering = run.pruned(model.resolve(solved), h, full_depth, first, group.start)
     x = module.layers[group.start].normalised(entering)
     before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
     x = torch.cat((x, before), dim=-1)[is_fitted].to(wide(h.dtype))  # [N, 2 * D]

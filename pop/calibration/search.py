@@ -11,8 +11,9 @@ corrections in closed form, from few tokens, and the held-out windows choose. No
 a machine give the same plan.
 """
 
+import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,13 +71,17 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
     few = enough([(tokens[:WINDOW], media) for tokens, media in without_images(windows)], FEW)
-    losses: dict[PrunePlan, float] = {}
-    for share in TAILS:
-        plan = _smallest(model, share, needed, lookups, speedup, rank)
-        if plan is not None and plan not in losses:
-            losses[plan] = judge.losses(fitted(model, few, plan, rank).calibrated()).mean
-        step(1)
-    return min(losses, key=losses.get)
+
+    def candidates() -> Iterator[PrunePlan]:
+        tried = set()
+        for share in TAILS:
+            plan = _smallest(model, share, needed, lookups, speedup, rank)
+            if plan is not None and plan not in tried:
+                tried.add(plan)
+                yield from fitted(model, few, plan, rank)
+            step(1)
+
+    return dataclasses.replace(judge.best(candidates()), corrections=None)
 
 
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:

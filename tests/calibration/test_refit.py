@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-import dataclasses
 import math
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ from pop.calibration import calibrate as calibrate_file
 from pop.calibration import refit
 from pop.calibration.calibrate import RIDGES
 from pop.calibration.held_out import Judge, Losses, hold_out
-from pop.calibration.refit import Fit
 from pop.calibration.texts import text_windows
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
@@ -79,21 +78,23 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     )
     windows = [[token % 60 for token in window] for window in windows]  # none that stands for an image
     assume(max(map(len, windows)) > plan.full_depth_first)
-    found = fitted(model, windows_of(windows), plan).calibrated(ridge)
+    found = fitted(model, windows_of(windows), plan, ridge=ridge)
     assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, ridge))
 
 
-def test_corrections_are_the_best_of_their_rank(each_family):
+def test_corrections_are_the_best_of_their_rank(each_family, notes):
     """By the squared change of what they compute on the texts, and of what lambda adds, in numpy. One updates h."""
     model, plan, rank, ridge = each_family, PrunePlan((2, 3), full_depth_first=1), 9, 1e-2
     windows = windows_of(TEXTS)
-    exact, best = (fitted(model, windows, plan, rank).calibrated(ridge).corrections for rank in (None, rank))
+    exact, best = (fitted(model, windows, plan, rank, ridge).corrections for rank in (None, rank))
 
     def rows(found):  # of K and V, and of h
         return torch.cat((found.weight.flatten(0, 2), found.update[0])).double().numpy()
 
     corrections = rows(exact) @ exact.shared[0].double().numpy()
-    sums = fitted(model, windows, PrunePlan((2, 3, 4), full_depth_first=1)).sums  # kept without an update
+    solved = notes(refit, "solve", lambda model, sums, rank, ridge: sums)
+    fitted(model, windows, PrunePlan((2, 3, 4), full_depth_first=1))
+    (sums,) = solved
     metric = (sums.xx / sums.count + ridge * torch.eye(60)).numpy()
     shared = best.shared[0].double().numpy()
     error = corrections - rows(best) @ shared
@@ -114,41 +115,34 @@ def test_windows_cover_the_texts_and_each_begins_like_its_text():
 
 
 @pytest.mark.parametrize(("winner", "layers"), [*((ridge, (3, 4)) for ridge in RIDGES), (1.0, (2, 3))])
-def test_the_best_lambda_is_found(model, winner, layers, monkeypatch):
+def test_the_best_lambda_is_found(model, winner, layers, notes, monkeypatch):
     """The held-out losses are made up: lower near the winner. With an update of h, lambda is fixed."""
-    ridges, made = [], {}
-
-    def calibrated(self, ridge=1e-2):
-        ridges.append(ridge)
-        made[ridge] = dataclasses.replace(self.plan, full_depth_last=len(ridges))
-        return made[ridge]
+    ridges, made = notes(refit, "solve", lambda *args: args[-1]), {}
 
     def losses(self, plan):
-        if plan.full_depth_last == 1 and plan is not made[ridges[0]]:
-            return of_mean(1e6)  # plain pruning
-        return of_mean(abs(math.log(ridges[plan.full_depth_last - 1] / winner)))
+        made.setdefault(ridges[-1], plan.corrections)
+        (ridge,) = [ridge for ridge, corrections in made.items() if corrections is plan.corrections]
+        return of_mean(abs(math.log(ridge / winner)))
 
-    monkeypatch.setattr(Fit, "calibrated", calibrated)
     monkeypatch.setattr(Judge, "losses", losses)
     result = calibrate(model, TEXTS, PrunePlan(layers), progress=False, steps=0)
-    assert ridges[result.full_depth_last - 1] == (winner if layers == (3, 4) else 1e-2)
-    assert len(ridges) == (5 if layers == (3, 4) else 1)
+    assert result.corrections is made[winner if layers == (3, 4) else 1e-2]
+    assert ridges == (list(RIDGES) if layers == (3, 4) else [1e-2])
 
 
-def test_plain_pruning_is_taken_if_it_is_the_best_and_nothing_follows(model, monkeypatch):
-    """Without corrections, so it is as fast. Distillation does not start there."""
-    monkeypatch.setattr(Judge, "losses", lambda self, plan: of_mean(0.0 if plan.corrections is None else 1.0))
-    monkeypatch.setattr(calibrate_file, "distill", lambda model, plan, *_, **__: plan)
-    found = calibrate(model, TEXTS, PrunePlan((1, 3)), progress=False, steps=0)
-    assert found.corrections is None and found.full_depth_first == 1 and found.about["texts"] == 5
-    assert calibrate(model, TEXTS, PrunePlan((1, 3)), steps=2, progress=False).corrections is not None
+def test_sums_are_freed_before_those_of_the_next_group(model, monkeypatch):
+    """They are large: float64, of all inputs."""
+    alive, numbers = weakref.WeakSet(), []
 
+    class Counted(refit.Sums):
+        def __init__(self, *args):
+            numbers.append(len(alive))
+            alive.add(self)
+            super().__init__(*args)
 
-def test_sums_are_freed_once_a_group_is_solved(model):
-    """They are large: float64, of all inputs. A group without an update stays, because lambda is not yet chosen."""
-    fit = fitted(model, windows_of(TEXTS), PrunePlan((0, 1, 3, 4), full_depth_first=1))
-    assert len(fit.solved) == 1 and fit.sums.xy.shape == (60, 2 * 2 * 20)
-    assert fitted(model, windows_of(TEXTS), PrunePlan((0, 1), full_depth_first=1)).sums is None
+    monkeypatch.setattr(refit, "Sums", Counted)
+    fitted(model, windows_of(TEXTS), PrunePlan((0, 2, 4), full_depth_first=1))
+    assert numbers == [0, 0, 0]
 
 
 def test_one_bar_shows_all_of_the_work(monkeypatch):

@@ -13,6 +13,7 @@ from support.tiny import random_model, tiny_config
 import pop
 from pop import PrunePlan
 from pop.calibration import search
+from pop.calibration.held_out import Judge
 from pop.calibration.search import FULL_DEPTH, LAST, PROMPT, layers_apart, with_full_depth
 
 RANK = 15
@@ -71,15 +72,18 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, w
     needed = torch.rand(14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     judged, counted = [], []
 
-    def losses(plan):
-        judged.append(plan)
-        return SimpleNamespace(mean=float(len(judged) - 1 != winner))
+    class MadeUp(Judge):
+        def __init__(self):
+            pass
 
-    monkeypatch.setattr(search, "fitted", lambda model, few, plan, rank: SimpleNamespace(calibrated=lambda: plan))
+        def losses(self, plan):
+            judged.append(plan)
+            return SimpleNamespace(mean=float(len(judged) - 1 != winner))
+
+    monkeypatch.setattr(search, "fitted", lambda model, few, plan, rank: [plan])
     monkeypatch.setattr(search, "_needed", lambda model, samples: needed)
     monkeypatch.setattr(search, "_lookup_scores", lambda model, samples: needed)
-    judge = SimpleNamespace(losses=losses)
-    found = search.search(deep, windows, judge, 1.5, RANK, counted.append)
+    found = search.search(deep, windows, MadeUp(), 1.5, RANK, counted.append)
     assert found == judged[winner] and counted == [1, 1, 1]
     assert judged[0].layers == tuple(range(14 - len(judged[0].layers), 14))
     for plan, share in zip(judged, search.TAILS, strict=True):

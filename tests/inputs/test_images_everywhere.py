@@ -176,7 +176,7 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers):
         with pytest.raises(pop.PlanError, match="DeepStack"):
             pop.calibrate(model, windows, plan, images=rows, progress=False, steps=0)
         return
-    found = fitted(model, text_windows(model, windows, rows, None, 1024), plan).calibrated(0.1)
+    found = fitted(model, text_windows(model, windows, rows, None, 1024), plan, ridge=0.1)
     images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
     assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, 0.1, images))
 

@@ -17,9 +17,10 @@ from pop.pruning import reference
 RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "")
 
 
-def fitted(model, windows, plan, rank=None) -> refit.Fit:
-    """The library's fit to windows. By default its rank is full."""
-    return refit.fitted(model, windows, plan, 2 * model.config.hidden_size if rank is None else rank)
+def fitted(model, windows, plan, rank=None, ridge=RIDGE) -> PrunePlan:
+    """The plan with the library's fit to windows. By default its rank is full."""
+    (found,) = refit.fitted(model, windows, plan, 2 * model.config.hidden_size if rank is None else rank, [ridge])
+    return found
 
 
 def assert_fit(module, found, keys_values, updates):
