@@ -118,7 +118,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise) -> Tenso
         run = Pass(module, batch.tokens.to(plan.corrections.weight.device), images)
         entering = run.layers(run.embed(), 0, first)
         full = run.layers(entering, first)
-    pruned = run.student(plan, entering, batch.cut)
+    pruned = run.pruned(plan, entering, batch.cut)
     predicted = T - batch.cut + 1  # tokens: the continuation, and the one after it
     rows = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
     return sum(_divergence(module, *row) for row in rows) / (B * predicted)

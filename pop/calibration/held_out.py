@@ -127,7 +127,7 @@ class Judge:
         if first not in case.entering:
             case.entering[first] = case.run.layers(case.run.embed(), 0, first)
         length = len(case.prompt)
-        return case.run.student(plan, case.entering[first], length)[0, length - 1 :]
+        return case.run.pruned(plan, case.entering[first], length)[0, length - 1 :]
 
 
 def _mean(values: Tensor) -> float:

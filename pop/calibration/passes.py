@@ -68,39 +68,27 @@ class Pass:
             h = self.layer(index, h)
         return h
 
-    def student(self, plan: PrunePlan, h: Tensor, prompt_length: int) -> Tensor:
+    def pruned(self, plan: PrunePlan, h: Tensor, prompt_length: int, end: int | None = None) -> Tensor:
         """Run prompts by a plan, and their continuations at full depth, as in pop/pruning/reference.py.
 
         Args:
-            plan: With at least one layer.
+            plan: With at least one layer. Its corrections may have any dtype. Gradients reach them.
             h: [B, T, D], enters layer `first_layer(plan)`.
             prompt_length: Of all rows. The tokens after it are continuations.
+            end: The first layer that does not run, where a group begins. None: all run.
 
         Returns:
-            [B, T, D] after the last layer, meaningless at pruned tokens.
+            The h [B, T, D] after the last layer that runs, in the dtype of h. After the model's last layer, it is
+            meaningless at pruned tokens.
         """
-        full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], plan)
-        end = len(self.module.layers)
-        return self.pruned(plan, h, full_depth, first_layer(plan), end, prompt_length)
-
-    def pruned(
-        self, plan: PrunePlan, h: Tensor, full_depth: Tensor, begin: int, end: int, prompt_length: int = 0
-    ) -> Tensor:
-        """Run layers `begin` to `end` - 1 by a plan: h [B, T, D] -> h [B, T, D], in the dtype of h.
-
-        Args:
-            plan: Its corrections may have any dtype. Gradients reach them.
-            h: Enters layer `begin`.
-            full_depth: [T] bool, the tokens that run at full depth by their position, on the CPU.
-            begin, end: Where groups begin or end.
-            prompt_length: The plan also selects some of this many first tokens, at its selecting layer.
-        """
+        full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], plan)  # [T]
+        running = range(len(self.module.layers))[first_layer(plan) : end]
         if plan.corrections is not None:
             tensors = {name: tensor.to(h.dtype) for name, tensor in plan.corrections.tensors.items()}
             plan = dataclasses.replace(plan, corrections=plan.corrections.replaced(tensors))
         rows = full_depth.expand(len(h), -1).to(h.device)  # [B, T]
         for group in plan.groups(len(self.module.layers), self.module.deepstack_layers):
-            inside = [index for index in group.layers if begin <= index < end]
+            inside = [index for index in group.layers if index in running]
             if inside and group.is_pruned:
                 h = self._pruned_group(group, h, rows)
                 continue

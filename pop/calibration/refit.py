@@ -197,8 +197,8 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     h = run.layers(run.embed(), 0, first)
     entering = h  # [B, T, D], by the plan
     if solved.layers:
-        full_depth = torch.arange(tokens.shape[1]) < solved.full_depth_first
-        entering = run.pruned(model.resolve(solved), h, full_depth, first, group.start)
+        longer = tokens.shape[1] + 1  # tokens, so that none is a prompt's last one
+        entering = run.pruned(model.resolve(solved), h, longer, group.start)
     x = module.layers[group.start].normalised(entering)
     before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
     x = torch.cat((x, before), dim=-1)[is_fitted].to(wide(h.dtype))  # [N, 2 * D]

@@ -92,7 +92,7 @@ def of_student(module, plan, tokens, cut):
     run = Pass(module, tokens)
     entering = run.layers(run.embed(), 0, first_layer(plan))
     with recorded_choices(passes) as found:
-        h = run.student(plan, entering, cut)
+        h = run.pruned(plan, entering, cut)
     return module.head(h), found[0] if found else torch.zeros(len(tokens), cut, dtype=torch.bool)
 
 
