@@ -142,14 +142,15 @@ def sample_responses(model, samples: list[Sample], seeds: list[Sequence[int]], c
         return []
     ends = end_ids(model)
     states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
-    sampler = Sampler(SamplingParams(temperature=1.0), [int(state[0]) for state in states])
+    generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
+    sampler = Sampler(SamplingParams(temperature=1.0))
     tokens, lengths = padded([sample.prompt for sample in samples])
     media = [sample.media for sample in samples]
     cache = model.new_cache(len(samples), tokens.shape[1] + count - 1)
     logits = model.prefill(tokens, cache, lengths=lengths, images=media, plan=PrunePlan.none())
     responses = [[] for _ in samples]
     while True:
-        tokens = sampler(logits)
+        tokens = sampler(logits, generators)
         for response, token in zip(responses, read_tokens(tokens), strict=True):
             if not response or response[-1] not in ends:
                 response.append(token)

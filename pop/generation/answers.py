@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
 
+import torch
+
 from pop.errors import PopError
 from pop.inputs.chat import split_thoughts
 
@@ -34,11 +36,12 @@ class Generation:
 class Answer:
     """An answer that grows: tokens come in, and text comes out as soon as no later token can change it."""
 
-    def __init__(self, tokenizer, end_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int):
+    def __init__(self, tokenizer, end_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int, seed: int):
         self.tokenizer = tokenizer  # None: the answer is token ids only
         self.end_ids = end_ids
         self.stop = stop
         self.max_new_tokens = max_new_tokens
+        self.generator = torch.Generator().manual_seed(seed)  # of the numbers by which its tokens are drawn
         self.text_of = None if tokenizer is None else tokenizer.text_stream()  # holds back incomplete characters
         self.tokens: list[int] = []
         self.logprobs: list[float | None] = []

@@ -64,11 +64,12 @@ class Batch:
         seeds = params.seeds(len(prompts))
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)
-        self.sampler = Sampler(params, seeds)
+        self.sampler = Sampler(params)
         self.rules = LogitsRules(model, params, [self.earlier_tokens + prompt for prompt in prompts])
 
         limits = self._limits()
-        self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]
+        pairs = zip(limits, seeds, strict=True)
+        self.answers = [Answer(model.tokenizer, ends, params.stop, limit, seed) for limit, seed in pairs]
         # An answer's last token is sampled but never run, so it needs no slot.
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         self.max_seq_len = len(self.earlier_tokens) + longest - 1
@@ -147,7 +148,8 @@ class Batch:
 
     def _sample(self, logits: Tensor, rows: list[int]) -> Tensor:
         """Pick the next token of each row: logits [B, V] -> tokens [B], without waiting for the device."""
-        tokens = self.sampler(self.rules(logits, [self.answers[row] for row in rows]))
+        answers = [self.answers[row] for row in rows]
+        tokens = self.sampler(self.rules(logits, answers), [answer.generator for answer in answers])
         self.rules.took(tokens)
         return tokens
 
@@ -181,7 +183,6 @@ class Batch:
         kept = torch.tensor(numbers, device="cpu")
         (kept_there,) = to_device([kept], tokens.device)
         self.cache.keep_rows(kept)
-        self.sampler.keep_rows(numbers)
         self.rules.keep_rows(kept_there)
         return tokens[kept_there]
 

@@ -90,26 +90,21 @@ def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
 class Sampler:
     """Picks one token for each batch row, on the logits' device and without waiting for it.
 
-    Each row has its own random generator, and draws one number a token from it. So a prompt and a seed give the same
-    tokens alone and in any batch row, on a CPU and on a GPU, up to rounding errors in the logits.
+    Each row has its own random generator, which gives one number a token. So a prompt and a seed give the same tokens
+    alone and in any batch row, on a CPU and on a GPU, up to rounding errors in the logits.
     """
 
-    def __init__(self, params: SamplingParams, seeds: Sequence[int]):
+    def __init__(self, params: SamplingParams):
         self.temperature = float(params.temperature)
         self.top_k = params.top_k
         self.top_p = 1.0 if params.top_p is None else float(params.top_p)
         self.min_p = float(params.min_p or 0)
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Continue with these rows of the batch, in this order."""
-        self.generators = [self.generators[row] for row in rows]
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """logits [B, V] float32 -> tokens [B], for `read_tokens`."""
+    def __call__(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """logits [B, V] float32 and the generator of each row -> tokens [B], for `read_tokens`."""
         if self.temperature == 0:
             return self.pick(logits)
-        numbers = [torch.randint(2**53, (1,), generator=generator, device="cpu") for generator in self.generators]
+        numbers = [torch.randint(2**53, (1,), generator=generator, device="cpu") for generator in generators]
         return self.pick(logits, *to_device([torch.stack(numbers)], logits.device))
 
     def pick(self, logits: Tensor, numbers: Tensor | None = None) -> Tensor:

@@ -166,7 +166,7 @@ def test_rules_do_not_wait_for_the_device(model):
     """All but the caller's function."""
     params = SamplingParams(repetition_penalty=1.2)
     there = SimpleNamespace(config=model.config, tokenizer=None, vision=model.vision, device=META)
-    rules, answers = LogitsRules(there, params, PROMPTS), [Answer(None, frozenset(), (), 9)] * 3
+    rules, answers = LogitsRules(there, params, PROMPTS), [Answer(None, frozenset(), (), 9, 0)] * 3
     logits = torch.zeros(3, 256, device=META)
     rules(logits, answers)  # the prompts' tokens are copied there once
     with device_only():

@@ -17,7 +17,7 @@ def test_a_prefix_and_a_rest_are_one_prompt(model, length, notes):
     ahead = max(0, length - model.plan.full_depth_last)
     rests = [[9], list(range(40, 61))]
     expected = [model.generate(tokens + rest, max_new_tokens=4).tokens for rest in rests]
-    logits = notes(Sampler, "__call__", lambda self, x: x)
+    logits = notes(Sampler, "__call__", lambda self, x, _: x)
     ran = notes(type(model.module), "embed", lambda self, tokens: tokens.numel())
     for rest, answer in zip(rests, expected, strict=True):
         logits.clear()

@@ -16,15 +16,18 @@ import pop
 from pop.generation.sampling import Sampler, SamplingParams, read_tokens
 
 
-def make(rows, **settings):
-    params = SamplingParams(**settings)
-    return Sampler(params, params.seeds(rows))
+def make(**settings):
+    return Sampler(SamplingParams(**settings))
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def shares(logits, count, **settings) -> torch.Tensor:
     """How often each of V tokens is picked from logits [V], for `count` random numbers that are evenly spaced."""
     numbers = (torch.arange(count) * 2 + 1) * 2**52 // count
-    picked = make(1, **settings).pick(logits.expand(count, -1), numbers[:, None])
+    picked = make(**settings).pick(logits.expand(count, -1), numbers[:, None])
     return torch.bincount(picked, minlength=len(logits))
 
 
@@ -67,8 +70,8 @@ def test_drawn_frequencies_are_the_probabilities():
     count = 20_000
     logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 1.5
     expected = expected_probabilities(logits, **settings)
-    sampler = Sampler(SamplingParams(**settings), range(count))
-    found = torch.bincount(sampler(logits.expand(count, -1)), minlength=50)
+    tokens = make(**settings)(logits.expand(count, -1), generators(*range(count)))
+    found = torch.bincount(tokens, minlength=50)
     assert not found[expected == 0].any()
     likely = expected * count >= 5
     found, expected = found[likely], count * expected[likely]
@@ -81,7 +84,7 @@ def test_the_long_tail_of_a_large_vocabulary():
     logits = torch.zeros(1, 2**17 + 1)
     logits[0, 777] = math.log(3 * 2**17)
     numbers = torch.arange(1, 2**53, 2**53 // 40)
-    found = make(1, temperature=1.0).pick(logits.expand(len(numbers), -1), numbers[:, None])
+    found = make(temperature=1.0).pick(logits.expand(len(numbers), -1), numbers[:, None])
     place = numbers.double() / 2**34  # in units of an unlikely token: 2**19 in all
     expected = torch.where(place < 777, place, torch.where(place < 777 + 3 * 2**17, 777, place - 3 * 2**17))
     assert (found - expected).abs().max() <= 2
@@ -92,7 +95,7 @@ def test_the_first_and_the_last_random_number(settings):
     """They pick the first and the last token that can be drawn, not impossible ones beside them."""
     logits = torch.tensor([-math.inf, -math.inf, 1.0, -math.inf, 1.0, 1.0, 1.0, -math.inf, -math.inf])
     numbers = torch.tensor([0, 2**51 - 1, 2**51, 2**52 - 1, 2**52, 3 * 2**51 - 1, 3 * 2**51, 2**53 - 1])[:, None]
-    picked = make(1, temperature=1.0, **settings).pick(logits.expand(8, -1), numbers)
+    picked = make(temperature=1.0, **settings).pick(logits.expand(8, -1), numbers)
     assert picked.tolist() == [2, 2, 4, 4, 5, 5, 6, 6]
 
 
@@ -101,7 +104,8 @@ def test_extreme_settings():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     tiny = ({"top_p": 1e-9}, {"temperature": 5e-324}, {"temperature": Fraction(1, 10**40)})
     for settings in (*tiny, {"top_k": 1}, {"top_k": np.int64(1), "temperature": 1e-39}):
-        assert make(3, **{"temperature": 5.0, "seed": 0, **settings})(logits).tolist() == logits.argmax(-1).tolist()
+        sampler = make(**{"temperature": 5.0, **settings})
+        assert sampler(logits, generators(0, 1, 2)).tolist() == logits.argmax(-1).tolist()
     logits = torch.tensor([-math.inf, -50.0, 0.0, 50.0])
     assert shares(logits, 999, temperature=1e9).tolist() == [0, 333, 333, 333]
     for top_p, kept in ((0.1, 1), (0.3, 3), (0.31, 4), (0.7, 7), (0.999, 10), (1.0, 10)):
@@ -115,15 +119,17 @@ def test_extreme_settings():
 @pytest.mark.parametrize("settings", [{}, {"top_k": 7}, {"top_p": 0.9}])
 def test_a_row_alone_gets_what_it_gets_in_a_batch_that_shrinks(settings):
     logits = torch.randn(6, 4, 300, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).float()  # has ties
-    params, rows = SamplingParams(temperature=1.5, **settings), [0, 1, 2, 3]
-    together, alone = Sampler(params, [6, 7, 8, 9]), Sampler(params, [8])
+    sampler = make(temperature=1.5, **settings)
+    rows = [0, 1, 2, 3]
+    together = generators(6, 7, 8, 9)
+    alone = generators(8)
     for step in range(6):
-        (expected,) = alone(logits[step, 2:3]).tolist()
-        assert together(logits[step, rows])[rows.index(2)] == expected
+        (expected,) = sampler(logits[step, 2:3], alone).tolist()
+        assert sampler(logits[step, rows], together)[rows.index(2)] == expected
         if step in (1, 3):  # other rows end
             kept = [number for number, row in enumerate(rows) if row != step]
             rows = [rows[number] for number in kept]
-            together.keep_rows(kept)
+            together = [together[number] for number in kept]
     assert rows == [0, 2]
 
 
@@ -131,8 +137,7 @@ def test_a_row_alone_gets_what_it_gets_in_a_batch_that_shrinks(settings):
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}])
 def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, settings):
     logits = torch.tensor([[0.0, 1.0, -math.inf], [0.0, broken, 1.0], [-math.inf] * 3, [broken] * 3])
-    sampler = make(4, **{"temperature": 1.0, "seed": 0, **settings})
-    tokens = sampler(logits)
+    tokens = make(**{"temperature": 1.0, **settings})(logits, generators(0, 1, 2, 3))
     assert tokens[0] in (0, 1)  # a token may be impossible
     assert tokens[1:].tolist() == [-1, -1, -1]
     with pytest.raises(pop.InputError, match="logits are not finite"):
@@ -147,11 +152,11 @@ def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, set
     "settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.5}, {"min_p": 0.1}]
 )
 def test_nothing_waits_for_the_device(settings):
-    sampler = make(2, **{"temperature": 1.0, **settings})
+    sampler = make(**{"temperature": 1.0, **settings})
     logits, numbers = torch.zeros(2, 30, device=META), torch.zeros(2, 1, dtype=torch.int64, device=META)
     with device_only():
         assert sampler.pick(logits, numbers if sampler.temperature else None).shape == (2,)
-    assert sampler(logits).device == META  # the numbers are copied there
+    assert sampler(logits, generators(0, 1)).device == META  # the numbers are copied there
 
 
 def test_settings_out_of_range_are_refused_by_name():

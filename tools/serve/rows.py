@@ -69,12 +69,12 @@ class Row:
         self.logits: torch.Tensor | None = None  # [1, V], of its next token
         ends, params = end_ids(model), job.params
         limit = min(params.max_new_tokens, model.max_seq_len + 1 - len(job.tokens))
-        self.answer = Answer(model.tokenizer, ends, params.stop, limit)
-        self.sampler, self.rules = Sampler(params, params.seeds(1)), LogitsRules(model, params, [job.tokens])
+        self.answer = Answer(model.tokenizer, ends, params.stop, limit, *params.seeds(1))
+        self.sampler, self.rules = Sampler(params), LogitsRules(model, params, [job.tokens])
 
     def draw(self) -> torch.Tensor:
         """The next token [1]. Nothing waits for it."""
-        token = self.sampler(self.rules(self.logits, [self.answer]))
+        token = self.sampler(self.rules(self.logits, [self.answer]), [self.answer.generator])
         self.rules.took(token)
         return token
 
