@@ -59,9 +59,8 @@ logger = logging.getLogger(__name__)
 def calibrate(
     model: Model,
     texts: Sequence[str | Sequence[int]] | None = None,
-    plan: PrunePlan | None = None,
+    plan=None,
     *,
-    layers: Sequence[int] | str | None = None,
     speedup: float = 1.4,
     images=None,
     videos=None,
@@ -78,12 +77,10 @@ def calibrate(
         model: A pop.Model.
         texts: Strings or lists of token ids that resemble the prompts to come. None takes built-in ones, but for the
             last fifth of each, which is left for `pop.check`. A wide model needs more.
-        plan: The layers and the tokens at full depth, as a PrunePlan or anything else that `PrunePlan.of` takes. None:
-            decide them.
-        layers: The indices of the layers to prune, or a text such as "10,12,19-29". The tokens at full depth are
-            decided. None: decide both.
+        plan: A PrunePlan, which says everything, or another value of `prune` in `load`, such as "10,12,19-29", which
+            names the layers to prune. The tokens at full depth are decided then. None: decide both.
         speedup: The speedup that the shapes must allow for a prompt of 2,048 tokens. It decides how many layers are
-            pruned, unless `plan` or `layers` does.
+            pruned, unless `plan` does.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
         rank: The size of the code that the layers of a group share, from 1 to twice the model's width. A smaller rank
             is faster and less exact. None: half of the model's width.
@@ -108,15 +105,15 @@ def calibrate(
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
-    decides = plan is None  # the tokens at full depth, and the layers if they are not given
-    given = _given(model, plan, layers)
+    decides = not isinstance(plan, PrunePlan)  # the tokens at full depth, and the layers if they are not given
+    given = _given(model, plan)
     width = model.config.hidden_size
     rank = max(1, width // 2) if rank is None else check_count("rank", rank, most=2 * width)
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)
     if model.part is not None and (steps or decides):
-        needed = "give a plan, and steps=0, or load the model in one process"
+        needed = "give a PrunePlan, and steps=0, or load the model in one process"
         raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
     if resume is not None:
         size = plan_numbers(model, rank) * model.dtype.itemsize
@@ -166,12 +163,8 @@ def calibrate(
 # ---- Before the work ----
 
 
-def _given(model, plan, layers) -> PrunePlan | None:
-    """The plan, or the layers as a plan, without corrections. None if neither is given."""
-    if plan is not None and layers is not None:
-        raise InputError("both plan and layers are given; give one of them, or neither")
-    if layers is not None:
-        plan = layers if isinstance(layers, str) else PrunePlan(layers)
+def _given(model, plan) -> PrunePlan | None:
+    """What is given, as a plan without corrections. None if nothing is."""
     if plan is None:
         return None
     plan = PrunePlan.of(plan, model.config.num_layers)

@@ -159,7 +159,7 @@ def calibrate(args) -> None:
     model = _load(args)
     fitted, rest = calibration_texts(model, args.files, texts)
     compared(model, rest, lengths, least=SHORT)  # refuses now what pop.check would refuse after the work
-    options = {name: getattr(args, name) for name in ("layers", "speedup", "rank", "longest", "steps", "seed")}
+    options = {name: getattr(args, name) for name in ("plan", "speedup", "rank", "longest", "steps", "seed")}
     plan = pop.calibrate(model, fitted, resume=resume, **options)
     verdict = pop.check(model, plan, rest, lengths=lengths)
     plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})

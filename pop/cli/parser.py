@@ -125,7 +125,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
     text = "the speedup that the shapes must allow for 2,048 tokens (1.4)"
     add("--speedup", help=text, type=float, default=1.4, metavar="X")
-    add("--layers", help="prune these, as in 10,12,14,19-29; default: as the speedup needs", metavar="LIST")
+    text = "prune these, as in 10,12,14,19-29; default: as the speedup needs"
+    add("--layers", help=text, dest="plan", metavar="LIST")
     add("--out", help="write the plan to this file; default: default.plan beside the weights", metavar="FILE")
     integer(add, "--rank", "numbers in the code of a token; default: half of the model's width")
     integer(add, "--longest", "the most tokens of a prompt to train on and to judge by", 4096)

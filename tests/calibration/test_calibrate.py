@@ -53,7 +53,7 @@ def test_layers_and_tokens_are_decided_and_two_runs_give_the_same_file(model, tm
 
 
 def test_the_layers_are_those_that_are_given(model):
-    plan = calibrate(model, TEXTS, layers=(1, 3), steps=0, progress=False)
+    plan = calibrate(model, TEXTS, "1,3", steps=0, progress=False)
     assert plan.layers == (1, 3) and plan.corrections is not None
     assert plan.selecting_layer in (0, 2) and plan.full_depth_last == round(0.1 * 512)
     given = calibrate(model, TEXTS, PrunePlan((1, 3), full_depth_last=7), steps=0, progress=False)
@@ -66,13 +66,13 @@ def test_short_prompts_are_pruned_while_a_plan_is_fitted_and_judged(model):
     assert contents(dataclasses.replace(short, full_depth_below=0)) == contents(pruning)
     assert short.about == pruning.about
     assert short.full_depth_below == 1000
-    assert calibrate(model, TEXTS, layers=(1, 3), steps=0, progress=False).full_depth_below == search.SHORT
+    assert calibrate(model, TEXTS, "1,3", steps=0, progress=False).full_depth_below == search.SHORT
 
 
-@pytest.mark.parametrize("layers", [(), (5,), (1, 1), "abc", 3])
+@pytest.mark.parametrize("layers", ["", "1,5", "1,1", "abc", 3, (1, 3), "none"])
 def test_layers_that_the_model_lacks_are_refused(model, layers):
     with pytest.raises(pop.PlanError):
-        calibrate(model, TEXTS, layers=layers, progress=False)
+        calibrate(model, TEXTS, layers, progress=False)
 
 
 # ---- Texts ----

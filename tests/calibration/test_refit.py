@@ -273,7 +273,6 @@ def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch, notes):
         (TEXTS, {"rank": 61}, "rank is 61"),
         (TEXTS, {"seed": [1]}, r"seed is \[1\]"),
         (TEXTS, {"longest": 15}, "longest is 15"),
-        (TEXTS, {"layers": (2, 3)}, "both plan and layers"),
         (["text"], {}, "needs a tokenizer"),
     ],
 )

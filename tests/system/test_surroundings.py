@@ -30,7 +30,7 @@ def calibrated(model, path) -> list:
     scores = pop.importance(model, [text[:9] for text in texts], response_tokens=3, progress=False)
     scores.save(path)
     assert pop.Importance.load(path).plan(2) == scores.plan(2)
-    plan = pop.calibrate(model, texts, layers=(1, 2), rank=4, longest=64, steps=1, progress=False)
+    plan = pop.calibrate(model, texts, "1,2", rank=4, longest=64, steps=1, progress=False)
     plan.save(path)
     assert contents(pop.PrunePlan.load(path)) == contents(plan)
     verdict = pop.check(model, plan, texts, lengths=[700], questions=1, progress=False)
