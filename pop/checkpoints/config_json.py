@@ -237,8 +237,7 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConf
     text = fields.part("text_config")
     text.fixed(model_type=f"qwen3_vl{'_moe' if experts else ''}_text")
     if experts:
-        text.fixed(norm_topk_prob=True)
-        text.add("norm_topk_prob", True)
+        text.left.setdefault("norm_topk_prob", True)  # the reference does not read it
         text.left.pop("tie_word_embeddings", None)  # the reference saves a default there, and does not read it
     text.add("tie_word_embeddings", fields.boolean("tie_word_embeddings"))
     text.add("dtype", fields.left.pop("dtype", None))
@@ -261,11 +260,9 @@ def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> A
     num_layers = fields.integer("num_hidden_layers")
     fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
     if experts:
-        step = fields.integer("decoder_sparse_step", 1)
-        dense = fields.integers("mlp_only_layers", ())
-        layers = tuple(layer for layer in range(step - 1, num_layers, step) if layer not in dense)
-        normalised = fields.boolean("norm_topk_prob")
-        given["experts"] = _build(configs.ExpertsConfig, fields, layers=layers, normalised=normalised)
+        fields.fixed(decoder_sparse_step=1, mlp_only_layers=[])
+        fields.take("norm_topk_prob", "true", lambda value: value is True)  # without it, the reference has false
+        given["experts"] = _build(configs.ExpertsConfig, fields)
     return _build_full_attention(config, fields, num_layers, **given)
 
 

@@ -182,13 +182,11 @@ class Gemma3Config(DecoderConfig):
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Mixtures of `count` experts in place of the MLPs of `layers`. Each token takes `per_token` of them."""
+    """Mixtures of `count` experts in place of all MLPs. Each token takes `per_token` of them."""
 
     count: int
     per_token: int
     width: int  # inside an expert
-    layers: tuple[int, ...]
-    normalised: bool = True  # whether the shares of a token's experts are normalised to a sum of one
 
     def __post_init__(self):
         fits = self.per_token <= self.count

@@ -1,7 +1,7 @@
 """Mixtures of experts (Shazeer et al. 2017): a layer has many MLPs, and a router sends each token through a few.
 
     scores = softmax(gate(x))                 # over all experts, in float32
-    shares, chosen = scores.topk(k)           # the shares are normalised to a sum of one if the config says so
+    shares, chosen = scores.topk(k)           # then the shares are normalised to a sum of one
     update = sum over i of shares[i] * experts[chosen[i]](x)
 
 An expert is a SwiGLU MLP as in a dense layer, but narrower. A token costs the work of k experts, although the layer
@@ -19,16 +19,13 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.per_token = config.experts.per_token
-        self.normalised = config.experts.normalised
         self.gate = nn.Linear(config.hidden_size, config.experts.count, bias=False)  # the router
         self.experts = Experts(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         shares, chosen = self.gate(x).float().softmax(-1).topk(self.per_token)  # [B, T, k] each
-        if self.normalised:
-            shares = shares / shares.sum(-1, keepdim=True)
-        shares = shares.to(x.dtype)
+        shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
         out = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), shares.flatten(0, 1))  # [N, D]
         return out.view_as(x)
 

@@ -15,12 +15,11 @@ from pop.models.layers import MLP, Attention, RMSNorm
 class DecoderLayer(base.DecoderLayer):
     def __init__(self, config: Qwen3Config, index: int):
         super().__init__()
-        has_experts = config.experts is not None and index in config.experts.layers
         self.scale = config.head_dim**-0.5
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, norm=RMSNorm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MixtureOfExperts(config) if has_experts else MLP(config)
+        self.mlp = MLP(config) if config.experts is None else MixtureOfExperts(config)
 
 
 class Qwen3(base.DecoderModel):

@@ -116,12 +116,12 @@ def token_masks(plan: PrunePlan, num_tokens: int, group: Group, window: int | No
 # ---- What they cost ----
 
 
-def layer_weights(config, index: int, num_tokens: int = 1) -> int:
+def layer_weights(config, num_tokens: int = 1) -> int:
     """The numbers in the matrices of a layer. Of its experts, if any, those that `num_tokens` tokens take at most."""
     D = config.hidden_size
     attention = 2 * D * (config.num_heads + config.num_kv_heads) * config.head_dim
     experts = getattr(config, "experts", None)
-    if experts is None or index not in experts.layers:
+    if experts is None:
         return attention + 3 * D * config.intermediate_size
     taken = min(num_tokens * experts.per_token, experts.count)
     return attention + D * experts.count + taken * 3 * D * experts.width
@@ -132,7 +132,7 @@ def layer_flops(config, index: int, full_depth: Tensor) -> int:
     num_tokens = len(full_depth)
     keys = torch.arange(1, num_tokens + 1).clamp(max=config.windows[index] or num_tokens)  # that each token attends
     attention = 2 * int(keys[full_depth].sum()) * config.num_heads * config.head_dim
-    return 2 * (int(full_depth.sum()) * layer_weights(config, index) + attention)
+    return 2 * (int(full_depth.sum()) * layer_weights(config) + attention)
 
 
 def rank_of(plan: PrunePlan) -> int:

@@ -41,10 +41,7 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks")
 PROMPT = 40  # tokens, at most
 RANK = 9  # of corrections
 # Compiling takes most of the time here, so only nightly runs compile everything that these tests can.
-MIXED = EXPERTS if NIGHTLY else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3, 4))
-
-
-QWEN = partial(tiny_qwen3_vl_config, experts=MIXED)
+QWEN = partial(tiny_qwen3_vl_config, experts=EXPERTS)
 
 
 @pytest.fixture(

@@ -20,6 +20,6 @@ def published(size: str) -> Qwen3VLConfig:
     D, inner, layers, heads, tied, C, vision_inner, blocks, deepstack = SIZES[size]
     vision, experts, kv_heads = Qwen3VisionConfig(C, vision_inner, blocks, 16, D, deepstack), None, 8
     if width := EXPERT_WIDTHS.get(size):
-        experts, kv_heads = ExpertsConfig(128, 8, width, tuple(range(layers))), 4
+        experts, kv_heads = ExpertsConfig(128, 8, width), 4
     options = {"tie_embeddings": tied, "mrope_sections": (24, 20, 20), "vision": vision, "experts": experts}
     return Qwen3VLConfig(151_936, D, inner, layers, heads, kv_heads, **options)

@@ -111,8 +111,7 @@ def tiny_qwen3_vl_config(**overrides) -> Qwen3VLConfig:
     return Qwen3VLConfig(**{**QWEN3_VL_SIZES, **overrides})
 
 
-# Layers 1 and 4 are dense.
-EXPERTS = ExpertsConfig(count=7, per_token=3, width=14, layers=(0, 2, 3))
+EXPERTS = ExpertsConfig(count=7, per_token=3, width=14)
 
 
 def tiny_qwen3_moe_config(**overrides) -> Qwen3Config:

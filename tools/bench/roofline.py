@@ -93,5 +93,5 @@ def _layer_reads(config, index: int, full_depth: torch.Tensor) -> int:
     positions = full_depth.nonzero()[:, 0]
     since_the_last = positions.diff(prepend=positions.new_tensor([-1]))
     keys = since_the_last.clamp(max=config.windows[index] or len(full_depth)).sum()  # each is read once
-    weights = cost.layer_weights(config, index, len(positions))
+    weights = cost.layer_weights(config, len(positions))
     return weights + 2 * int(keys) * config.num_kv_heads * config.head_dim

@@ -92,7 +92,7 @@ MODELS = {
         },
         "tie_word_embeddings": True,
     },
-    # Mixtures of experts in all layers but one.
+    # Mixtures of experts.
     "experts": {
         "text_config": {
             "vocab_size": 67,
@@ -105,7 +105,6 @@ MODELS = {
             "num_experts": 7,
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 14,
-            "mlp_only_layers": [1],
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 3, 3]},
         },

@@ -350,10 +350,10 @@ CASES = {
     "qwen3/wide-heads": Case(qwen3_config(67, 30, 44, 5, 6, 2, 10, rms_norm_eps=1e-2), (21, 1)),
     "qwen3/mqa-tied": Case(qwen3_config(61, 32, 52, 3, 4, 1, 8, tie_word_embeddings=True), (35, 6)),
     "qwen3/bfloat16": Case(qwen3_config(37, 16, 24, 3, 4, 2, 8, dtype="bfloat16"), (280, 7), shard_size="1GB"),
-    # Mixtures of experts. The second also has dense layers, and its files store each expert separately.
+    # Mixtures of experts. The files of the second store each expert separately.
     "qwen3/experts": Case(qwen3_moe_config(67, 30, 44, 3, 6, 2, 10, 3, 8, 14, norm_topk_prob=True), (21, 1)),
     "qwen3/experts-saved": Case(
-        qwen3_moe_config(37, 16, 24, 4, 4, 2, 8, 2, 5, 6, mlp_only_layers=[0], decoder_sparse_step=2),
+        qwen3_moe_config(37, 16, 24, 4, 4, 2, 8, 2, 5, 6, norm_topk_prob=True),
         (19, 7),
         shard_size="20KB",
     ),
