@@ -230,3 +230,9 @@ class Model(Runner):
         """Raise TokenizerError if the model lacks a tokenizer; `use` says what needs one."""
         if self.tokenizer is None:
             raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; add it, or give token ids")
+
+
+def check_model(model) -> None:
+    """Raise InputError unless a model is a Model."""
+    if not isinstance(model, Model):
+        raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")

@@ -41,7 +41,7 @@ from pop.calibration.texts import (
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
-from pop.model import Model
+from pop.model import check_model
 from pop.pruning.plan import PrunePlan
 from pop.system import __version__, files
 from pop.system.memory import free_bytes
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 @own_dtypes_and_devices()
 @torch.no_grad()
 def calibrate(
-    model: Model,
+    model,
     texts: Sequence[str | Sequence[int]] | None = None,
     plan=None,
     *,
@@ -103,8 +103,7 @@ def calibrate(
         CacheMemoryError: The work needs more memory than is free.
         UnsupportedError: Several processes share the model, and they would have to decide or to distil.
     """
-    if not isinstance(model, Model):
-        raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
+    check_model(model)
     decides = not isinstance(plan, PrunePlan)  # the tokens at full depth, and the layers if they are not given
     given = _given(model, plan)
     width = model.config.hidden_size
@@ -139,9 +138,9 @@ def calibrate(
     keep = functools.partial(_keep, resume, run)
     plan = _unfinished(resume, run)
     begin = 0 if plan is None else plan.about["steps"]
-    check_memory(model, rank, steps)
+    check_memory(model, rank, steps, longest)
     if progress:
-        _announce(model, windows, judged, rank, steps)
+        _announce(model, windows, judged, rank, steps, longest)
     judge = Judge(model, judged)
     if plan is None:
         if not decides:
@@ -205,7 +204,7 @@ def _columns(config) -> int:
     return config.num_layers // 2 * 2 * config.num_kv_heads * config.head_dim + config.hidden_size
 
 
-def needed_bytes(model, rank: int, steps: int) -> int:
+def needed_bytes(model, rank: int, steps: int, longest: int) -> int:
     """About how many bytes of memory calibration takes beside the weights, if half of the layers are pruned."""
     config = model.config
     inputs = 2 * config.hidden_size
@@ -215,21 +214,22 @@ def needed_bytes(model, rank: int, steps: int) -> int:
     trained = 20 * plan_numbers(model, rank) if steps else 0  # float32 with gradients and Adam's moments, and copies
     dtype = working_dtype(model)
     copy = 0 if model.dtype == dtype else dtype.itemsize * model.num_parameters
-    states = TOKENS * (4 * inputs + 2 * dtype.itemsize * config.intermediate_size)
+    states = max(TOKENS, longest) * (4 * inputs + 2 * dtype.itemsize * config.intermediate_size)
     logits = 2 * 4 * CONTINUATION * config.vocab_size
     return copy + max(sums, trained) + states + logits
 
 
-def check_memory(model, rank: int, steps: int) -> None:
+def check_memory(model, rank: int, steps: int, longest: int) -> None:
     """Raise CacheMemoryError if the device lacks the memory to calibrate."""
-    needed = needed_bytes(model, rank, steps)
+    needed = needed_bytes(model, rank, steps, longest)
     free = free_bytes(model.device)
     if free is not None and needed > free:
         lacks = f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free"
-        raise CacheMemoryError(f"{lacks}; give a smaller rank, load the model in bfloat16, or take a larger machine")
+        advice = "give a smaller rank or longest, load the model in bfloat16, or take a larger machine"
+        raise CacheMemoryError(f"{lacks}; {advice}")
 
 
-def _announce(model, windows: list[Window], judged: list[Window], rank: int, steps: int) -> None:
+def _announce(model, windows: list[Window], judged: list[Window], rank: int, steps: int, longest: int) -> None:
     """Say on stderr what the work will take, from the time of the fastest of two passes.
 
     A first pass warms up, and shows that the model's numbers are finite.
@@ -247,7 +247,7 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
     passed = 4 * min(num_tokens, needed) + 3 * steps * min(TOKENS, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
-    gigabytes = needed_bytes(model, rank, steps) / 1e9
+    gigabytes = needed_bytes(model, rank, steps, longest) / 1e9
     megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
     work = f"about {minutes} min before a verdict, {gigabytes:.1f} GB beside the weights, a plan of {megabytes:.0f} MB"
     print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {work}", file=sys.stderr)

@@ -61,9 +61,7 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     count = min(ROWS, max(1, TOKENS // size))
     rows = []
     for tokens, _ in choose(long_enough, count, rng):
-        text = excerpt(tokens, size, rng)
-        if tokens[0] == model.config.bos_id:
-            text = [tokens[0], *text[1:]]
+        text = excerpt(tokens, size, rng, model.config.bos_id)
         row = _lookup(model, kind, text[:cut], size - cut, [], rng)
         rows.append(text if row is None else row)
     return Exercise(torch.tensor(rows), cut, [[]] * count)

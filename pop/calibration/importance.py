@@ -32,7 +32,7 @@ from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts
 from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
 from pop.inputs.processors import Prepared
-from pop.model import Model
+from pop.model import check_model
 from pop.models.base import Attend
 from pop.models.layers import Rope
 from pop.pruning.plan import PrunePlan
@@ -80,8 +80,7 @@ def importance(
         InputError, ContextOverflow, TokenizerError: A sample or an option cannot be used, or numbers overflow.
         UnsupportedError: Several processes share the model.
     """
-    if not isinstance(model, Model):
-        raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
+    check_model(model)
     if model.part is not None:
         raise UnsupportedError("importance does not run in several processes; load the model in one process")
     response_tokens = check_count("response_tokens", response_tokens)

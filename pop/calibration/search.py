@@ -44,13 +44,14 @@ Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its res
 
 
 def check_speedup(model, speedup: float, rank: int) -> None:
-    """Raise InputError unless a plan that keeps only layer 0 allows the speedup."""
+    """Raise InputError unless pruning all layers that are neither layer 0 nor before DeepStack's last one allows it."""
     if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
         raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
     num_layers = model.config.num_layers
     if num_layers == 1:
         raise InputError("the model has a single layer, so prefill cannot skip any; there is nothing to calibrate")
-    most = _with_full_depth(model, range(1, num_layers), torch.zeros(num_layers))
+    first = min(max(1, model.module.deepstack_layers), num_layers - 1)
+    most = _with_full_depth(model, range(first, num_layers), torch.zeros(num_layers))
     limit = _limit(model, most, rank)
     if limit < speedup:
         raise InputError(f"speedup is {speedup:g}, but this model allows at most {limit:.2f}; ask for less")
@@ -67,7 +68,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         rank: Of the corrections to come.
         step: Is called with 1 for each of the len(TAILS) sets of layers.
     """
-    texts, passages = _samples(windows)
+    texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
     few = enough([(tokens[:WINDOW], media) for tokens, media in without_images(windows)], FEW)
@@ -86,14 +87,14 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
 
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
     """The plan for given layers, with tokens at full depth. The layer that looks up best selects some of them."""
-    _, passages = _samples(windows)
+    _, passages = _samples(model, windows)
     return _with_full_depth(model, layers, _lookup_scores(model, passages))
 
 
 # ---- What the layers do ----
 
 
-def _samples(windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
+def _samples(model, windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
     """Texts with their continuations, and prompts of which a passage is repeated."""
     rng = random.Random(0)
     texts = without_images(windows)
@@ -102,7 +103,7 @@ def _samples(windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
     plain = []
     repeated = []
     for tokens, _ in choose(texts, SAMPLES, rng):
-        text = excerpt(tokens, SAMPLE, rng)
+        text = excerpt(tokens, SAMPLE, rng, model.config.bos_id)
         cut = len(text) - min(RESPONSE, len(text) // 3)
         plain.append((text[:cut], text[cut:]))
         passage = repeated_passage(text[:cut], [], rng)
@@ -131,7 +132,7 @@ def _lookup_scores(model, passages: list[Sample]) -> Tensor:
 def _smallest(model, share: float, needed: Tensor, lookups: Tensor, speedup: float, rank: int) -> PrunePlan | None:
     """The plan with the fewest pruned layers that allows the speedup, a share of which are the deepest. None: none."""
     for count in range(1, model.config.num_layers):
-        layers = layers_apart(needed, count, round(share * count))
+        layers = layers_apart(needed, count, round(share * count), model.module.deepstack_layers)
         if layers is None:
             continue
         plan = _with_full_depth(model, layers, lookups)
@@ -140,16 +141,19 @@ def _smallest(model, share: float, needed: Tensor, lookups: Tensor, speedup: flo
     return None
 
 
-def layers_apart(needed: Tensor, count: int, tail: int) -> tuple[int, ...] | None:
+def layers_apart(needed: Tensor, count: int, tail: int, deepstack_layers: int = 0) -> tuple[int, ...] | None:
     """The `tail` deepest layers, and those others, `count` layers in all, that prefill needs least.
 
-    No three of the others are neighbours. Layer 0 and the layer before the deepest ones are kept. None: there are too
-    few others.
+    No three of the others are neighbours, and no two where DeepStack adds features of images between layers. Layer 0
+    and the layer before the deepest ones are kept. None: there are too few others, or DeepStack reaches the deepest.
     """
     first = len(needed) - tail
+    if tail > 1 and first < deepstack_layers:
+        return None
     chosen: set[int] = set()
     for index in sorted(range(1, first - 1), key=lambda index: needed[index].item()):
-        if len(chosen) < count - tail and _run(chosen, index) <= 2:
+        most = 1 if index <= deepstack_layers else 2
+        if len(chosen) < count - tail and _run(chosen, index) <= most:
             chosen.add(index)
     if len(chosen) < count - tail:
         return None

@@ -18,6 +18,7 @@ from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, as_list, builtin_tex
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, check_count, some
 from pop.generation.sampling import check_finite
+from pop.model import check_model
 from pop.pruning.plan import PrunePlan
 from pop.runner import FULL_DEPTH, padded
 from pop.system.progress import progress_bar
@@ -122,6 +123,7 @@ def check(
         InputError: Texts or lengths are too short, the plan prunes no prompt of these lengths, or the logits are not
             finite. PlanError: The plan does not fit.
     """
+    check_model(model)
     plan = model.resolve(plan)
     work = compared(model, texts, lengths, questions, seed, least=plan.full_depth_below)
     total = sum(length * (len(windows) + len(asked)) for length, windows, asked in work)

@@ -117,8 +117,8 @@ def test_without_texts_the_last_fifth_of_the_built_in_ones_is_left_out(model, mo
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_memory_that_is_short_is_refused_with_the_numbers(model, steps, monkeypatch):
-    needed = needed_bytes(model, 15, steps)
-    assert needed_bytes(model, 3000, 2) > needed_bytes(model, 15, 2)
+    needed = needed_bytes(model, 15, steps, 512)
+    assert needed_bytes(model, 3000, 2, 512) > needed_bytes(model, 15, 2, 512)
     monkeypatch.setattr(calibrate_file, "free_bytes", lambda device: needed - 1)
     monkeypatch.setattr(calibrate_file, "Judge", None)
     numbers = f"about {needed / 1e9:.1f} GB beside the weights, but {(needed - 1) / 1e9:.1f} GB are free"
@@ -126,7 +126,14 @@ def test_memory_that_is_short_is_refused_with_the_numbers(model, steps, monkeypa
         calibrate(model, TEXTS, PrunePlan((3,)), steps=steps, progress=False)
     for free in (needed, None):
         monkeypatch.setattr(calibrate_file, "free_bytes", lambda device, free=free: free)
-        calibrate_file.check_memory(model, 15, steps)
+        calibrate_file.check_memory(model, 15, steps, 512)
+
+
+def test_a_longest_window_that_is_longer_than_a_batch_needs_its_states(model):
+    """It passes at once: the inputs, and what the MLP holds, in the dtype of the passes."""
+    few, many, more = (needed_bytes(model, 15, 2, longest) for longest in (512, 4096, 4096 + 1000))
+    least = 1000 * 2 * 2 * model.config.intermediate_size
+    assert few == many and more - many > least
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.bfloat16, 4)])
@@ -136,7 +143,7 @@ def test_the_bytes_are_those_of_the_sums_and_the_states(dtype, size):
     model = pop.Model(random_model(tiny_config()).to(dtype), config)
     columns = 4 * 1000 + 2000  # K and V of half of the layers, and an update of h
     least = 8 * 2 * 4000**2 + size * (4 * 4000**2 + 4000 * columns)
-    assert least < needed_bytes(model, 1, 0) < least + 200e6
+    assert least < needed_bytes(model, 1, 0, 512) < least + 200e6
 
 
 def test_a_model_that_does_not_run_in_its_own_dtype_needs_a_copy(model, monkeypatch):
@@ -147,7 +154,7 @@ def test_a_model_that_does_not_run_in_its_own_dtype_needs_a_copy(model, monkeypa
     for slow in (set(), {torch.bfloat16}):
         monkeypatch.setattr("pop.calibration.passes.WIDENED", slow)
         for one in (model, half):
-            needed[one, bool(slow)] = needed_bytes(one, 5, 0)
+            needed[one, bool(slow)] = needed_bytes(one, 5, 0, 512)
     wider = needed[model, True] - needed[model, False] + 2 * count  # what states and logits take in float32
     assert needed[half, True] - needed[half, False] == wider + 4 * count
     assert wider > 0

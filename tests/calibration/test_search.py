@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import random_corrections
-from support.tiny import random_model, tiny_config
+from support.tiny import random_model, tiny_config, tiny_qwen3_vl_config
 
 import pop
 from pop import PrunePlan
@@ -45,11 +45,13 @@ def test_layers_apart_are_those_that_prefill_needs_least(data):
     L = len(needed)
     tail = data.draw(st.integers(1, L - 1))
     apart = data.draw(st.integers(0, L - 1 - tail))
-    found = layers_apart(needed, tail + apart, tail)
+    deepstack = data.draw(st.integers(0, L))
+    found = layers_apart(needed, tail + apart, tail, deepstack)
     candidates = range(1, L - tail - 1)  # without layer 0, and the layer before the deepest ones
     if found is None:
-        assert 3 * apart > len(candidates)
+        assert 3 * apart > len(candidates) or deepstack
         return
+    assert not any(index - 1 in found and index in found for index in range(1, min(deepstack + 1, L)))
     chosen = {*found} - {*range(L - tail, L)}
     assert list(found) == sorted(found) and len(found) == tail + apart and len(chosen) == apart
     assert chosen <= {*candidates}
@@ -57,7 +59,8 @@ def test_layers_apart_are_those_that_prefill_needs_least(data):
     for index in {*candidates} - chosen:
         sooner = {other for other in chosen if needed[other] < needed[index]}
         # It is left out because `apart` layers are needed less, or it would make too long a run of them.
-        assert len(sooner) == apart or max(runs({*sooner, index})) > 2
+        most = 1 if index <= deepstack else 2
+        assert len(sooner) == apart or max(runs({*sooner, index})) > most
 
 
 def limit(model, plan):
@@ -94,8 +97,20 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, w
         assert limit(deep, with_full_depth(deep, fewer, windows)) < 1.5
 
 
+@pytest.mark.parametrize("speedup", [1.3, 1.5, 1.8])
+def test_layers_that_deepstack_separates_are_not_chosen_together(speedup, windows, monkeypatch):
+    """The fit would refuse them. The lower layers are the ones that prefill needs least."""
+    config = tiny_qwen3_vl_config(num_layers=8)
+    seeing = pop.Model(random_model(config), config)
+    assert seeing.module.deepstack_layers > 1
+    monkeypatch.setattr(search, "_needed", lambda model, samples: torch.arange(8.0, dtype=torch.float64))
+    texts = [[token % 50 for token in tokens] for tokens, _ in windows]
+    plan = pop.calibrate(seeing, texts, speedup=speedup, steps=0, progress=False)
+    assert plan.speedup(seeing, seeing.config.max_positions) >= speedup
+
+
 def test_gates_are_measured_on_texts_and_on_repeated_passages(deep, windows):
-    texts, passages = search._samples(windows)
+    texts, passages = search._samples(deep, windows)
     assert len(texts) == len(passages) == search.SAMPLES
     for prompt, response in passages:
         size = len(response)
@@ -104,6 +119,17 @@ def test_gates_are_measured_on_texts_and_on_repeated_passages(deep, windows):
         needed = search._needed(deep, samples)
         assert needed.shape == (14,) and needed.sum() == pytest.approx(1)
         assert needed[:-1].min() > 0 and needed[-1] == 0  # pruning the last layer changes nothing
+
+
+def test_samples_begin_with_bos_if_the_windows_do(windows):
+    """And they are as long as others."""
+    config = tiny_config(bos_id=3)
+    model = pop.Model(random_model(config), config)
+    marked = [([3, *tokens], media) for tokens, media in windows]
+    plain, passages = search._samples(model, marked)
+    assert {prompt[0] for prompt, _ in plain + passages} == {3}
+    assert {len(prompt) + len(response) for prompt, response in plain} == {search.SAMPLE}
+    assert len({prompt[0] for prompt, _ in search._samples(model, windows)[0]}) > 1
 
 
 def test_a_single_layer_cannot_be_skipped(windows):
