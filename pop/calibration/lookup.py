@@ -13,11 +13,13 @@ from pop.pruning.plan import PrunePlan
 
 @torch.no_grad()
 def found_by_layer(model, prompt: list[int], answer: list[int], share: float, last: int) -> Tensor | None:
-    """The share of an answer's tokens that each layer would select, [L]. None if the answer is in the prompt's end.
+    """The share of an answer's tokens that each layer would select, [L].
+
+    None: the prompt does not hold the answer, or only in its end.
 
     Args:
         model: A pop.Model. Its plan plays no part.
-        prompt, answer: Token ids. The prompt holds the answer.
+        prompt, answer: Token ids.
         share: Of the tokens to select from: all but the first one and the last ones.
         last: How many tokens the prompt's end has. They are at full depth anyway.
     """
@@ -44,10 +46,11 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
 def selecting_scores(model, pairs: Sequence[tuple[list[int], list[int]]], share: float, last: int) -> Tensor:
     """The mean of `found_by_layer` over pairs of a prompt and its answer, [L]. The layer of the highest should select.
 
-    Chance finds as many tokens as the share. Raises InputError if each answer is in its prompt's end.
+    Chance finds as many tokens as the share. Raises InputError if no prompt holds its answer before its end.
     """
     rows = [found_by_layer(model, *pair, share, last) for pair in pairs]
     found = [row for row in rows if row is not None]
     if not found:
-        raise InputError(f"every answer is among the last {last} tokens; give a smaller last, or longer prompts")
+        lacks = f"no prompt holds its answer before its last {last} tokens"
+        raise InputError(f"{lacks}; give a smaller last, or prompts with the answers")
     return torch.stack(found).mean(0)

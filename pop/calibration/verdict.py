@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.questions import KINDS, Question, Writer, make_questions, quotations
-from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, as_list, builtin_texts, parted
+from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, as_list, default_texts, parted
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, check_count, some
 from pop.generation.sampling import check_finite
@@ -110,9 +110,9 @@ def check(
     Args:
         model: A pop.Model. Without a tokenizer, quotations are the only questions.
         plan: A PrunePlan, or another value of `prune` in `load`.
-        texts: Strings or lists of token ids to which the plan was not fitted. None takes the last fifth of each text
-            of the built-in set, which pop.calibrate(texts=None) leaves for this. They also follow texts that are
-            shorter than a prompt.
+        texts: Strings or lists of token ids to which the plan was not fitted. None takes the last fifths of the
+            built-in texts and of Python's, which pop.calibrate(texts=None) leaves for this. They also follow texts that
+            are shorter than a prompt.
         lengths: Of the prompts, in tokens. Longer ones than the model's context allows are cut to it. Those that the
             plan does not prune are left out.
         questions: Of each kind at each length. Half as many are asked about prompts of more than 2,048 tokens.
@@ -181,7 +181,7 @@ def compared(
 def _joined(model, texts) -> tuple[list[int], list[int]]:
     """BOS, if the texts begin with it, and the token ids of all texts after it."""
     if texts is None:
-        _, texts = parted(builtin_texts())
+        _, texts = parted(default_texts(model))
     rows = [model.encode(text, "text") for text in as_list(texts)]
     head = rows[0][:1] if rows and rows[0][0] == model.config.bos_id else []
     text = [token for row in rows for token in row[len(head) :]]

@@ -32,8 +32,11 @@ def readable(read: Callable[[], str], source: str) -> str:
         raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
 
 
-def calibration_texts(model, paths: list[str], given: list[str]) -> tuple[list[str], list[str]]:
-    """The parts of texts to fit and to judge the plan by. Built-in texts are fitted too if the given ones are short."""
+def calibration_texts(model, paths: list[str], given: list[str]) -> tuple[list[str], list[str] | None]:
+    """The parts of texts to fit and to judge the plan by. Built-in texts are fitted too if the given ones are short.
+
+    None: no text is given, so the plan is judged as by pop.check without texts.
+    """
     model.need_tokenizer("calibrate on text")
     fitted, rest = parted(given)
     for path, text in zip(paths, rest, strict=True):
@@ -47,5 +50,5 @@ def calibration_texts(model, paths: list[str], given: list[str]) -> tuple[list[s
         return fitted, rest
     if given:
         print(f"{found:,} of {needed:,} tokens are given, so built-in texts are fitted as well", file=sys.stderr)
-    builtin_fitted, builtin_rest = parted(default_texts(model))
-    return fitted + builtin_fitted, rest or builtin_rest
+    builtin, _ = parted(default_texts(model))
+    return fitted + builtin, rest or None

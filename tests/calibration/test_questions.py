@@ -123,5 +123,7 @@ def test_the_selecting_layer_is_chosen_by_what_layers_find(model, writer):
     scores = selecting_scores(model, pairs, 0.2, 100)
     assert scores.shape == (model.config.num_layers,)
     assert ((scores >= 0) & (scores <= 1)).all()
-    with pytest.raises(pop.InputError, match="among the last"):
+    with pytest.raises(pop.InputError, match="before its last"):
         selecting_scores(model, pairs, 0.2, LENGTH)
+    with pytest.raises(pop.InputError, match="no prompt holds its answer"):
+        selecting_scores(model, [([*range(20)], [30])], 0.2, 5)

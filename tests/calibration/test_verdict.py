@@ -12,7 +12,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.calibration.questions import KINDS, Writer, make_questions
-from pop.calibration.texts import builtin_texts, parted
+from pop.calibration.texts import default_texts, parted
 from pop.calibration.verdict import CONTINUATION, Verdict, compared
 
 PLAN = pop.PrunePlan((2, 3, 4), full_depth_last=2)
@@ -80,12 +80,18 @@ def test_an_answer_is_exact_if_each_token_is_the_likeliest(model, monkeypatch):
 def test_built_in_texts_follow_a_text_that_is_shorter_than_a_prompt(model):
     """A short text that is repeated would have its own continuation in the prompt."""
     short = TEXT[:700]
-    _, builtin = parted(builtin_texts())
+    _, builtin = parted(default_texts(model))
     tokens = model.encode(short) + model.encode(builtin[0])
     assert len(model.encode(short)) < 900 + CONTINUATION
     for length, windows, _ in compared(model, [short], [500, 900], 1):
         assert windows[0] == tokens[: length + CONTINUATION]
         assert len(windows) == (1 if length == 500 else 8)
+
+
+def test_without_texts_the_part_that_calibrate_leaves_is_compared(model):
+    _, left = parted(default_texts(model))
+    assert len(left) > 6
+    assert compared(model, None, [500], 1) == compared(model, left, [500], 1)
 
 
 def test_a_length_that_the_plan_does_not_prune_is_left_out(model):
