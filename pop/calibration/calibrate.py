@@ -163,7 +163,7 @@ def calibrate(
 
 
 def _given(model, plan) -> PrunePlan | None:
-    """What is given, as a plan without corrections. None if nothing is."""
+    """The given plan, or the given layers as a plan, without corrections. None if neither is given."""
     if plan is None:
         return None
     plan = PrunePlan.of(plan, model.config.num_layers)
@@ -265,13 +265,13 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
 
 
 def _keep(path, run: str, plan: PrunePlan, done: int) -> None:
-    """Keep the best plan so far for `_unfinished`, and how many steps are done. If that fails, the run goes on."""
+    """Keep the best plan so far for `_unfinished`, and how many steps are done. If that fails, the run continues."""
     if path is None:
         return
     try:
         dataclasses.replace(plan, about={"run": run, "steps": done}).save(path)
     except PlanError as error:
-        logger.warning("%s; meanwhile the run goes on", error)
+        logger.warning("%s; the run continues without it", error)
 
 
 def _unfinished(path, run: str) -> PrunePlan | None:
