@@ -40,7 +40,7 @@ def accelerate(module: nn.Module) -> None:
     """Give the parts of a module their faster classes, in place. Weights, names and results stay the same.
 
     Only parts of exactly these classes change: a subclass, such as an adapter's layer, keeps its own `forward`. The
-    attention of the plain pass and of vision towers is replaced.
+    attention of the plain pass is replaced, and on GPUs that of vision towers.
     """
     cpu.make_cache_folder()
     backend = cuda if _is_on_gpu(module) else cpu
@@ -58,8 +58,8 @@ def accelerate(module: nn.Module) -> None:
     module.causal_attention = backend.causal_attention
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
-        if isinstance(part, siglip.Attention | qwen3_vl.Attention):
-            part.attention = backend.vision_attention
+        if backend is cuda and isinstance(part, siglip.Attention | qwen3_vl.Attention):
+            part.attention = cuda.vision_attention
 
 
 def stages_of(module: nn.Module) -> Stages:

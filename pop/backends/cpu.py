@@ -152,17 +152,6 @@ def causal_attention(
     return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), scale)
 
 
-def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
-    if not _is_fused(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v)
-    N, H, P, E = q.shape
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, P, H, E]
-    last_attended = torch.full((N, P), P - 1, device="cpu")
-    out = causal_attention(q, k, v, E**-0.5, None, last_attended)  # [N, P, H * E]
-    return out.view(N, P, H, E).transpose(1, 2)
-
-
 def _is_fused(q: Tensor, *others: Tensor) -> bool:
     """Whether fused_attention takes q. It does not support gradients, which q or others may need."""
     return _fits(q, FUSED) and not any(x.requires_grad for x in (q, *others))

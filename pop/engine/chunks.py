@@ -97,7 +97,6 @@ class FullDepth(NamedTuple):
     columns: Tensor  # [B, W], in order; a row with fewer begins with columns that are not valid
     valid: Tensor  # [B, W] bool
     last_is_full: Tensor  # [B, 1] bool, whether a row's last token in the chunk is one of them, the last
-    needed_from: int  # see `first_needed`
 
     @classmethod
     def of(
@@ -109,17 +108,14 @@ class FullDepth(NamedTuple):
         is_full = prompts.full_depth.gather(1, tokens.index) & tokens.valid  # [B, C]
         last_is_full = is_full.gather(1, (sizes - 1).clamp(min=0)[:, None])  # [B, 1]
         counts = is_full.sum(1)  # [B]
-        needed_from = 0
-        if selection is None:
-            needed_from = _needed_from(cache, prompts, chunk, plan)
-        else:
+        if selection is not None:
             counts += selection.counts
         if (counts == sizes).all():
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]
         if W == 0:
-            return cls(plan, {}, valid, valid, last_is_full, needed_from)
+            return cls(plan, {}, valid, valid, last_is_full)
 
         windows = list(chunk.attention) if W > 1 else []
         ends = cache.lengths + chunk.bounds[1]
@@ -136,15 +132,7 @@ class FullDepth(NamedTuple):
             slots = slots.where(valid, cache.slots(window))
             keys = (held[window], None, torch.tensor(ALL_KEYS)) if W > 1 else ()
             attention[window] = AttentionMetadata(rope, slots, spans, *keys)
-        return cls(plan, attention, columns, valid, last_is_full, needed_from)
-
-    def first_needed(self, window: int | None) -> int:
-        """The first column whose K and V a pruned layer must write. With a window, no later token attends earlier ones.
-
-        `needed_from` is the first column that may have a full-depth token, the sequence's first tokens aside, or the
-        column after the prompt.
-        """
-        return 0 if window is None else max(0, self.needed_from - window + 1)
+        return cls(plan, attention, columns, valid, last_is_full)
 
 
 def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> Tokens:
@@ -154,19 +142,6 @@ def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> T
     rotary = start + cache.rope_offsets[:, None] + prompts.images.rotary(index)
     in_prompt = index.minimum(prompts.lengths[:, None] - 1)
     return Tokens(in_prompt, positions, valid, rotary, prompts.images.select(index, valid).last_attended(positions))
-
-
-def _needed_from(cache: KVCache, prompts: Prompts, chunk: Chunk, plan: PrunePlan) -> int:
-    """`FullDepth.needed_from` of a chunk."""
-    _, positions, valid, _, last_attended = chunk.tokens
-    first = plan.full_depth_first
-    if last_attended is not None and (valid & (positions < first) & (last_attended >= first)).any():
-        return 0  # the first tokens are in an image, and attend the rest of it
-    begin, end = (edge[:, None] for edge in chunk.bounds)  # [B, 1] each
-    index = torch.arange(prompts.full_depth.shape[1])
-    attends = prompts.full_depth & (index >= begin) & (cache.lengths[:, None] + index >= first)  # tokens before itself
-    column = index.where(attends, prompts.lengths[:, None]) - begin  # [B, T]
-    return int(column[(end > begin)[:, 0]].min())
 
 
 def attention_metadata(module, cache: KVCache, tokens: Tokens, ends: Tensor) -> dict[int | None, AttentionMetadata]:

@@ -188,7 +188,7 @@ class Call:
 
         Each row's latest state, as it enters a layer, goes into `hidden`.
         """
-        passed = self.write_keys_values(chunk, full, h, group)
+        passed = self.write_keys_values(chunk, h, group)
         latest = chunk.latest(h)
         if full.columns.shape[1] == 0:
             for index in group.layers:
@@ -203,7 +203,7 @@ class Call:
         f = f.where(full.valid[..., None], passed.gather(1, columns))
         return passed.scatter(1, columns, f)
 
-    def write_keys_values(self, chunk: Chunk, full: FullDepth, h: Tensor, group: Group) -> Tensor:
+    def write_keys_values(self, chunk: Chunk, h: Tensor, group: Group) -> Tensor:
         """Write K and V of pruned layers, all from the h [B, C, D] that enters. Returns the h that leaves the group."""
         corrections = group.corrections
         z = None
@@ -215,17 +215,10 @@ class Call:
             passed = corrections.updated(h, z, self.stages.linear)
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
-            attention = chunk.attention[layer.window]
-            begin = full.first_needed(layer.window)
-            if begin >= h.shape[1]:  # in a layer with a window, no later token attends to any of these
-                continue
-            needed = slice(begin, None)
-            rope = tuple(table[:, needed] for table in attention.rope)
-            slots = attention.slots[:, needed]
+            rope, slots, *_ = chunk.attention[layer.window]
             keys, values = self.cache.layer(index)
             if z is None:
-                self.stages.pruned_layer(layer, h[:, needed], rope, slots, keys, values)
+                self.stages.pruned_layer(layer, h, rope, slots, keys, values)
             else:
-                inputs = (h[:, needed], z[:, needed], corrections.weight[number])
-                self.stages.corrected_layer(layer, *inputs, rope, slots, keys, values)
+                self.stages.corrected_layer(layer, h, z, corrections.weight[number], rope, slots, keys, values)
         return passed

@@ -14,9 +14,7 @@ of pop/models/layers.py. I is the width inside the MLP, and N tokens fill an emp
 In a kept layer all N tokens do all of this. They attend N(N+1)/2 positions, the lower triangle. With a window they
 attend a band of it.
 
-In a pruned layer only the W full-depth tokens do all of this. P of the other tokens do k and v only. Without a window,
-P is N - W. With a window, P is the window - 1 tokens before the prompt's last full-depth tokens, because no later token
-attends the rest.
+In a pruned layer only the W full-depth tokens do all of this. The other P = N - W tokens do k and v only.
 
 A calibrated plan with codes of R numbers adds three products:
 
@@ -25,7 +23,7 @@ A calibrated plan with codes of R numbers adds three products:
     k and v of a pruned layer               2 · K·E·R   for the P tokens
 
 Tokens that the plan selects are counted as if they were evenly spread. After the selecting layer they belong to the W
-tokens, and P is N - W even with a window. To select them, the last Q tokens attend all tokens at that layer once more.
+tokens. To select them, the last Q tokens attend all tokens at that layer once more.
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)
                   + sum over pruned layers  (P·(kv + corrections) + W·(qo + kv + mlp) + attention of the W)
@@ -79,10 +77,10 @@ def prefill_flops(
     if patches:
         total += vision_flops(config, patches)
     for group in plan.groups(config.num_layers):
+        full_depth = full_depth_tokens(plan, num_tokens, group)
+        projected = 2 * int((~full_depth).sum()) * projected_weights(config, rank)
         for index in group.layers:
-            full_depth, projected = token_masks(plan, num_tokens, group, config.windows[index])
-            total += layer_flops(config, index, full_depth)
-            total += 2 * int(projected.sum()) * projected_weights(config, rank)
+            total += layer_flops(config, index, full_depth) + projected
         if not full_depth.all():
             total += 2 * num_tokens * code_weights(config, group, rank)
     return total
@@ -100,17 +98,12 @@ def selected_tokens(plan: PrunePlan, num_tokens: int) -> Tensor:
     return others[middles]
 
 
-def token_masks(plan: PrunePlan, num_tokens: int, group: Group, window: int | None) -> tuple:
-    """The tokens that run a layer of the group whole, and those of which it computes only K and V: each [N] bool."""
-    position = torch.arange(num_tokens)
-    last = num_tokens - plan.full_depth_last  # the first of the last full-depth tokens
-    full_depth = plan.at_full_depth(position, num_tokens) | (not group.is_pruned)
-    attended = position > last - (window or num_tokens)  # by these
+def full_depth_tokens(plan: PrunePlan, num_tokens: int, group: Group) -> Tensor:
+    """The tokens that run a group's layers whole, [N] bool. Of the others, the layers compute only K and V."""
+    full_depth = plan.at_full_depth(torch.arange(num_tokens), num_tokens) | (not group.is_pruned)
     if group.is_pruned and group.layers[0] > plan.selects_at:
-        selected = selected_tokens(plan, num_tokens)
-        full_depth[selected] = True
-        attended |= len(selected) > 0
-    return full_depth, attended & ~full_depth
+        full_depth[selected_tokens(plan, num_tokens)] = True
+    return full_depth
 
 
 # ---- What they cost ----

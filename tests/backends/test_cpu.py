@@ -15,7 +15,7 @@ from support.cases import assert_close, by_position, cases, new_cache
 from support.compiler import requires_compiler
 from support.naive_method import attention
 from support.nightly import NIGHTLY
-from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
 from torch._inductor.codecache import CppCodeCache
 
 import pop
@@ -323,7 +323,6 @@ def test_without_a_compiler_torchs_attention_runs(monkeypatch):
     looked_at = torch.tensor([0, 3, 3, 3, 4, 5, 6]).expand(2, -1)
     for options in ((3,), (None,), (5, looked_at)):
         assert_close(cpu.causal_attention(q, k, v, 0.3, *options), layers.causal_attention(q, k, v, 0.3, *options))
-    assert_close(cpu.vision_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
 
 @given(cases())
@@ -337,23 +336,6 @@ def test_prefill_with_fused_attention_is_prefill(case):
         results.append((logits, *(x[:, :-1] for x in (*cache.keys, *cache.values))))
     for wanted, found in zip(*results, strict=True):
         assert_close(found, wanted)
-
-
-@requires_compiler
-@pytest.mark.parametrize("config", [tiny_gemma3_vl_config(), tiny_qwen3_vl_config()])
-def test_towers_have_fused_attention(monkeypatch, config):
-    """As before `accelerate`, and with gradients as before."""
-    module = random_model(config, seed=3)
-    block = module.get_submodule(module.vision_blocks)[0]
-    h, *rope = module.vision_block_inputs(2, 6)
-    h = normal(*h.shape)
-    wanted, calls, attend = block(h, *rope), [], cpu.fused_attention
-    pop.backends.accelerate(module)
-    monkeypatch.setattr(cpu, "fused_attention", lambda *args: calls.append(args) or attend(*args))
-    assert_close(block(h, *rope), wanted)
-    assert len(calls) == 1
-    block(h.requires_grad_(), *rope).sum().backward()
-    assert len(calls) == 1 and h.grad.isfinite().all()
 
 
 @requires_compiler

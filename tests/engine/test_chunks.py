@@ -82,7 +82,6 @@ def test_full_depth_rows_by_hand():
     assert full.valid.tolist() == [[False, False, True], [True, True, True]]
     assert first.index.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 7]]
     assert (first.last.tolist(), full.last_is_full.tolist()) == ([4, 3], [[False], [True]])
-    assert full.needed_from == 2
     assert full.attention[None].slots.tolist()[1] == [0, 2, 3]
     spare = cache.slots(None)  # takes the columns that are not valid
     assert full.attention[None].slots.tolist()[0] == [spare, spare, 0]

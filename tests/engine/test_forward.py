@@ -83,6 +83,8 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         for row, m in enumerate(lengths.tolist()):
             held_before = len(said[row])
             full_depth = [held_before + i < plan.full_depth_first or i >= m - plan.full_depth_last for i in range(m)]
+            if held_before + m < plan.full_depth_below:
+                full_depth = [True] * m
             ends = [plan.selects_at + 1 if selected else module.config.num_layers for selected in chosen[row, :m]]
             used = [(NONE if full else plan, end) for full, end in zip(full_depth, ends, strict=True)]
             append(row, turn[row, :m], used, logits[row : row + 1])

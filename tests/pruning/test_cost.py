@@ -44,7 +44,7 @@ def gemma3_12b(window: int) -> Gemma3Config:
         (SMOLLM2, 20, 2.74, 2),
         (published("30b-a3b"), 16, 1.48, 2),  # a pruned layer saves both attention and experts
         (gemma3_12b(window=2048), 16, 1.451, 3),  # the window holds the whole prompt
-        (gemma3_12b(window=1024), 16, 1.470, 3),  # pruned local layers project half the tokens
+        (gemma3_12b(window=1024), 16, 1.450, 3),  # attention is a smaller part of what pruning saves
     ],
 )
 def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, digits):
@@ -104,8 +104,7 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
         # The engine projects K and V of full-depth rows twice, with the pruned tokens and at full depth. If no token is
         # left to prune, it runs the layers as if they were kept.
         if layer in plan.layers and len(positions) < tokens:
-            begin = 0 if window is None or (count and selects) else tokens - plan.full_depth_last - window + 1
-            again += sum(p >= begin for p in positions)
+            again += len(positions)
     attention = attended * 2 * 2 * config.num_heads * config.head_dim
     again *= 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
     assert prefill_flops(config, tokens, plan) == linear - again + attention + selection

@@ -74,10 +74,10 @@ def _parts(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int], chu
 
 def _group_parts(config, plan: PrunePlan, group: Group, chunk: torch.Tensor) -> Iterator[Part]:
     """What a group of layers does for the tokens in `chunk` [N] bool."""
+    at_full_depth = cost.full_depth_tokens(plan, len(chunk), group)
+    full_depth = at_full_depth & chunk
+    projected = ~at_full_depth & chunk
     for index in group.layers:
-        full_depth, projected = cost.token_masks(plan, len(chunk), group, config.windows[index])
-        full_depth &= chunk
-        projected &= chunk
         if full_depth.any():
             yield Part(cost.layer_flops(config, index, full_depth), _layer_reads(config, index, full_depth))
         if projected.any():
