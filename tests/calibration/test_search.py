@@ -93,6 +93,7 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, w
         count = len(plan.layers)
         assert plan.layers == layers_apart(needed, count, round(share * count))
         assert limit(deep, plan) >= 1.5 and plan.corrections is None
+        assert search._limit(deep, plan, RANK) == limit(deep, plan)  # corrections to come are counted
         fewer = layers_apart(needed, count - 1, round(share * (count - 1)))
         assert limit(deep, with_full_depth(deep, fewer, windows)) < 1.5
 

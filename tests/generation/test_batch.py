@@ -59,6 +59,18 @@ def test_a_seed_gives_the_same_tokens_alone_and_anywhere_in_a_batch(model):
     assert first != second
 
 
+def test_each_row_draws_from_its_own_generator(monkeypatch):
+    """Also when others have ended. Without a seed, each row gets a random one."""
+    config = tiny_config(vocab_size=256, max_positions=128, eos_ids=tuple(range(0, 256, 8)))
+    model = pop.Model(random_model(config, seed=5), config)
+    options = {"max_new_tokens": 24, "temperature": 3.0}
+    expected = [model.generate(prompt, seed=seed, **options).tokens for seed, prompt in enumerate(PROMPTS)]
+    assert len({len(tokens) for tokens in expected}) == 3
+    seeds = iter(range(3))
+    monkeypatch.setattr("pop.generation.sampling.secrets.randbits", lambda bits: next(seeds))
+    assert [answer.tokens for answer in model.generate(PROMPTS, **options)] == expected
+
+
 # Where an answer ends
 
 
