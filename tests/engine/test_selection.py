@@ -40,7 +40,8 @@ def assert_chosen(chosen, scores, others, plan):
     count = plan.num_selected(int(others.sum()))
     assert chosen.sum() == count and not (chosen & ~others).any()
     if 0 < count < others.sum():
-        assert scores[chosen].min() >= scores[others & ~chosen].max() - 1e-5 * scores.max()
+        least = scores[chosen].min()
+        assert least >= scores[others & ~chosen].max() - 1e-5 * scores.max(), "a token with a higher score is left out"
 
 
 def selecting(plan, last_layer):

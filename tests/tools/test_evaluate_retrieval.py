@@ -98,6 +98,7 @@ def test_keys_of_unequal_lengths_leave_room_for_the_question(tiny):
 
 
 def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
+    assert [multikey, multivalue, multiquery, variables, common, frequent] == RULER, "each kind needs a test here"
     places = []
     for prompt, answer, _ in asked(writer, multikey):
         found = dict(re.findall(r"The secret number of (\w+) is (\d{5})\.", prompt))

@@ -1,4 +1,4 @@
-"""Six kinds of questions after RULER (Hsieh et al. 2024, arXiv 2404.06654): those whose data need no download.
+"""Kinds of questions after RULER (Hsieh et al. 2024, arXiv 2404.06654): those whose data need no download.
 
 `multikey` fills the prompt with sentences like that of the needle, each with its own key. `multivalue` gives one key
 four numbers, and `multiquery` asks for the numbers of four keys. `variables` passes a number through a chain of
