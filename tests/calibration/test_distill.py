@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import os
 import random
 from types import SimpleNamespace
@@ -260,6 +261,10 @@ def test_a_run_continues_from_the_best_plan_so_far(model, closed, notes):
 
 
 def test_all_that_decides_a_run_tells_it_from_others(model):
+    options = inspect.signature(calibrate).parameters.keys() - {"model", "resume", "progress"}
+    known = {"plan", "texts", "images", "videos", "speedup", "rank", "longest", "steps", "seed"}
+    assert options == known, "let `_identity` hash a new option, vary it here, and name it in this list"
+
     def run(model=model, plan=PLAN, texts=TEXTS, judged=TEXTS[:1], media=None, rank=15):
         windows = [(text, [SimpleNamespace(sha256=media)] * bool(media)) for text in texts]
         about = {"rank": rank, "steps": 8, "seed": 0}

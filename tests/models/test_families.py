@@ -158,7 +158,8 @@ def test_parameter_counts(read, name):
     size = base.removeprefix("qwen3-vl-")
     assert base in PUBLISHED or size in QWEN3_VL_SIZES, "add its config to goldens/published.json or to published_vl.py"
     config = published_vl(size) if size in QWEN3_VL_SIZES else read(PUBLISHED[base])
-    assert count(shapes_of(config)) == MODELS[name].parameters
+    found = count(shapes_of(config))
+    assert found == MODELS[name].parameters, f"put {found:_} into checkpoints/registry.py"
 
 
 # For models of text, goldens with files of tensors hold the names.
