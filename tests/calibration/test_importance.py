@@ -31,7 +31,7 @@ def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, sample
     assert result.prefill.dtype == result.decode_error.dtype == torch.float64
 
 
-# ---- What must be exactly zero ----
+# ---- Dtypes, and what stays as it is ----
 
 
 def test_bfloat16_gives_the_scores_of_its_weights(samples):

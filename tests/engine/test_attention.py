@@ -11,10 +11,6 @@ from pop.engine.chunks import Chunk, Prompts
 from pop.models.images import TEXT
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def test_the_example_in_the_docstring_of_attention_metadata():
     """A ring of six slots, a window of three, and a row that writes positions 6 and 7."""
     module = random_model(tiny_gemma3_config(windows=(3,)))

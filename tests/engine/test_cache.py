@@ -31,9 +31,10 @@ def test_a_reset_cache_is_a_new_cache(case):
     cache = new_cache(module, len(tokens), chunk=chunk)
     empty = cache.lengths
     prefill(module, tokens.flip(1), torch.full_like(lengths, tokens.shape[1]), plan, chunk, cache)
+    cache.rope_offsets = cache.rope_offsets + 3  # as after images
     cache.reset()
     assert cache.lengths.tolist() == empty.tolist() == [0] * len(tokens)
-    assert not cache.previous_hidden.any()
+    assert not cache.previous_hidden.any() and not cache.rope_offsets.any()
     logits, _ = prefill(module, tokens, lengths, plan, chunk, cache)
     assert torch.equal(logits, expected)
 

@@ -294,6 +294,3 @@ def test_absurd_sizes(tmp_path, sound_file, key, size):
         # after a tensor's name: u32 number of dimensions, then each as u64
         at = whole.index(key) + len(key) + (8 if key in (*ARRAYS, b"general.last") else 4)
     assert not convert_bytes(whole[:at] + size.to_bytes(8, "little") + whole[at + 8 :], tmp_path)
-
-
-# ---- whole or not at all
