@@ -202,10 +202,10 @@ class Model(Runner):
             prompt = prompt.tolist()
         if prompt == []:
             raise InputError(f"the {what} is empty; give it at least one token")
-        tokens = token_ids([prompt], 2, self.config.vocab_size)[0].tolist()
+        tokens = token_ids([prompt], 2, self.config.vocab_size)[0]
         if not media:
             self.vision.runs(tokens, media, f"the {what}")
-        return tokens
+        return tokens.tolist()
 
     def _encode_text(self, text: str, what: str, bos: bool, media: Sequence[Prepared]) -> list[int]:
         self.need_tokenizer("text")
