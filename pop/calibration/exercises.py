@@ -94,9 +94,11 @@ def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[r
 def _repetition(model, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int]:
     """At least `length` tokens of passages of a prompt, a line each. Empty if the prompt is too short.
 
-    In half of the exercises, one token of each passage becomes another one of the prompt.
+    In half of the exercises, one token of each passage becomes another one of the prompt, which stands for no image.
     """
     is_edited = rng.random() < 0.5
+    placeholders = {*model.vision.placeholders.values()}
+    others = [token for token in prompt if token not in placeholders]
     newline = [] if model.tokenizer is None else model.encode("\n", bos=False)
     lines = []
     while len(lines) < length:
@@ -105,7 +107,7 @@ def _repetition(model, prompt: list[int], length: int, images: Sequence[range], 
             return []
         passage = passage[: rng.randint(*PASSAGE)]
         if is_edited:
-            passage[rng.randrange(len(passage))] = rng.choice(prompt)
+            passage[rng.randrange(len(passage))] = rng.choice(others)
         lines += newline + passage
     return lines
 

@@ -1,6 +1,7 @@
 """Images in answers, prefixes, importance and calibration, in both families."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -279,8 +280,9 @@ def test_exercises_with_images(model):
     """A text with images is whole and alone. Passages of its text follow it, or what follows its last image."""
     a = prepared(model, 0)
     window = tokens_of(2, *range(3, 40), a, *range(40, 50))
-    for number in range(5):
-        tokens, cut, media = make_exercise(model, [(window, [a])], number, random.Random(0))
+    controls = {*tokens_of(a)} - {*model.vision.placeholders.values()}
+    for number, seed in itertools.product(range(5), range(9)):
+        tokens, cut, media = make_exercise(model, [(window, [a])], number, random.Random(seed))
         (row,) = tokens.tolist()
         assert media == [[a]]
         assert cut == model.vision.locate(window, [a])[0].stop
@@ -288,7 +290,7 @@ def test_exercises_with_images(model):
             assert row == window
         else:
             assert row[:cut] == window[:cut] and len(row) == cut + CONTINUATION
-            assert set(row[cut:]) <= set(range(3, 50))
+            assert set(row[cut:]) <= {*range(2, 50), *controls}
 
 
 def test_what_follows_a_prompt_is_text_even_after_an_image():
