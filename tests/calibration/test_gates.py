@@ -1,12 +1,13 @@
-"""Virtual gates: gradients against finite differences of a gated model in numpy, memory, and sampled responses."""
+"""Virtual gates: gradients against finite differences, memory, and sampled responses."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import models
 from support.gated_loss import assert_close, slopes
-from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
+from support.tiny import random_model, tiny_config
 
 import pop
 from pop.calibration.importance import Sample, gate_gradients, sample_responses
@@ -27,42 +28,16 @@ def sampled(model, prompts, seeds, count):
     return sample_responses(model, [Sample(prompt, None, []) for prompt in prompts], seeds, count)
 
 
-@st.composite
-def cases(draw):
-    """(module, [(prompt, response), ...]) of random sizes."""
-    kv_heads = draw(st.integers(1, 2))
-    sizes = {
-        "vocab_size": 23,
-        "hidden_size": draw(st.sampled_from([6, 13])),
-        "num_heads": kv_heads * draw(st.integers(1, 2)),
-        "num_kv_heads": kv_heads,
-        "head_dim": draw(st.sampled_from([2, 6])),
-    }
-    family = draw(st.sampled_from(["llama", "gemma3", "qwen3"]))
-    if family == "gemma3":
-        windows = st.lists(st.sampled_from([2, None]), min_size=1, max_size=3)
-        config = tiny_gemma3_config(**sizes, windows=tuple(draw(windows)))
-    elif family == "qwen3":
-        config = tiny_qwen3_config(**sizes, num_layers=draw(st.integers(1, 3)), tie_embeddings=draw(st.booleans()))
-    else:
-        config = tiny_config(
-            **sizes,
-            num_layers=draw(st.integers(1, 3)),
-            tie_embeddings=draw(st.booleans()),
-            attention_bias=draw(st.booleans()),
-            mlp_bias=draw(st.booleans()),
-        )
-    tokens = st.lists(st.integers(0, 22), min_size=1, max_size=6)
-    pairs = draw(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=3))
-    return random_model(config, seed=draw(st.integers(0, 9))), pairs
+TOKENS = st.lists(st.integers(0, 59), min_size=1, max_size=6)  # below the ids of images
 
 
 @settings(max_examples=settings().max_examples // 2)
-@given(cases())
-def test_gradients_are_the_slopes_of_the_gated_loss(case):
-    module, pairs = case
-    expected = np.stack([slopes(module, *pair) for pair in pairs])
-    assert_close(gradients(pop.Model(module, module.config), pairs), expected)
+@given(models(), st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=3))
+def test_gradients_are_the_slopes_of_the_gated_loss(module, pairs):
+    """tests/inputs/test_images_everywhere.py has prompts with images."""
+    model = pop.Model(module, module.config, compile=False)
+    expected = torch.stack([slopes(model, *pair) for pair in pairs])
+    assert_close(gradients(model, pairs), expected)
 
 
 # ---- Batches, padding, memory ----

@@ -22,10 +22,10 @@ from pop.calibration.importance import Importance, gate_gradients, importance
 def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, samples):
     samples = samples[1:]
     result = importance(model, samples, batch_size=3, progress=False)
-    slope = np.stack([slopes(model.module, *pair) for pair in samples])  # [n, 2, L]
-    errors = (slope**2).std(axis=0, ddof=1) / np.sqrt(len(samples))
+    squares = torch.stack([slopes(model, *pair) for pair in samples]).square()  # [n, 2, L]
+    errors = squares.std(0) / len(samples) ** 0.5
     for stage, name in enumerate(("prefill", "decode")):
-        assert_close(getattr(result, name), (slope**2).mean(0)[stage])
+        assert_close(getattr(result, name), squares.mean(0)[stage])
         assert_close(getattr(result, f"{name}_error"), errors[stage])
     assert result.num_samples == len(samples)
     assert result.prefill.dtype == result.decode_error.dtype == torch.float64
