@@ -1,33 +1,16 @@
-"""Qwen3-VL's positions on three axes: the reference's, and by the rule."""
+"""Qwen3-VL's positions on three axes, by the rule. test_families.py compares logits, to which they lead."""
 
-from types import SimpleNamespace
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error, qwen3_vl_cases
+from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error
 from support.tiny import random_model, tiny_qwen3_vl_config
 
 import pop
-from pop.inputs.processors import processor_of
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
 CONFIG = tiny_qwen3_vl_config()
-
-
-@pytest.mark.parametrize(("name", "case"), qwen3_vl_cases())
-def test_positions_are_the_references(name, case):
-    case, vision = Qwen3VLCase(name, case), processor_of(Golden(name).config)
-    tower = SimpleNamespace(image_features=lambda pixels, grids: (pixels, ()))
-    tokens = torch.tensor([case.prompt.inputs])
-    lengths = torch.tensor([tokens.shape[1]])
-    media = [one for kind in case.prompt.seen.values() for one in kind]
-    images = vision.images(tower, [media], tokens, lengths)
-    index = torch.arange(tokens.shape[1])[None]
-    assert torch.equal(images.rotary(index).expand(3, 1, -1)[:, 0], case.positions)
-    assert lengths + images.rope_offset(lengths) == case.prompt.next_position
 
 
 def test_rows_that_stay_keep_their_positions(tmp_path):

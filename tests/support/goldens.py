@@ -89,7 +89,7 @@ class Golden:
 
 
 class Qwen3VLCase:
-    """One prompt of a Qwen3-VL golden, with its grids, patches, features and rotary positions.
+    """One prompt of a Qwen3-VL golden, with its grids, patches and features.
 
     Dictionaries have the keys "image" and "video", if the prompt has any.
     """
@@ -98,7 +98,6 @@ class Qwen3VLCase:
         folder = GOLDENS / name
         golden, config = json.loads((folder / "golden.json").read_bytes())["cases"][case], read_config(folder)
         arrays = np.load(folder / "arrays.npz")
-        self.positions = torch.tensor(golden["positions"])  # [3, T]
         self.grids = {kind: [Grid(*grid) for grid in golden[f"{kind}s"]] for kind in ("image", "video")}
         self.patches, self.features, self.deepstack = {}, {}, {}
         seen = {"images": [], "videos": []}
