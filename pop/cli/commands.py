@@ -166,6 +166,8 @@ def calibrate(args) -> None:
     try:
         plan.save(args.out)
     except PlanError as error:
+        if not os.path.exists(os.path.expanduser(resume)):  # the disk was full before
+            raise
         raise PlanError(f"{error}, or make this one writable: the same command continues from {resume}") from None
     Path(os.path.expanduser(resume)).unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")

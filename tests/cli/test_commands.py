@@ -339,6 +339,14 @@ def test_a_plan_that_cannot_be_written_is_not_lost(calibration, steps, capsys, m
     assert not os.path.exists("my.plan.progress")
 
 
+def test_a_disk_that_is_full_from_the_start_promises_nothing(calibration, capsys, monkeypatch):
+    _, words, _ = calibration
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert main([*words, "--steps", "0", "--layers", "2,4-5", "--out", "my.plan"]) == 2
+    assert capsys.readouterr().err.endswith("written to my.plan (No space left on device); choose another path\n")
+    assert not list(pathlib.Path().glob("my.plan*"))
+
+
 def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys, monkeypatch):
     _, words, texts = calibration
     seen = []
