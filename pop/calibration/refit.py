@@ -26,7 +26,7 @@ from torch import Tensor
 from pop.calibration.passes import Pass, working_copy
 from pop.calibration.texts import Window, batches, total_size
 from pop.engine.compile import SMALLEST
-from pop.errors import InputError, PlanError
+from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
@@ -78,16 +78,13 @@ def fitted(
     Args:
         model: A pop.Model.
         windows: Of text.
-        plan: Without corrections.
+        plan: Without corrections. It prunes no neighbours between which DeepStack adds features of images.
         rank: Of the corrections.
         ridges: The candidates for lambda.
         step: Is called with the number of tokens that have passed since its last call.
     """
     groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
     groups = [group.layers for group in groups if group.is_pruned]
-    if any(layers.start - 1 in plan.layers for layers in groups):
-        problem = "between which DeepStack adds features of images"
-        raise PlanError(f"the plan prunes the layers {plan.layers}, {problem}; prune one of these layers only")
     # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
     is_copied = model.num_parameters >= SMALLEST and model.part is None
     module = working_copy(model) if is_copied else model.module
