@@ -249,19 +249,18 @@ class Runner:
 
         Call it after you change an attribute of a layer. New weights, hooks and classes are noticed without it.
         """
-        # Another tuple, since a captured step serves only the one that it was made for.
-        self._eager = stages_of(self.module)._replace()
+        self._eager = self._eager._replace()  # another tuple, since a captured step serves only the one it was made for
         if self._compiled is not None:
             self._compiled.forget()
 
     def _stages(self, rows: int, plan: PrunePlan = FULL_DEPTH, look: bool = True) -> engine.Stages:
         """The stages for a batch of `rows`. Unless `look`, only new hooks are looked for in the module."""
         if self._compiled is None:
-            return self._eager or stages_of(self.module)  # a copy has none
+            return self._eager
         return self._compiled.stages(rows, plan, look)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_compiled": None, "_eager": None}  # a copy runs eagerly
+        return self.__dict__ | {"_compiled": None}  # a copy runs eagerly
 
     # Checks
 

@@ -29,7 +29,7 @@ from support.tiny_images import picture
 
 import pop
 from pop import engine
-from pop.backends import CPU_ATTENTION, cuda
+from pop.backends import cpu, cuda
 from pop.backends.cuda_graph import Graph
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.attention import cache_attention as general_attention
@@ -289,7 +289,7 @@ def assert_exact(attend, q: torch.Tensor, *arguments) -> None:
 @pytest.mark.parametrize("G", [1, 4, 8])
 @pytest.mark.parametrize("E", [64, 128, 256])
 def test_attention_of_prompts_at_real_sizes(E, G, layout, dtype, device):
-    attention = cuda.cache_attention if device.type == "cuda" else CPU_ATTENTION
+    attention = cuda.cache_attention if device.type == "cuda" else cpu.cache_attention
     for T, N, window in KEYS if device.type == "cuda" else KEYS[2:3]:
         metadata = prompt_metadata(layout, T, N, window, device)
         q = torch.randn(2, T, 2 * G, E, generator=torch.Generator().manual_seed(T)).to(device, dtype)
@@ -302,7 +302,7 @@ def test_attention_of_prompts_at_real_sizes(E, G, layout, dtype, device):
 @pytest.mark.parametrize("E", [64, 128, 256])
 def test_attention_of_one_token_at_real_sizes(E, G, dtype, device):
     """Over a cache, a ring that has wrapped, and rows of different lengths, whose free slots are zero."""
-    attention = cuda.cache_attention if device.type == "cuda" else CPU_ATTENTION
+    attention = cuda.cache_attention if device.type == "cuda" else cpu.cache_attention
     q = torch.randn(2, 1, 2 * G, E, generator=torch.Generator().manual_seed(G)).to(device, dtype)
     for S, last, window in ((5000, (4999, 4999), None), (700, (9000, 1234), 512), (300, (299, 5), None)):
         last = torch.tensor(last, device=device)

@@ -1,31 +1,20 @@
-"""Swaps: each file replaces parts of a finished module, or functions of the engine, with forms for one kind of machine.
+"""Swaps: each file replaces parts of a finished module with forms for one kind of machine.
 
 The models and the engine do not know of them. May import pop.engine, pop.checkpoints and what these import.
 """
 
 import logging
-from functools import partial
 
 import torch
 from torch import nn
 
-from pop.backends import cpu, cuda, experts, span_attention
-from pop.backends.cuda_graph import Graph
-from pop.engine.attention import cache_attention
+from pop.backends import cpu, cuda, cuda_graph, experts, span_attention
 from pop.engine.cache import CHUNK_SIZE
-from pop.engine.stages import Stages, code, corrected_layer, full_layer
+from pop.engine.stages import EAGER, Stages
 from pop.models.experts import Experts
 from pop.models.layers import Embedding
 from pop.models.vision import qwen3_vl, siglip
 
-CPU_ATTENTION = partial(cache_attention, chunk=cpu.chunk_attention, decode=cpu.decode_attention)
-CPU = Stages(
-    full_layer=partial(full_layer, attention=CPU_ATTENTION),
-    corrected_layer=partial(corrected_layer, linear=cpu.linear),
-    code=partial(code, linear=cpu.linear),
-    linear=cpu.linear,
-)
-CUDA = Stages(full_layer=partial(full_layer, attention=cuda.cache_attention), replay=Graph)
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
 CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
 LEAST_CHUNK_SIZE = 256  # tokens of each row in a batch on a GPU
@@ -40,7 +29,7 @@ def accelerate(module: nn.Module) -> None:
     """Give the parts of a module their faster classes, in place. Weights, names and results stay the same.
 
     Only parts of exactly these classes change: a subclass, such as an adapter's layer, keeps its own `forward`. The
-    attention of the plain pass is replaced, and on GPUs that of vision towers.
+    attention of the plain pass and that over a cache are replaced, and on GPUs that of vision towers.
     """
     cpu.make_cache_folder()
     backend = cuda if _is_on_gpu(module) else cpu
@@ -56,6 +45,9 @@ def accelerate(module: nn.Module) -> None:
             if not is_there:
                 logger.warning("attention is slow here: it needs %s", what)
     module.causal_attention = backend.causal_attention
+    for layer in module.layers:
+        layer.cache_attention = backend.cache_attention
+        layer.multiply = cpu.linear
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
         if backend is cuda and isinstance(part, siglip.Attention | qwen3_vl.Attention):
@@ -63,8 +55,8 @@ def accelerate(module: nn.Module) -> None:
 
 
 def stages_of(module: nn.Module) -> Stages:
-    """The stages for the module's device."""
-    return CUDA if _is_on_gpu(module) else CPU
+    """The engine's own stages. On GPUs, decode steps are captured."""
+    return EAGER._replace(replay=cuda_graph.Graph if _is_on_gpu(module) else None)
 
 
 def chunk_size_of(module: nn.Module) -> int:

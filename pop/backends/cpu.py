@@ -133,6 +133,11 @@ def multiply_rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | Non
     return _call("multiply_rows", (x, weight, out), (rows, width, len(weight)))
 
 
+def cache_attention(q: Tensor, keys: Tensor, values: Tensor, metadata, scale: float) -> Tensor:
+    """Like pop.engine.attention.cache_attention."""
+    return engine.cache_attention(q, keys, values, metadata, scale, chunk=chunk_attention, decode=decode_attention)
+
+
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
     """Like pop.engine.attention.chunk_attention."""
     if not _is_fused(q):

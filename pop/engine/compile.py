@@ -225,14 +225,8 @@ class _CompiledStage:
     """
 
     def __init__(self, stage, kinds: Kinds):
-        self.eager = stage
+        self.function = stage
         self.kinds = kinds
-        if isinstance(stage, partial):
-            self.function = stage.func
-            self.defaults = tuple(stage.keywords.values())
-        else:
-            self.function = stage
-            self.defaults = stage.__defaults__
         self.compiled: dict[tuple, object] = {}
 
     def warm_up(self, layer, h, *args):
@@ -247,7 +241,7 @@ class _CompiledStage:
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
         is_rare = self.function is not stages.full_layer and one_token != (self.function is stages.head)
         if kind is None or is_rare:
-            return self.eager(layer, h, *args)
+            return self.function(layer, h, *args)
         key = kind, one_token, torch.get_num_threads()
         function = self.compiled.get(key) or partial(self._compile, key)
         return function(layer, *self._prepared(h, *args))
@@ -262,7 +256,7 @@ class _CompiledStage:
     def _compile(self, key: tuple, *args):
         """The first call of its kind."""
         code = self.function.__code__.replace()
-        function = types.FunctionType(code, self.function.__globals__, self.function.__name__, self.defaults)
+        function = types.FunctionType(code, self.function.__globals__, self.function.__name__)
         options = {}
         # No checks of layers, whose kind is in the key. Older versions of torch cannot leave them out.
         if hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe"):

@@ -211,8 +211,9 @@ class Call:
         if corrections is not None:
             first = group.layers[0]
             # self.hidden is that of the token before the chunk.
-            z = self.stages.code(self.module.layers[first], h, self.hidden[first], corrections.shared)  # [B, C, R]
-            passed = corrections.updated(h, z, self.stages.linear)
+            layer = self.module.layers[first]
+            z = self.stages.code(layer, h, self.hidden[first], corrections.shared)  # [B, C, R]
+            passed = corrections.updated(h, z, layer.multiply)
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             rope, slots, *_ = chunk.attention[layer.window]

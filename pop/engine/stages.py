@@ -7,7 +7,6 @@ compiled graph serves all layers (compile.py). Lengths enter as tensor shapes, n
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata, cache_attention, write
@@ -15,8 +14,9 @@ from pop.engine.selection import received
 from pop.pruning.corrections import GroupCorrections, corrected_keys_values, shifted
 
 
-def full_layer(layer, h, keys, values, metadata: AttentionMetadata, attention: Callable = cache_attention):
+def full_layer(layer, h, keys, values, metadata: AttentionMetadata):
     """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended."""
+    attention = layer.cache_attention or cache_attention
 
     def attend(layer, q, k, v):
         write(keys, values, metadata.slots, k, v)
@@ -30,22 +30,22 @@ def pruned_layer(layer, h, rope, slots, keys, values):
     write(keys, values, slots, *layer.keys_values(h, rope))
 
 
-def corrected_layer(layer, h, z, weight, rope, slots, keys, values, linear: Callable = F.linear):
+def corrected_layer(layer, h, z, weight, rope, slots, keys, values):
     """A pruned layer of a calibrated plan: its own K and V of h [B, T, D], corrected by products of z [B, T, R].
 
     weight is the layer's U [2 * K * E, R].
     """
-    write(keys, values, slots, *corrected_keys_values(layer, h, z, weight, rope, linear))
+    write(keys, values, slots, *corrected_keys_values(layer, h, z, weight, rope))
 
 
-def code(layer, h, previous, shared, linear: Callable = F.linear):
+def code(layer, h, previous, shared):
     """The code z [B, T, R] of h [B, T, D], which enters a group of pruned layers that begins with `layer`.
 
     `previous` [B, D] is the state before each row's first one, and `shared` [R, 2 * D] is the group's.
     """
     group = GroupCorrections(shared, None, None)
     x = layer.normalised(h)
-    return group.code(x, shifted(x, layer.normalised(previous)), linear)
+    return group.code(x, shifted(x, layer.normalised(previous)), layer.multiply)
 
 
 def head(module, h):
@@ -56,9 +56,8 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    `linear` computes the update of h after a group of a calibrated plan. `replay(module, batch_size)` returns a runner
-    of decode steps. Each call of the runner takes a step (decode_step.py) and runs it once. The runner may record the
-    step, and repeat the record later.
+    `replay(module, batch_size)` returns a runner of decode steps. Each call of the runner takes a step (decode_step.py)
+    and runs it once. The runner may record the step, and repeat the record later.
     """
 
     full_layer: Callable[..., Tensor] = full_layer
@@ -67,7 +66,6 @@ class Stages(NamedTuple):
     code: Callable[..., Tensor] = code
     received: Callable[..., Tensor] = received
     head: Callable[..., Tensor] = head
-    linear: Callable[..., Tensor] = F.linear
     replay: Callable[..., Callable[[Callable], tuple[Tensor, ...]]] | None = None
 
 

@@ -12,6 +12,7 @@ Attribute names are the checkpoint's names. Shape letters: layers.py.
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pop.models.config import RopeConfig
@@ -28,10 +29,14 @@ class PrunableLayer(nn.Module):
     Attributes:
         window: how many tokens a token attends, itself included. None: itself and all tokens before it.
         scale: multiplies q k^T.
+        cache_attention: a backend's attention over a cache. None: the engine's.
+        multiply: multiplies by a matrix of a calibrated plan. A backend may replace it.
     """
 
     window: int | None = None
     scale: float
+    cache_attention: Callable[..., Tensor] | None = None
+    multiply: Callable[..., Tensor] = staticmethod(F.linear)
 
     def queries_keys_values(self, h: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E], with rotary positions applied."""

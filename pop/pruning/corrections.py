@@ -50,7 +50,7 @@ def shifted(x: Tensor, previous: Tensor) -> Tensor:
     return torch.where((column > 0)[:, None], earlier, previous[:, None])
 
 
-def corrected_keys_values(layer, h, z, weight, rope, linear=F.linear) -> tuple[Tensor, Tensor]:
+def corrected_keys_values(layer, h, z, weight, rope) -> tuple[Tensor, Tensor]:
     """K and V of a pruned layer of a calibrated plan, each [B, T, K, E], as the cache holds them.
 
     Args:
@@ -59,10 +59,9 @@ def corrected_keys_values(layer, h, z, weight, rope, linear=F.linear) -> tuple[T
         z: [B, T, R], the code of h.
         weight: The layer's U [2 * K * E, R].
         rope: The tokens' rotary tables.
-        linear: The function that multiplies.
     """
     own_k, own_v = layer.projected(h)  # [B, T, K * E] each
-    k, v = linear(z, weight).chunk(2, dim=-1)  # [B, T, K * E] each
+    k, v = layer.multiply(z, weight).chunk(2, dim=-1)  # [B, T, K * E] each
     return layer.placed(own_k + k, own_v + v, rope)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import assert_close, by_position, cases, new_cache
@@ -20,9 +21,8 @@ from torch._inductor.codecache import CppCodeCache
 
 import pop
 from pop import engine
-from pop.backends import CPU, cpu
+from pop.backends import cpu
 from pop.engine.attention import decode_attention
-from pop.engine.stages import code, corrected_layer
 from pop.models import layers
 from pop.pruning.corrections import Corrections
 from pop.pruning.sketch import NUMBERS
@@ -68,13 +68,13 @@ def test_a_compiled_product_with_one_token_is_the_product(size, dtype):
     assert (out.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.005}[dtype] * width**0.5
 
 
-def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
+def test_all_matrices_of_a_calibrated_plan_use_the_backends_product(monkeypatch):
     """Two groups: each has a code, the corrections of its layer, and an update of h."""
     module, multiplied = random_model(tiny_config()), []
 
-    def linear(x, weight, *bias):
+    def linear(x, weight):
         multiplied.append(tuple(weight.shape))
-        return cpu.linear(x, weight, *bias)
+        return F.linear(x, weight)
 
     D = module.config.hidden_size
     KE = module.config.num_kv_heads * module.config.head_dim
@@ -82,13 +82,12 @@ def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
     plan = pop.PrunePlan(
         (1, 3), 1, 1, Corrections((1, 3), **tensors, update=normal(2, D, 7), sketch=torch.zeros(2, 2, NUMBERS))
     )
-    stages = CPU._replace(
-        code=partial(code, linear=linear), corrected_layer=partial(corrected_layer, linear=linear), linear=linear
-    )
+    monkeypatch.setattr(cpu, "linear", linear)
+    pop.backends.accelerate(module)
+    monkeypatch.undo()  # the other layers' products are not counted
     cache, tokens = new_cache(module, 1, 9), torch.ones(1, 9, dtype=torch.int64)
-    engine.prefill(module, tokens, cache, torch.tensor([9]), plan, 9, stages)
+    engine.prefill(module, tokens, cache, torch.tensor([9]), plan, 9)
     assert multiplied == [(7, 2 * D), (D, 7), (2 * KE, 7)] * 2
-    assert CPU.linear is CPU.corrected_layer.keywords["linear"] is CPU.code.keywords["linear"] is cpu.linear
 
 
 # The first token's own key, how many keys there are, and how many of them each token may attend before and after its
@@ -330,9 +329,11 @@ def test_prefill_with_fused_attention_is_prefill(case):
     """Logits and cache, for any plan, window, batch, padding and chunking."""
     module, plan, tokens, lengths, chunk = case
     plan, results = by_position(plan), []
-    for stages in (engine.EAGER, pop.backends.CPU):
-        cache = new_cache(module, len(tokens), chunk=chunk)
-        logits = engine.prefill(module, tokens, cache, lengths, plan, chunk, stages)
+    accelerated = copy.deepcopy(module)
+    pop.backends.accelerate(accelerated)
+    for either in (module, accelerated):
+        cache = new_cache(either, len(tokens), chunk=chunk)
+        logits = engine.prefill(either, tokens, cache, lengths, plan, chunk)
         results.append((logits, *(x[:, :-1] for x in (*cache.keys, *cache.values))))
     for wanted, found in zip(*results, strict=True):
         assert_close(found, wanted)

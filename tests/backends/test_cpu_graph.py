@@ -14,7 +14,7 @@ from torch._inductor.codecache import PyCodeCache
 
 import pop
 from pop import engine
-from pop.backends import CPU, cpu, cpu_graph
+from pop.backends import cpu, cpu_graph
 from pop.backends.cpu_graph import CAN_RECORD, Graph
 from pop.engine.changes import Kinds
 
@@ -167,7 +167,7 @@ def test_weights_that_lie_otherwise_in_memory_are_not_read_as_before():
     """A step recorded before is dropped, and compiled code is looked for anew. The operators refuse smaller weights."""
     module = random_model(tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, num_layers=2))
     compiled = torch.compile(engine.EAGER.head, dynamic=True)  # a step without compiled code is not recorded
-    stages = CPU._replace(head=compiled, replay=Graph)
+    stages = engine.EAGER._replace(head=compiled, replay=Graph)
     cache = new_cache(module, 1, 20)
     engine.prefill(module, torch.tensor([[5, 12, 44]]), cache, torch.tensor([3]), pop.PrunePlan.none(), 20, stages)
     snapshot = cache.snapshot()

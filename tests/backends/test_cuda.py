@@ -5,7 +5,6 @@ the real operators check the arguments themselves.
 """
 
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from pop import engine
 from pop.backends import cuda
 from pop.engine import attention
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
-from pop.engine.stages import EAGER, full_layer
 from pop.models import layers
 from pop.pruning.plan import PrunePlan
 
@@ -147,10 +145,11 @@ def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, first, len
     plan = PrunePlan((1, 2), full_depth_last=2, full_depth_first=1)
     tokens, logits = torch.arange(26).view(2, 13), {}
     for function in (cuda.cache_attention, attention.cache_attention):
-        stages = EAGER._replace(full_layer=partial(full_layer, attention=function))
+        for layer in module.layers:
+            layer.cache_attention = function
         cache = new_cache(module, 2, chunk=5)
         calls = [tokens[:, :3], torch.tensor(first)], [tokens, torch.tensor(lengths)]
-        logits[function] = [engine.prefill(module, t, cache, n, plan, 5, stages) for t, n in calls]
+        logits[function] = [engine.prefill(module, t, cache, n, plan, 5) for t, n in calls]
     for found, wanted in zip(*logits.values(), strict=True):
         assert_close(found, wanted)
     assert set(kernels) == {"efficient", "spans"}

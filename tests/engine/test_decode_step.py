@@ -13,12 +13,13 @@ from support.replay import Replay
 from support.tiny import random_model, tiny_config
 
 from pop import engine
-from pop.backends import CPU, accelerate
+from pop.backends import accelerate
 from pop.backends.cpu_graph import Graph, _Record
 from pop.engine.spare_caches import SpareCaches
 from pop.engine.stages import Stages
 
-REPLAYED, RECORDED = Stages(replay=Replay), CPU._replace(replay=Graph)
+REPLAYED = Stages(replay=Replay)
+RECORDED = Stages(replay=Graph)
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 

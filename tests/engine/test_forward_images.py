@@ -4,6 +4,7 @@ Images have random features at any tokens. So the engine is held to what `Placed
 rules of one family's processor.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -30,7 +31,7 @@ from support.tiny import random_model, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
-from pop.backends import CPU
+from pop.backends import accelerate
 from pop.models.images import PlacedImages
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
@@ -102,13 +103,16 @@ def of_row(images, row, length, before=0):
 
 
 @settings(max_examples=2 * settings().max_examples)
-@given(image_cases(), st.integers(0, 3), st.sampled_from([engine.EAGER, engine.Stages(replay=Replay), CPU]))
-def test_images_are_the_references(case, steps, stages):
+@given(image_cases(), st.integers(0, 3), st.sampled_from([engine.EAGER, engine.Stages(replay=Replay)]), st.booleans())
+def test_images_are_the_references(case, steps, stages, accelerated):
     """Prefill, cache and decode, for any plan, window, batch and chunking.
 
     Also with decode steps on fixed memory, and with the CPU's attention by products.
     """
     module, plan, tokens, lengths, chunk, images = case
+    if accelerated:
+        module = copy.deepcopy(module)
+        accelerate(module)
     cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
     with recorded_choices() as choices:
         logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, stages, images)]

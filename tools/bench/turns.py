@@ -11,7 +11,6 @@ from statistics import median
 import torch
 
 import pop
-from pop.backends import stages_of
 from pop.engine.chunks import Chunk, Prompts, chunk_bounds
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
@@ -39,7 +38,6 @@ def bandwidth_turn(device: torch.device) -> Turn:
 def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     """Seconds of the attention of all layers in a full prefill, over the same chunks as in the engine."""
     config = model.config
-    cache_attention = stages_of(model.module).full_layer.keywords["attention"]
     q = torch.randn(1, num_tokens, config.num_heads, config.head_dim, device=model.device).to(model.dtype)
     cache = model.new_cache(1, num_tokens)
     prompts = Prompts(
@@ -56,7 +54,7 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     def attend():
         for queries, attention in chunks:
             for index, layer in enumerate(model.module.layers):
-                cache_attention(queries, *cache.layer(index), attention[layer.window], layer.scale)
+                layer.cache_attention(queries, *cache.layer(index), attention[layer.window], layer.scale)
 
     return lambda: {"attention_s": seconds(attend, model.device)}
 
