@@ -111,17 +111,18 @@ def test_cost_of_pruning_a_third(model):
     assert kl["boundary pruned too"] > 10 * kl["boundary at full depth"]
 
 
-# The largest change of perplexity, the largest KL in nats, and the least share of equal likeliest tokens, by the number
-# of pruned layers: as the plan ships, and with nothing but the first and the last token at full depth.
+# The largest change of perplexity, the largest KL in nats, and the least share of equal likeliest tokens, by plan:
+# as it ships, and with nothing but the first and the last token at full depth.
 BOUNDS = {
-    (10, "as it ships"): (0.01, 0.01, 0.95),
-    (10, "bare"): (0.015, 0.023, 0.92),
-    (14, "as it ships"): (0.01, 0.032, 0.88),
-    (14, "bare"): (0.035, 0.075, 0.84),
+    ("smollm2-135m-third", "as it ships"): (0.01, 0.01, 0.95),
+    ("smollm2-135m-third", "bare"): (0.015, 0.023, 0.92),
+    ("smollm2-135m-14", "as it ships"): (0.01, 0.032, 0.88),
+    ("smollm2-135m-14", "bare"): (0.035, 0.075, 0.84),
 }
+BOUNDED = {name for name, _ in BOUNDS}
 WINDOWS = 2  # of each domain
 if not NIGHTLY:
-    BOUNDS = {key: BOUNDS[key] for key in ((10, "as it ships"), (14, "bare"))}
+    BOUNDS = {key: BOUNDS[key] for key in (("smollm2-135m-third", "as it ships"), ("smollm2-135m-14", "bare"))}
 
 
 def test_cost_of_the_plans_that_ship(model):
@@ -131,14 +132,14 @@ def test_cost_of_the_plans_that_ship(model):
     0.066. Without corrections, a third has a KL of 0.126.
     """
     contenders = [Contender("full", model, pop.PrunePlan.none())]
-    paths = sorted(Path(pop.__file__).parent.glob("data/plans/smollm2-135m-*.plan"))
-    shipped = {len(plan.layers): plan for plan in map(pop.PrunePlan.load, paths)}
-    for count, form in BOUNDS:
-        plan = dataclasses.replace(shipped[count], full_depth_below=0)  # so that it prunes these prompts
+    paths = Path(pop.__file__).parent.glob("data/plans/smollm2-135m-*.plan")
+    assert {path.stem for path in paths} == BOUNDED, "give a further plan that ships its bounds"
+    for name, form in BOUNDS:
+        plan = dataclasses.replace(pop.PrunePlan.load(name), full_depth_below=0)  # so that it prunes these prompts
         assert plan.corrections.rank and plan.full_depth_selected
         if form == "bare":
             plan = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)
-        contenders.append(Contender(f"{count} {form}", model, plan))
+        contenders.append(Contender(f"{name} {form}", model, plan))
     windows = {}
     for name, files in read_domains([]).items():
         tokens = model.tokenizer.encode(read_text(files), bos=False)

@@ -18,6 +18,15 @@ QUERY_BLOCK = 256  # tokens; smaller blocks waste less on keys outside the windo
 UNBOUNDED = 2**31  # tokens: more than any sequence has
 
 
+class Band(NamedTuple):
+    """Which keys consecutive tokens attend, without a look at each token. Keys are numbered as they are read."""
+
+    own: int  # the number of the first token's own key
+    before: int  # how many keys before its own each token attends at most
+    after: int  # how many after its own
+    is_exact: bool  # whether each token attends all of these keys, so that no mask is needed
+
+
 class AttentionMetadata(NamedTuple):
     """How tokens [B, T] attend in all layers that have one sliding window.
 
@@ -37,9 +46,7 @@ class AttentionMetadata(NamedTuple):
     spans: Tensor  # [B, T, 2] int32, the first and the last position that each token attends
     held: Tensor | None = None  # [B, N] int32, the keys' positions, negative for none
     key_slots: Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
-    # [4] int64 on the CPU: which key is the first token's own, how many keys before and after its own each token
-    # attends at most, and 1 if each token attends all of these keys, so that no mask is needed
-    band: Tensor | None = None
+    band: Tensor | None = None  # [4] int64 on the CPU: a Band
 
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -78,7 +85,7 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     custom operator because the number of blocks depends on lengths.
     """
     T = q.shape[1]
-    own, before, after, is_exact = band.tolist()
+    own, before, after, is_exact = Band(*band.tolist())
     if is_exact and own == 0 and before >= T - 1:  # the first tokens, which need no mask
         return causal_attention(q, k[:, :T], v[:, :T], scale, None)
     out = empty_output(q)

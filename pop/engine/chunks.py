@@ -2,8 +2,8 @@
 
 Sizes are computed on the CPU, and so is all of a chunk. It is copied to the device without waiting for it. There, what
 the full-depth tokens attend is taken from what all tokens attend, since only the device knows which tokens are selected
-(selection.py). Shape letters: pop/models/layers.py; C is the number of columns of a chunk,
-and W that of its full-depth tokens.
+(selection.py). Shape letters: pop/models/layers.py. T is the length of the longest prompt. C is the number of columns
+of a chunk, and W that of its full-depth tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pop.engine.attention import UNBOUNDED, AttentionMetadata
+from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band
 from pop.engine.cache import KVCache
 from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
-ALL_KEYS = (0, UNBOUNDED, UNBOUNDED, 0)  # the band of tokens that are not consecutive
+ALL_KEYS = Band(0, UNBOUNDED, UNBOUNDED, is_exact=False)  # of tokens that are not consecutive
 Bounds = tuple[Tensor, Tensor]  # where a chunk begins and ends in each row's prompt, [B] each
 
 
@@ -45,7 +45,7 @@ class Selection(NamedTuple):
 class Tokens(NamedTuple):
     """Tokens [B, C] of a chunk. All tensors are on the CPU."""
 
-    index: Tensor  # [B, C] int64, in the prompts; padding repeats a row's last token
+    in_prompt: Tensor  # [B, C] int64, the columns of the prompts [B, T]; padding repeats a row's last token
     positions: Tensor  # [B, C] int64, in the sequence
     valid: Tensor  # [B, C] bool, false for padding
     rotary: Tensor  # rotary positions, [B, C] int64, or [3, B, C] by axis
@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
     images: Images  # what images bring to these tokens
     attention: dict[int | None, AttentionMetadata]  # how the tokens attend, by the layers' window
     ids: Tensor  # [B, C]
-    index: Tensor  # [B, C], where the tokens are in their prompts; T for padding
+    target: Tensor  # [B, C], where results go in the prompts' columns [B, T + 1]; padding goes to column T
     last: Tensor  # [B], the column of each row's last token
     has_tokens: Tensor  # [B], false for a row that ended in an earlier chunk
 
@@ -71,15 +71,16 @@ class Chunk(NamedTuple):
         index = begin + torch.arange(int((end - begin).max()))  # [B, C]
         tokens = _tokens(cache, prompts, index, index < end)
         last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
-        small = [tokens.index, index.where(tokens.valid, prompts.full_depth.shape[1]), last.clamp(min=0), last >= 0]
-        ids, in_prompt, placed, last, has_tokens = to_device([prompts.tokens, *small], cache.device)
+        target = index.where(tokens.valid, prompts.full_depth.shape[1])
+        small = [tokens.in_prompt, target, last.clamp(min=0), last >= 0]
+        ids, in_prompt, target, last, has_tokens = to_device([prompts.tokens, *small], cache.device)
         return cls(
             bounds=bounds,
             tokens=tokens,
             images=prompts.images.select(index, tokens.valid),
             attention=attention_metadata(module, cache, tokens, cache.lengths + bounds[1]),
             ids=ids.gather(1, in_prompt),
-            index=placed,
+            target=target,
             last=last,
             has_tokens=has_tokens,
         )
@@ -102,10 +103,13 @@ class FullDepth(NamedTuple):
     def of(
         cls, cache: KVCache, chunk: Chunk, prompts: Prompts, plan: PrunePlan, selection: Selection | None = None
     ) -> FullDepth:
-        """The tokens at full depth in `prompts`, and those of a selection. Then the chunk has all of the prompts."""
+        """The tokens of a chunk that are at full depth in `prompts`, and those of a selection.
+
+        With a selection, the chunk has to be all of the prompts.
+        """
         tokens = chunk.tokens
         sizes = tokens.valid.sum(1)  # [B]
-        is_full = prompts.full_depth.gather(1, tokens.index) & tokens.valid  # [B, C]
+        is_full = prompts.full_depth.gather(1, tokens.in_prompt) & tokens.valid  # [B, C]
         last_is_full = is_full.gather(1, (sizes - 1).clamp(min=0)[:, None])  # [B, 1]
         counts = is_full.sum(1)  # [B]
         if selection is not None:
@@ -115,9 +119,9 @@ class FullDepth(NamedTuple):
         W = int(counts.max()) if plan.layers else 0
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]
         if W == 0:
-            return cls(plan, {}, valid, valid, last_is_full)
+            return cls(plan, {}, valid, valid, last_is_full)  # [B, 0], so there are no columns either
 
-        windows = list(chunk.attention) if W > 1 else []
+        windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans
         ends = cache.lengths + chunk.bounds[1]
         held = [_held_by_slot(ends, cache.slots(window)).to(torch.int32) for window in windows]
         is_full, valid, last_is_full, *held = to_device([is_full, valid, last_is_full, *held], cache.device)
@@ -145,13 +149,13 @@ def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> T
 
 
 def attention_metadata(module, cache: KVCache, tokens: Tokens, ends: Tensor) -> dict[int | None, AttentionMetadata]:
-    """How the tokens [B, T] of a chunk attend the cache, for each window that the layers have.
+    """How the tokens [B, C] of a chunk attend the cache, for each window that the layers have.
 
     Args:
         module: A PrunableModel.
         cache: It has room for the tokens.
-        tokens: They are in the cache once `ends` [B], on the CPU, are the rows' lengths.
-        ends: See `tokens`.
+        tokens: The chunk's.
+        ends: The rows' lengths [B] once the tokens are in the cache, on the CPU.
     """
     windows = dict.fromkeys(module.config.windows)
     tables = {window: _tables(cache, tokens, ends, window) for window in windows}
@@ -169,7 +173,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
 
     The tokens are consecutive, so only a band of keys is read.
     """
-    T = tokens.positions.shape[1]
+    C = tokens.positions.shape[1]
     ring = cache.slots(window)
     before = UNBOUNDED if window is None else window - 1
     # Padding attends what the row's last token attends, so no softmax is empty.
@@ -181,7 +185,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         "slots": torch.where(tokens.valid, tokens.positions % ring, ring),  # padding goes to the spare slot
         "spans": torch.stack((first, last), dim=-1).to(torch.int32),
     }
-    if T == 1:
+    if C == 1:
         return tables
     starts = tokens.positions[tokens.valid[:, 0], 0]  # of the rows with tokens
     own_key = int(starts.max())
@@ -194,9 +198,9 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         held = _held_by_slot(ends, ring)
     else:  # the ring is not in the order of positions, which a band needs
         own_key = min(own_key, before)
-        held = tokens.positions[:, :1] - own_key + torch.arange(own_key + T)
+        held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
         tables["key_slots"] = held % ring
-    band = (own_key, before, look_ahead, is_exact)
+    band = Band(own_key, before, look_ahead, is_exact)
     return tables | {"held": held.to(torch.int32), "band": torch.tensor(band)}
 
 

@@ -55,9 +55,10 @@ def prefill(
     prompts = Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, boundary))
     call = Call(module, cache, plan, stages)
     last = None  # [B, D], each row's h after the last layer, at its last token so far
+    # A prompt that goes on selects nothing: its last token, which decides, comes later.
     for chunk, h in call.chunks(prompts, chunk_size, selects=boundary):
         latest = chunk.latest(h)
-        last = latest if last is None else latest.where(chunk.has_tokens[:, None], last)  # in the first, all rows do
+        last = latest if last is None else latest.where(chunk.has_tokens[:, None], last)  # all begin in the first
     logits = stages.head(module, last[:, None])[:, 0]  # [B, 1, D] as in decode, so one compiled head serves both
     call.commit(lengths, images.rope_offset(lengths))
     return logits
@@ -130,7 +131,7 @@ class Call:
         entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, plan)
-            entering[batch_rows, chunk.index] = self.run(chunk, full, self.embed(chunk), range(first))
+            entering[batch_rows, chunk.target] = self.run(chunk, full, self.embed(chunk), range(first))
         return entering
 
     def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:
@@ -155,14 +156,17 @@ class Call:
         layers = range(self.plan.selects_at, len(self.module.layers))
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
-            yield chunk, self.run(chunk, full, entering[batch_rows, chunk.index], layers)
+            yield chunk, self.run(chunk, full, entering[batch_rows, chunk.target], layers)
 
     def embed(self, chunk: Chunk) -> Tensor:
         """h [B, C, D] that enters the first layer."""
         return chunk.images.place(self.module.embed(chunk.ids))
 
     def run(self, chunk: Chunk, full: FullDepth, h: Tensor, layers: range) -> Tensor:
-        """Run a chunk through some layers: h [B, C, D] -> [B, C, D]. Pruned groups are in `layers` as a whole."""
+        """Run a chunk through some layers: h [B, C, D] -> [B, C, D].
+
+        `layers` holds pruned groups as a whole, because it is cut only at the selecting layer, which is a kept one.
+        """
         hidden = list(self.hidden)  # of this chunk. Until the end, self.hidden is that of the token before the chunk.
         for group in full.plan.groups(len(self.module.layers), self.module.deepstack_layers):
             inside = [index for index in group.layers if index in layers]

@@ -135,7 +135,7 @@ def generate(module, prompt: Tensor, plan: PrunePlan, count: int, images: Images
 def code(layer, group: Group, h: Tensor) -> Tensor | None:
     """The code z [1, T, R] of each token, from which the group's layers compute their corrections. None without them.
 
-    z_t = V [x_t ; x_{t-1}], where V is a matrix of the group, and not the values.
+    z_t = V [x_t ; x_{t-1}]. V is the group's matrix `shared`, U that in `weight`, and A is `update`.
 
     Args:
         layer: The group's first layer.

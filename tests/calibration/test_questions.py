@@ -56,6 +56,7 @@ def answer_of(kind: str, prompt: str) -> str:
         name = re.findall(r"register for (\w+),", prompt)[-1]
         town, number = re.search(rf'name: "{name}", town: "(\w+)", number: (\d+)', prompt).groups()
         return f' "register", "arguments": {{"name": "{name}", "town": "{town}", "number": {number}}}}}'
+    assert kind == "quotations", f"say here how a prompt answers a question about {kind}"
     cue = prompt.partition("The same passage again:\n")[2]
     begin = prompt.index(cue) + len(cue)
     return prompt[begin : begin + 8]

@@ -80,7 +80,7 @@ def test_full_depth_rows_by_hand():
     columns = [row[valid].tolist() for row, valid in zip(full.columns, full.valid, strict=True)]
     assert columns == [[0], [0, 2, 3]]
     assert full.valid.tolist() == [[False, False, True], [True, True, True]]
-    assert first.index.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 7]]
+    assert first.target.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 7]]
     assert (first.last.tolist(), full.last_is_full.tolist()) == ([4, 3], [[False], [True]])
     assert full.attention[None].slots.tolist()[1] == [0, 2, 3]
     spare = cache.slots(None)  # takes the columns that are not valid
@@ -88,4 +88,4 @@ def test_full_depth_rows_by_hand():
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
     full = FullDepth.of(cache, second, prompts, plan)
     assert full.plan == NONE and full.columns.shape == (2, 0)
-    assert second.index[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
+    assert second.target[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]

@@ -8,7 +8,8 @@ from support.goldens import GOLDENS
 # published_vl.py.
 PUBLISHED = json.loads((GOLDENS / "published.json").read_text(encoding="utf-8"))
 _SIZES = PUBLISHED.pop("sizes that differ from another file in these fields")
-PUBLISHED |= {name: PUBLISHED[base] | fields for name, (base, fields) in _SIZES.items()}
+for name, (base, fields) in _SIZES.items():  # in the order of the file, so a base may be one of them
+    PUBLISHED[name] = PUBLISHED[base] | fields
 
 # The parts of the multimodal sizes, whose text_config leaves most to the defaults of transformers.
 GEMMA3_TEXTS = {size: PUBLISHED[f"gemma3-{size}"]["text_config"] for size in ("4b", "12b", "27b")}
