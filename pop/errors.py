@@ -63,7 +63,7 @@ class UnsupportedError(PopError, NotImplementedError):
 
 
 class CacheMemoryError(PopError, MemoryError):
-    """A KV cache, or weights with room for one, that the device has no memory for."""
+    """A KV cache, weights with room for one, or an image, that the device has no memory for."""
 
 
 def check_count(name: str, value, least: int = 1, most: float = inf, error: type[PopError] = InputError) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pop.errors import InputError, PopError, import_extra, reason_of
+from pop.errors import CacheMemoryError, InputError, PopError, import_extra, reason_of
 
 MAX_PIXELS = 2**26  # 67 megapixels, 0.2 GB in RGB
 MAX_SIDE = 2**16  # an image is resized along one side first, so a very long one would need much memory
@@ -99,13 +99,15 @@ def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:
 def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
     """Turn exceptions within the block into an InputError: corrupt bytes can raise nearly anything.
 
-    A lack of memory says nothing about the bytes, so a MemoryError passes.
+    A lack of memory says nothing about the bytes. But FFmpeg's own MemoryError is about a length that they state.
     """
     try:
         yield
-    except (PopError, MemoryError):
+    except PopError:
         raise
     except Exception as error:
+        if type(error) is MemoryError:
+            raise CacheMemoryError(f"{name} takes more memory than is free; make it smaller") from None
         broken = f"{name} is truncated or broken, or not one of {', '.join(formats)}"
         raise InputError(f"{broken} ({reason_of(error)})") from None
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFile
 from support.tiny_images import image, random_bytes
 
-from pop.errors import InputError, MissingExtra
+from pop.errors import CacheMemoryError, InputError, MissingExtra
 from pop.inputs import images
 from pop.inputs.images import FORMATS, load_image
 
@@ -236,7 +236,7 @@ def test_a_lack_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
 
     path = write(tmp_path / "image.png", saved(Image.new("RGB", (4, 4)), "PNG").getvalue())
     monkeypatch.setattr(ImageFile.ImageFile, "load", lacking)
-    with pytest.raises(MemoryError):
+    with pytest.raises(CacheMemoryError, match="image.png' takes more memory than is free"):
         load_image(path)
 
 

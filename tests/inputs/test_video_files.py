@@ -102,6 +102,12 @@ def broken(av, folder):
     yield folder, "is not a file"
     if os.path.exists("/dev/zero"):
         yield "/dev/zero", "is not a file"  # endless
+    greedy = write(av, folder / "greedy.mp4", 4)
+    content = bytearray(greedy.read_bytes())
+    entries = content.index(b"stts") + 8  # how many there are, as the table of times states
+    content[entries : entries + 4] = b"\x7f\xff\xff\xff"
+    greedy.write_bytes(content)
+    yield greedy, "truncated or broken, .* Cannot allocate memory"
     damaged = write(av, folder / "damaged.avi", 30)
     content = bytearray(damaged.read_bytes())
     content[6000:-2000] = bytes(len(content) - 8000)
