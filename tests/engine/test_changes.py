@@ -176,7 +176,7 @@ def shared():
         yield compiled, eager, module, compilations
 
 
-NIGHTLY_ONLY = {"forward", "hook on last norm", "eps of last norm", "bias", "strides"}  # each compiles anew
+NIGHTLY_ONLY = {"forward", "hook on last norm", "eps of last norm", "strides"}  # each compiles anew
 
 
 @requires_compiler

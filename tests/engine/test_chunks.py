@@ -1,16 +1,14 @@
 """Which tokens make a chunk, which of them run at full depth, and when attention needs no mask."""
 
 import torch
-from support.cases import NONE, assert_close, new_cache
+from support.cases import NONE, new_cache
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
-from pop.engine.attention import cache_attention
 from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
-from pop.models.layers import masked_attention
 from pop.pruning.plan import PrunePlan
 
 
@@ -35,30 +33,6 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
         engine.prefill(module, tokens, new_cache(module, 1), lengths, NONE, 1000, stages, images)
         assert masked == expected
         masked.clear()
-
-
-def test_one_token_of_any_kind_attends_by_slots():
-    """So compiled models need no other graph for it, and GPUs no other kernel. Here rings have been filled twice."""
-    module = random_model(tiny_gemma3_config(windows=(5, None)))
-    cache, drawn = new_cache(module, 1, chunk=6), torch.Generator().manual_seed(1)
-    cache.lengths[:] = 20
-    for part in (*cache.keys, *cache.values):
-        part[:, :26] = torch.randn(part[:, :26].shape, generator=drawn)
-    numbers = torch.tensor([[-1, 0, 1, 2, 3, -1]])  # an image of four tokens
-    prompts = prompts_of(cache, torch.tensor([6]), NONE, both_ways(torch.zeros(1, 4, 30), numbers))
-    chunk = Chunk.of(module, cache, prompts, (torch.tensor([0]), torch.tensor([6])))
-    q = torch.randn(1, 1, module.config.num_heads, module.config.head_dim, generator=drawn)
-    for column in (5, 4, 1):  # the boundary, the image's last token and its first, which attends the others
-        full = FullDepth.of(
-            cache, chunk, prompts._replace(full_depth=torch.arange(6)[None] == column), PrunePlan((0,), 1)
-        )
-        for layer, window in enumerate(module.config.windows):
-            first, last = 0 if window is None else 21 + column - window, 25 if column == 5 else 24
-            slots = torch.arange(first, last + 1) % cache.slots(window)
-            k, v = (part[:, slots] for part in cache.layer(layer))
-            wanted = masked_attention(q, k, v, torch.ones(1, 1, len(slots), dtype=torch.bool), 0.3)
-            assert full.attention[window].held is None
-            assert_close(cache_attention(q, *cache.layer(layer), full.attention[window], 0.3), wanted)
 
 
 def test_a_prompt_that_goes_on_is_not_short():

