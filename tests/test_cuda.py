@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 import torch
-from support.cases import assert_close, recorded_choices
+from support.cases import assert_close, recorded_choices, turns_by_reference
 from support.replay import Replay
 from support.tiny import (
     random_model,
@@ -36,7 +36,6 @@ from pop.engine.attention import cache_attention as general_attention
 from pop.generation.sampling import Sampler, SamplingParams
 from pop.inputs.processors import Prepared
 from pop.models.config import ExpertsConfig
-from pop.models.images import TEXT
 from pop.models.vision.qwen3_vl import Grid
 from pop.pruning import reference
 from pop.pruning.corrections import Corrections
@@ -102,17 +101,6 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
         assert (found - expected).norm() <= 4e-2 * expected.norm()
 
 
-def by_reference(naive, plan: pop.PrunePlan, prompts, answer: torch.Tensor, *later, images=TEXT) -> torch.Tensor:
-    """Logits [T, V] of prompts, an answer at full depth, and prompts after it. Each of them is [N] ids."""
-    pruned, tokens = [], []
-    for part in (*prompts, answer, *later):
-        index = torch.arange(len(part))
-        first, last = plan.full_depth_first - sum(map(len, tokens)), len(part) - plan.full_depth_last
-        pruned.append((index >= first) & (index < last) & (part is not answer))
-        tokens.append(part)
-    return reference.forward(naive, torch.cat(tokens), ~torch.cat(pruned), plan, images)[0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [[(23,), (8,)], [(23, 9, 1), (2, 8, 5)]], ids=["one row", "ragged"])
 @pytest.mark.parametrize("plan", PLANS)
@@ -127,7 +115,7 @@ def test_two_prompts_and_an_answer_are_the_references(family, plan, lengths, dty
     found = torch.stack(found + [model.decode(token, cache) for token in answer.T], dim=1)  # [B, 2 + 4, V]
     for row in range(B):
         first, second = (tokens[row, : one[row]] for tokens, one in zip(prompts, lengths, strict=True))
-        logits = by_reference(naive, plan, (first, second), answer[row])
+        logits, _ = turns_by_reference(naive, plan, [(first, []), (second, answer[row])])
         assert_equal(found[row], logits[[len(first) - 1, *range(-5, 0)]], dtype)
 
 
@@ -187,7 +175,7 @@ def test_replayed_steps_are_the_references(family, dtype, device):
 
     for row, steps in enumerate((16, 50, 50)):
         prompt = prompts[row, : lengths[row]]
-        logits = by_reference(naive, plan, (prompt,), answer[row, :steps], *([turn[2 - row]] if row else []))
+        logits, _ = turns_by_reference(naive, plan, [(prompt, answer[row, :steps]), (turn[2 - row] if row else [], [])])
         rows = [found[step][row if step < 30 else 2 - row] for step in range(steps)]
         assert_equal(torch.stack(rows), logits[lengths[row] : lengths[row] + steps], dtype)
         if row:
@@ -217,19 +205,21 @@ def test_images_are_the_references(family, plan, dtype, device):
     found = [model.prefill(prompt[None], cache, images=[[image, image]], plan=plan)]
     found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
     images = model.vision.images(naive, [[image, image]], prompt[None], torch.tensor([len(prompt)]))
-    assert_equal(found, by_reference(naive, plan, (prompt,), answer, images=images)[-4:], dtype)
+    logits, _ = turns_by_reference(naive, plan, [(prompt, answer)], images)
+    assert_equal(found, logits[-4:], dtype)
 
 
 # Sampling
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}])
-def test_draws_do_not_depend_on_the_device(settings, device):
+def test_draws_do_not_depend_on_the_device(settings):
     logits = 3 * torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
     sampler = Sampler(SamplingParams(temperature=0.8, **settings))
     here, there = ([torch.Generator().manual_seed(seed) for seed in (5, 6, 7)] for _ in range(2))
     for _ in range(20):
-        assert sampler(logits.to(device), there).tolist() == sampler(logits, here).tolist()
+        assert sampler(logits.cuda(), there).tolist() == sampler(logits, here).tolist()
 
 
 # The kernels at the sizes of real models
@@ -337,7 +327,7 @@ def test_rows_with_more_experts_than_copies_of_weights_serve(rows, device):
     found = [model.prefill(prompts, cache, plan=None)]
     found = torch.stack(found + [model.decode(token, cache) for token in answer.T], dim=1)
     for row in range(rows):
-        logits = by_reference(naive, model.resolve(None), (prompts[row],), answer[row])
+        logits, _ = turns_by_reference(naive, model.resolve(None), [(prompts[row], answer[row])])
         assert_equal(found[row], logits[-13:], torch.bfloat16)
 
 
@@ -398,7 +388,8 @@ def test_a_model_on_the_second_of_two_devices():
     found = [model.prefill(prompt[None], cache, plan=plan)]
     found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
     assert torch.cuda.current_device() == 0
-    assert_equal(found, by_reference(naive, plan, (prompt,), answer)[-13:], torch.bfloat16)
+    logits, _ = turns_by_reference(naive, plan, [(prompt, answer)])
+    assert_equal(found, logits[-13:], torch.bfloat16)
 
 
 @pytest.mark.cuda
@@ -469,4 +460,5 @@ def test_compiled_stages_are_the_references(family):
         found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
     finally:
         torch.compiler.set_stance("default")
-    assert_equal(found, by_reference(naive, plan, (prompt,), answer)[-13:], torch.bfloat16)
+    logits, _ = turns_by_reference(naive, plan, [(prompt, answer)])
+    assert_equal(found, logits[-13:], torch.bfloat16)

@@ -59,6 +59,11 @@ def test_full_depth_rows_by_hand():
     assert full.attention[None].slots.tolist()[1] == [0, 2, 3]
     spare = cache.slots(None)  # takes the columns that are not valid
     assert full.attention[None].slots.tolist()[0] == [spare, spare, 0]
+    # One token of a row attends by slots. So compiled models need no other graph for it, and GPUs no other kernel.
+    boundary = PrunePlan((2,))
+    both = prompts_of(cache, torch.tensor([7, 4]), boundary)
+    (whole,) = (Chunk.of(module, cache, both, bounds) for bounds in chunk_bounds(both, 7))
+    assert FullDepth.of(cache, whole, both, boundary).attention[None].held is None
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
     full = FullDepth.of(cache, second, prompts, plan)
     assert full.plan == NONE and full.columns.shape == (2, 0)

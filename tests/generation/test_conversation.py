@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.cases import assert_close, cached_kv, in_windows, stack_layers
+from support.cases import assert_close, cached_kv, in_windows, stack_layers, turns_by_reference
 from support.chat_models import END, OTHER_END, START, make
 from support.chat_templates import PLAIN_CHATML
 from support.letters import Letters
@@ -18,7 +18,6 @@ from support.letters import Letters
 import pop
 from pop import engine
 from pop.generation.sampling import Sampler
-from pop.pruning import reference
 
 
 @pytest.fixture
@@ -35,17 +34,6 @@ def script(monkeypatch):
     return script
 
 
-def reference_of(model, turns):
-    """Logits [T, V] and K, V of each layer for a conversation of (prompt, answer) token ids, by the naive page."""
-    tokens, full_depth = [], []
-    for prompt, answer in turns:
-        begin, boundary = len(tokens), len(tokens) + len(prompt) - model.plan.full_depth_last
-        tokens += prompt + answer
-        full_depth += [at < model.plan.full_depth_first or at >= boundary for at in range(begin, len(tokens))]
-    logits, kv = reference.forward(model.module, torch.tensor(tokens), torch.tensor(full_depth), model.plan)
-    return logits, stack_layers(kv)
-
-
 def chatml(*messages, opened=True):
     """ChatML by hand: (role, text) of each message."""
     ids = []
@@ -57,7 +45,8 @@ def chatml(*messages, opened=True):
 def assert_is_reference(model, chat, script, sampled):
     """sampled: how many tokens each turn sampled, the end token included."""
     turns = [(turn.prompt, turn.answer) for turn in chat.turns]
-    expected, kv = reference_of(model, turns)
+    expected, kv = turns_by_reference(model.module, model.plan, turns)
+    kv = stack_layers(kv)
     begin, logits = 0, iter(script.logits)
     for (prompt, answer), count in zip(turns, sampled, strict=True):
         for step in range(count):

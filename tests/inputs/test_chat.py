@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
-from support.chat_templates import written
+from support.chat_templates import assert_chats, written
 from support.goldens import REFUSED
-from support.text import GOLDENS, assert_golden
+from support.text import GOLDENS
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat import chat_format
@@ -18,37 +18,18 @@ from pop.inputs.chat_templates import TEMPLATES
 from pop.inputs.tokenizers import load_tokenizer
 
 
-def assert_chats(form, golden: dict) -> None:
-    for case in golden["chat"]:
-        assert written(form, case["messages"], case["prompt"]) == case["rendered"]
-        assert form.encode(case["messages"], case["prompt"]) == case["ids"]
-
-
 def golden(name: str) -> dict:
     return json.loads((GOLDENS / name).read_bytes())
 
 
 def test_conversations_are_as_the_template_writes_them():
-    """The ids in Gemma's golden are those of the real tokenizer, which this test does not need."""
+    """The ids in Gemma's golden are those of the real tokenizer, which test_real_model.py has."""
     for family in FAMILIES[:2]:
         assert_chats(FORMATS[family], golden(f"{family}/golden.json"))
     cases = golden("gemma3-270m.json")["chat"]
     assert len(cases) == 10
     for case in cases:
         assert written(FORMATS["gemma3"], case["messages"], case["prompt"]) == case["rendered"]
-
-
-def test_the_real_gemma3(gemma3):
-    """Its tokenizer.model is rebuilt from a GGUF file. The goldens are those of the published tokenizer.json."""
-    tokenizer = load_tokenizer(gemma3)
-    assert_golden(tokenizer, golden("gemma3-270m.json"))
-    assert_chats(chat_format(tokenizer, choice="gemma"), golden("gemma3-270m.json"))
-
-
-def test_the_real_smollm2(smollm2):
-    tokenizer = load_tokenizer(smollm2)
-    assert_golden(tokenizer, golden("smollm2-135m.json"))
-    assert_chats(chat_format(tokenizer), golden("smollm2-135m.json"))
 
 
 def test_gemma_takes_user_and_assistant_in_turn():

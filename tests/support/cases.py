@@ -205,6 +205,18 @@ def by_reference(module, tokens, plan, n, chosen, images=TEXT):
     return with_chosen(module, tokens, full_depth, plan, F.pad(chosen[:n], (0, len(tokens) - n)), images)
 
 
+def turns_by_reference(module, plan, turns, images=TEXT):
+    """The reference's logits [T, V], K and V for a conversation of turns (prompt, answer), each [N] ids."""
+    tokens = []
+    full_depth = []
+    for prompt, answer in turns:
+        boundary = len(tokens) + len(prompt) - plan.full_depth_last
+        positions = range(len(tokens), len(tokens) + len(prompt) + len(answer))
+        full_depth += [at < plan.full_depth_first or at >= boundary for at in positions]
+        tokens += [*prompt, *answer]
+    return reference.forward(module, torch.tensor(tokens), torch.tensor(full_depth), plan, images)
+
+
 def hidden_by_reference(module, tokens, plan, n, chosen, layer):
     """The h [T, D] of the same tokens, as it enters a layer."""
     full_depth = reference.full_depth_tokens(n, len(tokens), plan)

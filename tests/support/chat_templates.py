@@ -50,3 +50,10 @@ def tokenizer_with(template: str | None, folder: Path, **more):
 def written(form, messages, *arguments, **options) -> str:
     """A conversation as text, with the names of control tokens."""
     return form.tokenizer.decode(form.encode(messages, *arguments, **options), special=True)
+
+
+def assert_chats(form, golden: dict) -> None:
+    """The conversations of a golden, as text and as ids."""
+    for case in golden["chat"]:
+        assert written(form, case["messages"], case["prompt"]) == case["rendered"]
+        assert form.encode(case["messages"], case["prompt"]) == case["ids"]
