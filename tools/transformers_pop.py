@@ -12,7 +12,7 @@ state h that enters its group. Then its own forward runs on the full-depth rows 
 the plan selects tokens, they join these rows at the selecting layer:
 
     h [B, T, D] ──► k, v of all tokens ─────────────────┐
-    f [B, W, D] ──► the layer's own forward ──► k, v ──► written over them ──► cache ──► what f attends
+    f [B, W, D] ──► the layer's own forward ──► k, v ──► written over them ──► cache ──► what f attends to
 
 Masks, windows, rotary positions and caches remain those of transformers. Shape letters: pop/models/layers.py.
 """
@@ -303,7 +303,7 @@ class Overwritten:
         cache: The cache of transformers.
         k, v: Of all tokens, [B, K, T, E].
         rows: [B, W], the columns that the layer runs.
-        filled: How many slots the layer attends. None: all that the cache returns.
+        filled: How many slots the layer attends to. None: all that the cache returns.
     """
 
     def __init__(self, cache, k, v, rows, filled: int | None):

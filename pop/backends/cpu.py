@@ -175,7 +175,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
         q: [B, T, H, E].
         k, v: [B, N, K, E].
         held: [B, N], the positions of the keys.
-        spans: [B, T, 2], the first and the last position that each query attends.
+        spans: [B, T, 2], the first and the last position that each query attends to.
         scale: The factor on q . k.
 
     Returns: [B, T, H * E].

@@ -130,12 +130,12 @@ def use_flash_3(capability: int) -> None:
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H, E], by one of the two kernels.
+    """q [B, T, H, E] attends to k and v [B, N, K, E] -> [B, T, H, E], by one of the two kernels.
 
     Args:
-        before: How many keys before its own a token attends at most. It attends none after its own. The last token's
-            own key is the last one. None: each token attends all keys.
-        mask: [B or 1, T, N] bool, true where a token attends a key. It replaces `before`.
+        before: How many keys before its own a token attends to at most. It attends to none after its own. The last
+            token's own key is the last one. None: each token attends to all keys.
+        mask: [B or 1, T, N] bool, true where a token attends to a key. It replaces `before`.
     """
     if mask is None and has_flash(q):
         return _flash(q, k, v, scale, before)

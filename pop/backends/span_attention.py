@@ -28,7 +28,7 @@ _failed: set[tuple] = set()  # devices, dtypes and head widths for which Triton 
 
 
 def span_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor | None:
-    """Each token attends the positions of its span, which are in the slots of a cache.
+    """Each token attends to the positions of its span, which are in the slots of a cache.
 
     Triton needs a GPU of sm_80 or newer, a C compiler, and enough shared memory.
 
@@ -36,7 +36,7 @@ def span_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale
         q: [B, T, H, E].
         keys, values: [B, S + 1, K, E], with equal strides, and neighbouring numbers in a head; fastest if the other
             strides are multiples of 16 numbers.
-        spans: [B, T, 2] int32, the first and the last position that each token attends. Of each row's positions, the
+        spans: [B, T, 2] int32, the first and the last position that each token attends to. Of each row's positions, the
             latest S are in the slots.
         scale: The factor on q . k.
 

@@ -1,6 +1,6 @@
 """The Triton kernels of span_attention.py, which imports this file, and with it Triton, on their first launch.
 
-A token attends the positions of its span. Position p is in slot p % S. `attention_of_part` takes M queries of one
+A token attends to the positions of its span. Position p is in slot p % S. `attention_of_part` takes M queries of one
 key-value head: consecutive tokens, each with the G query heads of the group. It divides the positions that any of them
 attends among `parts` programs, so that even one token fills the device (flash-decoding: Dao et al. 2023). Each program
 stores its average of the values, and the logarithm of its softmax's sum. `combine_parts` weighs the averages by these
@@ -18,7 +18,7 @@ def attention_of_part(
     Q, Keys, Values, Spans, Averages, LogSums, scale, T, S, total_queries, row_stride, slot_stride, head_stride,
     G: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys that M queries attend, of all rows' queries. The strides are those of Keys and Values."""
+    """One part of the keys that M queries attend to, of all rows' queries. The strides are those of Keys and Values."""
     blocks = tl.cdiv(T * G, M)  # of queries of a row's key-value head
     row = (tl.program_id(0) // blocks).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -35,7 +35,7 @@ def attention_of_part(
     stop = tl.max(last, 0) + 1
     start = tl.maximum(tl.min(first, 0), stop - S)
     first_slot = start % S
-    count = stop - start  # positions that any of the queries attends
+    count = stop - start  # positions that any of the queries attends to
     size = tl.cdiv(tl.cdiv(count, parts), BLOCK) * BLOCK
     begin = part * size
     end = tl.minimum(begin + size, count)
@@ -59,7 +59,7 @@ def attention_of_part(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(attended, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        finite_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # of a query that has attended no key yet
+        finite_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # of a query that has attended to no key yet
         weights = tl.exp(scores - finite_top[:, None])
         shrink = tl.exp(top - finite_top)
         total = total * shrink + tl.sum(weights, 1)

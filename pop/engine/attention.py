@@ -1,4 +1,4 @@
-"""Attention over a KV cache: where keys and values are written, and which of them each token attends.
+"""Attention over a KV cache: where keys and values are written, and which of them each token attends to.
 
 `cache_attention` is the one place where the kind of attention is chosen: `decode_attention` for one token a row, and
 `chunk_attention` for several. A backend passes it other functions of the same signatures.
@@ -19,12 +19,12 @@ UNBOUNDED = 2**31  # tokens: more than any sequence has
 
 
 class Band(NamedTuple):
-    """Which keys consecutive tokens attend, without a look at each token. Keys are numbered as they are read."""
+    """Which keys consecutive tokens attend to, without a look at each token. Keys are numbered as they are read."""
 
     own: int  # the number of the first token's own key
-    before: int  # how many keys before its own each token attends at most
+    before: int  # how many keys before its own each token attends to at most
     after: int  # how many after its own
-    is_exact: bool  # whether each token attends all of these keys, so that no mask is needed
+    is_exact: bool  # whether each token attends to all of these keys, so that no mask is needed
 
 
 class AttentionMetadata(NamedTuple):
@@ -34,8 +34,8 @@ class AttentionMetadata(NamedTuple):
 
         slots       [[0, 1]]             position p is in slot p % 6
         key_slots   [[4, 5, 0, 1]]       the keys are read in the order of their positions,
-        held        [[4, 5, 6, 7]]       which are 4 to 7: all that the two tokens attend
-        spans       [[[4, 6], [5, 7]]]   position 6 attends 4 to 6, and position 7 attends 5 to 7
+        held        [[4, 5, 6, 7]]       which are 4 to 7: all that the two tokens attend to
+        spans       [[[4, 6], [5, 7]]]   position 6 attends to 4, 5 and 6, and position 7 to 5, 6 and 7
         band        [2, 2, 0, 1]         key number 2 is the first token's own
 
     One token a row needs none of the last three: see `decode_attention`.
@@ -43,7 +43,7 @@ class AttentionMetadata(NamedTuple):
 
     rope: Rope  # the tokens' rotary tables
     slots: Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes tokens that are not kept
-    spans: Tensor  # [B, T, 2] int32, the first and the last position that each token attends
+    spans: Tensor  # [B, T, 2] int32, the first and the last position that each token attends to
     held: Tensor | None = None  # [B, N] int32, the keys' positions, negative for none
     key_slots: Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
     band: Tensor | None = None  # [4] int64 on the CPU: a Band
@@ -79,7 +79,7 @@ def empty_output(q: Tensor, *_) -> Tensor:
 
 @torch.library.custom_op("pop::chunk_attention", mutates_args=())
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
-    """Several consecutive tokens a row attend the keys that `read` returns, one block of queries at a time.
+    """Several consecutive tokens a row attend to the keys that `read` returns, one block of queries at a time.
 
     With a window, T tokens cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. This is a
     custom operator because the number of blocks depends on lengths.
@@ -92,7 +92,7 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     for begin in range(0, T, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, T)
         queries = slice(begin, end)
-        keys = slice(max(0, own + begin - before), own + end + after)  # those that the queries may attend
+        keys = slice(max(0, own + begin - before), own + end + after)  # those that the queries may attend to
         mask = span_mask(held[:, keys], spans[:, queries])
         out[:, queries] = masked_attention(q[:, queries], k[:, keys], v[:, keys], mask, scale)
     return out
@@ -102,7 +102,7 @@ chunk_attention.register_fake(empty_output)
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
-    """One token a row attends slots of the cache: q [B, 1, H, E], keys and values [B, S + 1, K, E] -> [B, 1, H * E].
+    """One token a row attends to slots of the cache: q [B, 1, H, E], keys and values [B, S + 1, K, E] -> [B, 1, H * E].
 
     The host knows no length. Slot s of a ring of S slots holds the latest position that is s modulo S and not after the
     last attended one: last - (last - s) % S. A negative number is an empty slot.
@@ -117,7 +117,7 @@ def cache_attention(
     q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float,
     *, chunk: Callable = chunk_attention, decode: Callable = decode_attention,
 ) -> Tensor:  # fmt: skip
-    """q [B, T, H, E] attends keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
+    """q [B, T, H, E] attends to keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
 
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """

@@ -1,9 +1,9 @@
-"""Which tokens a chunk has, which of them run at full depth, and what each attends.
+"""Which tokens a chunk has, which of them run at full depth, and what each attends to.
 
 Sizes are computed on the CPU, and so is all of a chunk. It is copied to the device without waiting for it. There, what
-the full-depth tokens attend is taken from what all tokens attend, since only the device knows which tokens are selected
-(selection.py). Shape letters: pop/models/layers.py. T is the length of the longest prompt. C is the number of columns
-of a chunk, and W that of its full-depth tokens.
+the full-depth tokens attend to is taken from what all tokens attend to, since only the device knows which tokens are
+selected (selection.py). Shape letters: pop/models/layers.py. T is the length of the longest prompt. C is the number of
+columns of a chunk, and W that of its full-depth tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
     positions: Tensor  # [B, C] int64, in the sequence
     valid: Tensor  # [B, C] bool, false for padding
     rotary: Tensor  # rotary positions, [B, C] int64, or [3, B, C] by axis
-    last_attended: Tensor | None  # [B, C] int64, the last position that each attends; None: its own
+    last_attended: Tensor | None  # [B, C] int64, the last position that each attends to; None: its own
 
 
 class Chunk(NamedTuple):
@@ -149,7 +149,7 @@ def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> T
 
 
 def attention_metadata(module, cache: KVCache, tokens: Tokens, ends: Tensor) -> dict[int | None, AttentionMetadata]:
-    """How the tokens [B, C] of a chunk attend the cache, for each window that the layers have.
+    """How the tokens [B, C] of a chunk attend to the cache, for each window that the layers have.
 
     Args:
         module: A PrunableModel.
@@ -176,7 +176,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
     C = tokens.positions.shape[1]
     ring = cache.slots(window)
     before = UNBOUNDED if window is None else window - 1
-    # Padding attends what the row's last token attends, so no softmax is empty.
+    # Padding attends to what the row's last token attends to, so no softmax is empty.
     final = ends[:, None] - 1  # [B, 1]
     own = torch.minimum(tokens.positions, final)
     last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, final)

@@ -7,8 +7,8 @@
 Read literally, the method runs the prompt without the pruned layers, and then the boundary token as a decode step that
 reads all weights again. Here both happen in one pass (the "fused boundary"). At a group of pruned layers, all tokens
 write their K and V, computed from the h that enters the group. Then only the full-depth tokens f go through the group's
-layers. They overwrite their K and V, and attend the cache. After the group, a calibrated plan may update the h of the
-other tokens for the kept layers that follow.
+layers. They overwrite their K and V, and attend to the cache. After the group, a calibrated plan may update the h of
+the other tokens for the kept layers that follow.
 
 A call takes Prompts, which it cuts into Chunks. FullDepth says which tokens of a chunk run every layer, and Selection
 which tokens the plan has added to them. These four records are in chunks.py. decode_step.py has the third part of the

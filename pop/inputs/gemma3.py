@@ -1,4 +1,4 @@
-"""Gemma-3's images: each is a square of fixed size, and M tokens that attend each other in both directions.
+"""Gemma-3's images: each is a square of fixed size, and M tokens that attend to each other in both directions.
 
 Pixels equal those of the reference's image processor, which resizes bytes and rounds. Resizing floats would differ.
 """

@@ -27,7 +27,7 @@ class PrunableLayer(nn.Module):
     """A decoder layer in parts, so that a caller can stop after the first part, or put a cache between two of them.
 
     Attributes:
-        window: how many tokens a token attends, itself included. None: itself and all tokens before it.
+        window: how many tokens a token attends to, itself included. None: itself and all tokens before it.
         scale: multiplies q k^T.
         cache_attention: a backend's attention over a cache. None: the engine's.
         multiply: multiplies by a matrix of a calibrated plan. A backend may replace it.
@@ -55,7 +55,7 @@ class PrunableLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, h: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """The whole layer: h [B, T, D] -> h [B, T, D]. `attend` attends the prompt itself, or a cache."""
+        """The whole layer: h [B, T, D] -> h [B, T, D]. `attend` attends to the prompt itself, or a cache."""
         q, k, v = self.queries_keys_values(h, rope)
         h = h + self.attention_update(attend(self, q, k, v))
         return h + self.mlp_update(h)

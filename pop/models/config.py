@@ -59,7 +59,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class FullAttentionConfig(DecoderConfig):
-    """What Llama, Qwen3 and OLMo-2 have in common: in every layer, a token attends all tokens before it."""
+    """What Llama, Qwen3 and OLMo-2 have in common: in every layer, a token attends to all tokens before it."""
 
     vocab_size: int
     hidden_size: int
@@ -150,7 +150,7 @@ class Gemma3Config(DecoderConfig):
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    windows: tuple[int | None, ...]  # for each layer, how many tokens a token attends, itself included; None: all
+    windows: tuple[int | None, ...]  # for each layer, how many tokens a token attends to, itself included; None: all
     num_heads: int = 8
     num_kv_heads: int = 4
     head_dim: int = 256

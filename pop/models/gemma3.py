@@ -2,13 +2,13 @@
 
 It differs from Llama (llama.py) in these points:
 
-- Five of six layers are *local*: a token attends only a sliding window. In the other, *global* layers it attends all
-  tokens before it. Each kind has its own rotary frequencies.
+- Five of six layers are *local*: a token attends only to a sliding window. In the other, *global* layers it attends to
+  all tokens before it. Each kind has its own rotary frequencies.
 - A layer has four norms, because the outputs of attention and of the MLP are also normalised before they are added.
   Norms multiply by 1 + weight.
 - Queries and keys are normalised head by head before they are rotated.
 - Embeddings are multiplied by sqrt(D). They also serve as the output head.
-- The tokens of an image attend each other in both directions.
+- The tokens of an image attend to each other in both directions.
 
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """

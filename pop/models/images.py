@@ -2,7 +2,7 @@
 
 A token that stands for a part of an image has its features in place of an embedding. Beyond that, families differ:
 
-- look-ahead: in Gemma-3, the tokens of an image attend each other in both directions;
+- look-ahead: in Gemma-3, the tokens of an image attend to each other in both directions;
 - rotary positions by time, row and column, and DeepStack features added after the first layers: in Qwen3-VL.
 
 `Images` has every method that the models and the engine call, in its form for a batch without images.
@@ -29,7 +29,7 @@ class Images:
         return h
 
     def last_attended(self, positions: Tensor) -> Tensor | None:
-        """Positions [B, T] -> the last position that each token attends. None: its own, as in causal attention."""
+        """Positions [B, T] -> the last position that each token attends to. None: its own, as in causal attention."""
         return None
 
     def rotary(self, index: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class PlacedImages(Images):
 
     features: Tensor  # [M, D], the embeddings of these tokens
     feature_index: Tensor  # [B, T] int64, which of the M each token is, or -1 for text
-    look_ahead: Tensor | None = None  # [B, T] int64, how many tokens after itself each attends; None: none
+    look_ahead: Tensor | None = None  # [B, T] int64, how many tokens after itself each attends to; None: none
     # [3, B, T] int64, rotary positions by time, row and column; None: those of text. Whatever follows the prompt
     # continues from the largest of them.
     rope_positions: Tensor | None = None

@@ -158,8 +158,8 @@ def causal_attention(
 
     Args:
         scale: multiplies q k^T.
-        window: how many tokens a token attends, itself included. None: itself and all tokens before it.
-        last_attended: [B, T] int, the last position that each token attends. None: the token's own position.
+        window: how many tokens a token attends to, itself included. None: itself and all tokens before it.
+        last_attended: [B, T] int, the last position that each token attends to. None: the token's own position.
     """
     T = q.shape[1]
     mask = None
@@ -180,9 +180,9 @@ def causal_mask(T: int, window: int | None, last_attended: Tensor | None, device
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """q [B, T, H, E] attends the keys of k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E].
+    """q [B, T, H, E] attends to the keys of k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E].
 
-    None: each of the T = N tokens attends itself and those before it.
+    None: each of the T = N tokens attends to itself and those before it.
     """
     B, T, H, E = q.shape
     k = k.transpose(1, 2)  # [B, K, N, E]

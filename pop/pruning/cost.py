@@ -8,11 +8,11 @@ of pop/models/layers.py. I is the width inside the MLP, and N tokens fill an emp
     (multiply-adds)                         k and v     2 · D·K·E
                                             MLP         3 · D·I         gate, up, down
                                             or experts  D·X + 3 · D·k·I (a token takes k of X experts)
-    a token at position p attends           QK' and PV  2 · H·E · (p + 1), or 2 · H·E · window if that is less
+    a token at position p attends to        QK' and PV  2 · H·E · (p + 1), or 2 · H·E · window if that is less
     the output head, on one row             D·V
 
-In a kept layer all N tokens do all of this. They attend N(N+1)/2 positions, the lower triangle. With a window they
-attend a band of it.
+In a kept layer all N tokens do all of this. They attend to N(N+1)/2 positions, the lower triangle. With a window they
+attend to a band of it.
 
 In a pruned layer only the W full-depth tokens do all of this. The other P = N - W tokens do k and v only.
 
@@ -23,7 +23,7 @@ A calibrated plan with codes of R numbers adds three products:
     k and v of a pruned layer               2 · K·E·R   for the P tokens
 
 Tokens that the plan selects are counted as if they were evenly spread. After the selecting layer they belong to the W
-tokens. To select them, the last Q tokens attend all tokens at that layer once more.
+tokens. To select them, the last Q tokens attend to all tokens at that layer once more.
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)
                   + sum over pruned layers  (P·(kv + corrections) + W·(qo + kv + mlp) + attention of the W)
@@ -32,7 +32,7 @@ tokens. To select them, the last Q tokens attend all tokens at that layer once m
                   + D·V ]
 
 Images come first, and no plan makes them cheaper. A vision tower of width C with L' layers turns the P patches of each
-image, or of each frame pair of a video, into M tokens. All patches attend all patches:
+image, or of each frame pair of a video, into M tokens. All patches attend to all patches:
 
     blocks                                  L' · (P · (4·C² + 2·C·I') + 2 · P²·C)
     patches to vectors                      P · C · values of a patch
@@ -123,7 +123,7 @@ def layer_weights(config, num_tokens: int = 1) -> int:
 def layer_flops(config, index: int, full_depth: Tensor) -> int:
     """FLOPs of a whole layer for the tokens in `full_depth` [N] bool."""
     num_tokens = len(full_depth)
-    keys = torch.arange(1, num_tokens + 1).clamp(max=config.windows[index] or num_tokens)  # that each token attends
+    keys = torch.arange(1, num_tokens + 1).clamp(max=config.windows[index] or num_tokens)  # that each token attends to
     attention = 2 * int(keys[full_depth].sum()) * config.num_heads * config.head_dim
     return 2 * (int(full_depth.sum()) * layer_weights(config) + attention)
 

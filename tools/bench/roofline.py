@@ -1,7 +1,7 @@
 """The least time of a prefill on a machine of given rates, by the roofline model (Williams et al. 2009).
 
 On a GPU, a part of the work with few tokens takes as long as its memory reads. For each chunk of the prompt, a part
-reads its matrices and the K and V that its tokens attend. Activations and writes are left out. So are the reads of a
+reads its matrices and the K and V that its tokens attend to. Activations and writes are left out. So are the reads of a
 vision tower, where the arithmetic of hundreds of patches takes longer.
 
     a kept layer, or the full-depth         qo + kv + mlp. T tokens read min(X, k·T) experts, on the assumption that no

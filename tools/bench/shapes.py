@@ -119,7 +119,7 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
     in_order = 0  # keys of a window, of a later chunk
     masked = 0  # keys of a block of queries, in a chunk that needs a mask
     for window in set(config.windows):
-        keys = min(num_tokens, (window or num_tokens) - 1 + C)  # that a chunk may attend
+        keys = min(num_tokens, (window or num_tokens) - 1 + C)  # that a chunk may attend to
         if has_later_chunks and window:
             in_order = max(in_order, keys)
         if has_later_chunks or (window and window < C):

@@ -3,8 +3,8 @@
 `shortgpt` removes the layers of the least block influence from both stages (Men et al. 2024).
 `deepest-dropped` removes the deepest layers from both stages.
 `slicegpt` cuts the least principal components of hidden states (Ashkboos et al. 2024), see slicegpt.py.
-`no-kv` is POP without K/V projections: in pruned layers, decode attends only the last prompt token.
-`first-kv` is the same, but the first token, the attention sink, also runs at full depth and is attended.
+`no-kv` is POP without K/V projections: in pruned layers, decode attends only to the last prompt token.
+`first-kv` is the same, but the first token, the attention sink, also runs at full depth and is attended to.
 `no-boundary` is POP without boundary handling: the last prompt token is pruned like all others.
 `constant-kv` and `embedding-kv` take K and V from too little, see controls.py.
 
@@ -98,9 +98,9 @@ class NoBoundary(OneByOne):
 
 
 class NoKV(OneByOne):
-    """In pruned layers, only the boundary token writes K and V. It attends itself; decode attends it and new tokens."""
+    """In pruned layers, only the boundary token writes K and V. It attends to itself, decode to it and new tokens."""
 
-    first = 0  # leading tokens of the prompt that also run at full depth, and that all others attend
+    first = 0  # leading tokens of the prompt that also run at full depth, and that all others attend to
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
@@ -136,7 +136,7 @@ class NoKV(OneByOne):
         return module.head(h[0])
 
     def visible(self, positions: torch.Tensor, boundary: int, window: int | None) -> torch.Tensor:
-        """Which slots tokens at increasing positions [1, T] attend, if those before the boundary are empty.
+        """Which slots tokens at increasing positions [1, T] attend to, if those before the boundary are empty.
 
         Returns [1, T, S], where slot S - 1 is the last token's own.
         """
@@ -158,7 +158,7 @@ class FirstKV(NoKV):
 def write_and_attend(cache: pop.KVCache, index: int, slots: torch.Tensor, mask: torch.Tensor | None = None):
     """An `attend` for layer `index`, which also writes K and V into slots [1, T] of the cache.
 
-    mask: [1, T, S], which of the first S slots each token attends. None: the tokens attend each other causally.
+    mask: [1, T, S], which of the first S slots each token attends to. None: the tokens attend to each other causally.
     """
     keys, values = cache.layer(index)
 

@@ -180,12 +180,11 @@ class Engine:
 
     def _filled(self, row: Row) -> Filled:
         """A row's cache, and what its tokens are."""
-        cache, floor, model = row.cache or row_of(self.cache, row.place), 0, self.model
+        cache = row.cache or row_of(self.cache, row.place)
         held = int(cache.lengths[0])
-        if cache.has_windows:
-            # The ring lacks older tokens, and pruned layers lack those that no full-depth token of the prompt attends.
-            floor = max(len(row.job.tokens) - row.plan.full_depth_last, held - model.chunk_size)
-            floor += rerun(row.plan)  # `Filled.copy_to` goes back by as many more
+        floor = 0
+        if cache.has_windows:  # whose rings lack older tokens
+            floor = max(0, held - self.model.chunk_size) + rerun(row.plan)  # `Filled.copy_to` goes back by as many more
         return Filled.of((row.keys + row.answer.tokens)[:held], cache, row.images, floor, row.job.plan)
 
     def _regroup(self) -> None:

@@ -7,7 +7,7 @@ Images and videos become vectors as wide as the language model's embeddings, in 
     features = merger(h)                     # each square of 2 x 2 patches becomes one token of the language model
     deepstack = [merger(h of a block), ...]  # the same after a few of the blocks
 
-Patches attend all patches of the same frame pair. Consecutive frame pairs of one size form a batch, whichever images
+Patches attend to all patches of the same frame pair. Consecutive frame pairs of one size form a batch, whichever images
 and videos they come from. No mask is needed, and attention costs P^2 for each frame pair.
 
 Attribute names are the checkpoint's names. Shape letters of this file:
@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every patch attends every patch of its frame pair."""
+    """Every patch attends to every patch of its frame pair."""
 
     attention = staticmethod(F.scaled_dot_product_attention)  # a backend may replace it
 

@@ -40,7 +40,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every patch attends every patch: no mask, no positions beyond the embedding's."""
+    """Every patch attends to every patch: no mask, no positions beyond the embedding's."""
 
     attention = staticmethod(F.scaled_dot_product_attention)  # a backend may replace it
 
