@@ -101,23 +101,6 @@ def test_extreme_settings():
 # Rows
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 7}, {"top_p": 0.9}])
-def test_a_row_alone_gets_what_it_gets_in_a_batch_that_shrinks(settings):
-    logits = torch.randn(6, 4, 300, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).float()  # has ties
-    sampler = make(temperature=1.5, **settings)
-    rows = [0, 1, 2, 3]
-    together = generators(6, 7, 8, 9)
-    alone = generators(8)
-    for step in range(6):
-        (expected,) = sampler(logits[step, 2:3], alone).tolist()
-        assert sampler(logits[step, rows], together)[rows.index(2)] == expected
-        if step in (1, 3):  # other rows end
-            kept = [number for number, row in enumerate(rows) if row != step]
-            rows = [rows[number] for number in kept]
-            together = [together[number] for number in kept]
-    assert rows == [0, 2]
-
-
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}])
 def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, settings):

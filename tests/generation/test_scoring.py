@@ -5,20 +5,17 @@ import itertools
 import pytest
 import torch
 from support.chat_models import PAIRS, PLANS, make
+from support.harness import naive_logits
 from support.letters import Letters
 from support.tiny import random_model, tiny_config
 
 import pop
-from pop.pruning import reference
 
 
 def naive(model, context, continuation) -> float:
     """By the naive page: each pair runs all of its tokens."""
-    tokens = torch.tensor(context + continuation)
-    full_depth = reference.full_depth_tokens(len(context), len(tokens), model.plan)
-    logits, _ = reference.forward(model.module, tokens, full_depth, model.plan)
-    picked = logits[len(context) - 1 : -1].double().log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
-    return picked.sum().item()
+    log_probs = naive_logits(model, model.plan, context, continuation).double().log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(continuation)[:, None]).sum().item()
 
 
 CONTEXTS = [[5, 9, 200, 31, 8], list(range(40, 61)), [17]]

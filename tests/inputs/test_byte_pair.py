@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.goldens import REFUSED
-from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, load, spec_of
+from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, golden_tokenizer, load, spec_of
 
 from pop.errors import TokenizerError
 from pop.inputs.tokenizers import load_tokenizer
 
 # Real tokenizers, cut down to their first tokens.
-TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
+TOKENIZERS = {family: golden_tokenizer(family) for family in BYTE_PAIR_FAMILIES}
 
 
 def golden(family: str) -> dict:

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
 from support.chat_templates import assert_chats, written
 from support.goldens import REFUSED
-from support.text import GOLDENS
+from support.text import GOLDENS, golden_tokenizer
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat import chat_format
 from pop.inputs.chat_templates import TEMPLATES
-from pop.inputs.tokenizers import load_tokenizer
 
 
 def golden(name: str) -> dict:
@@ -96,7 +95,7 @@ def test_line_breaks_stay_text_where_the_tokenizer_has_tokens_for_them():
     """As in Gemma's tokenizer.json. A template also cuts texts at line breaks."""
     template = TEMPLATES["gemma"].replace("message.content", "message.content.split('\\n')[-1]")
     assert template != TEMPLATES["gemma"]
-    tokenizer = load_tokenizer(GOLDENS / "gemma3")
+    tokenizer = golden_tokenizer("gemma3")
     assert "\n" in tokenizer.added_tokens
     form = chat_format(tokenizer, choice=template)
     assert "\n" not in form.tokenizer.special_tokens

@@ -7,16 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.chat_templates import QWEN3, QWEN3_INSTRUCT, QWEN3_THINKING, written
 from support.goldens import REFUSED
-from support.text import GOLDENS
+from support.text import GOLDENS, golden_tokenizer
 
 from pop.errors import InputError
 from pop.generation.answers import Generation
 from pop.inputs.chat import chat_format
 from pop.inputs.chat_templates import TEMPLATES
-from pop.inputs.tokenizers import load_tokenizer
 
 GOLDEN = json.loads((GOLDENS / "chats.json").read_bytes())
-TOKENIZERS = {name: load_tokenizer(GOLDENS / name) for name in ("llama-3.1", "qwen3")}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 ASKED = {"role": "user", "content": "Hi"}
 WRITTEN = TEMPLATES | {"qwen3": QWEN3, "qwen3-instruct": QWEN3_INSTRUCT, "qwen3-thinking": QWEN3_THINKING}
@@ -24,7 +22,7 @@ WRITTEN["llama-3.2"] = TEMPLATES["llama-3.1"].replace("26 Jul 2024", GOLDEN["dat
 
 
 def form_of(name: str):
-    return chat_format(TOKENIZERS["llama-3.1" if name.startswith("llama") else "qwen3"], choice=WRITTEN[name])
+    return chat_format(golden_tokenizer("llama-3.1" if name.startswith("llama") else "qwen3"), choice=WRITTEN[name])
 
 
 @pytest.mark.parametrize("name", GOLDEN["templates"])
@@ -112,7 +110,7 @@ def test_llama_needs_a_users_message_for_its_tools():
 
 
 FORMS = {name: form_of(name) for name in WRITTEN if name != "gemma"}
-FORMS |= {"gemma": chat_format(load_tokenizer(GOLDENS / "gemma3"), choice="gemma")}
+FORMS |= {"gemma": chat_format(golden_tokenizer("gemma3"), choice="gemma")}
 
 
 @given(st.text("aé <|\n", max_size=9), st.text("b?\n", min_size=1, max_size=5).filter(str.strip))

@@ -8,21 +8,13 @@ import sentencepiece
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.text import (
-    BYTE_PAIR_FAMILIES,
-    GOLDENS,
-    TRICKY_TEXT,
-    USER_DEFINED,
-    load,
-    spec_of,
-    train,
-)
+from support.text import BYTE_PAIR_FAMILIES, TRICKY_TEXT, USER_DEFINED, golden_tokenizer, load, spec_of, train
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Answer
 from pop.inputs.tokenizers import load_tokenizer
 
-TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
+TOKENIZERS = {family: golden_tokenizer(family) for family in BYTE_PAIR_FAMILIES}
 
 
 def streamed(tokenizer, ids: list[int]) -> list[str]:

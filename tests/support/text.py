@@ -1,5 +1,6 @@
 """Tokenizers for tests, and texts on which tokenizers differ."""
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -25,6 +26,12 @@ USER_DEFINED = ["<start_of_turn>", "<end_of_turn>", "<table>", "\n\n", "\n\n\n",
 def spec_of(family: str) -> dict:
     """The contents of the family's tokenizer.json, cut down to its first tokens."""
     return json.loads((GOLDENS / family / "tokenizer.json").read_bytes())
+
+
+@functools.cache
+def golden_tokenizer(family: str) -> Tokenizer:
+    """The family's tokenizer, cut down to its first tokens. It is read once for all tests of a process."""
+    return load_tokenizer(GOLDENS / family)
 
 
 def load(spec: dict | str, folder: Path) -> Tokenizer:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support.cases import turns_by_reference
 
 import pop
 from pop.pruning import reference
@@ -27,16 +28,13 @@ def marks(trace: list[Turn], plan: pop.PrunePlan) -> list[torch.Tensor]:
 
 def greedy(module, trace: list[Turn], plan: pop.PrunePlan) -> list[list[int]]:
     """The reference's greedy tokens in each turn, given the right tokens before them."""
-    tokens = []
-    full_depth = []
-    spans = []
-    for (prompt, answer), at_full_depth in zip(trace, marks(trace, plan), strict=True):
-        tokens += prompt + answer
-        full_depth += [at_full_depth, torch.ones(len(answer), dtype=torch.bool)]
-        spans.append(slice(len(tokens) - len(answer) - 1, len(tokens) - 1))
-    logits, _ = reference.forward(module, torch.tensor(tokens), torch.cat(full_depth), plan)
-    best = logits.argmax(-1).tolist()
-    return [best[span] for span in spans]
+    best = turns_by_reference(module, plan, trace)[0].argmax(-1).tolist()
+    found = []
+    end = 0
+    for prompt, answer in trace:
+        end += len(prompt) + len(answer)
+        found.append(best[end - len(answer) - 1 : end - 1])
+    return found
 
 
 def table(words: list[str], capsys) -> list[list[str]]:

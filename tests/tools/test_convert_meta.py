@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from support.goldens import REFUSED
 from support.meta_files import from_meta, meta_name, write_meta
 from support.published import PUBLISHED
-from support.text import GOLDENS, assert_golden, spec_of
+from support.text import GOLDENS, assert_golden, golden_tokenizer, spec_of
 
 from pop.checkpoints.config_json import read_config
 from pop.errors import CheckpointError, ConfigError, TokenizerError
@@ -138,7 +138,7 @@ def test_the_files_of_a_converted_folder(tmp_path):
 
 def test_metas_tokenizer_gives_the_same_ids(tmp_path):
     """tokenizer.model lists the same tokens in the same order."""
-    llama = load_tokenizer(GOLDENS / "llama-3.1")
+    llama = golden_tokenizer("llama-3.1")
     size = len(spec_of("llama-3.1")["model"]["vocab"])
     lines = [b"%s %d" % (b64encode(llama.token_bytes(id)), id) for id in range(size)]
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
