@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from support.cases import (
     NONE,
     assert_close,
-    by_reference,
     cached_kv,
     experts,
     in_windows,
@@ -89,7 +88,7 @@ def image_cases(draw):
     return random_model(config, seed=draw(st.integers(0, 9))), draw(plans(config)), tokens, lengths, chunk, images
 
 
-def of_row(images, row, length, before=0):
+def of_row(images, row, length, before):
     """The images of one row's prompt, after `before` tokens of text."""
     numbers, ahead, positions = images.feature_index[row : row + 1, :length], None, None
     if images.look_ahead is not None:
@@ -102,10 +101,16 @@ def of_row(images, row, length, before=0):
     )
 
 
-@settings(max_examples=2 * settings().max_examples)
-@given(image_cases(), st.integers(0, 3), st.sampled_from([engine.EAGER, engine.Stages(replay=Replay)]), st.booleans())
-def test_images_are_the_references(case, steps, stages, accelerated):
-    """Prefill, cache and decode, for any plan, window, batch and chunking.
+@settings(max_examples=3 * settings().max_examples)
+@given(
+    image_cases(),
+    st.integers(0, 7),
+    st.integers(0, 3),
+    st.sampled_from([engine.EAGER, engine.Stages(replay=Replay)]),
+    st.booleans(),
+)
+def test_images_are_the_references(case, before, steps, stages, accelerated):
+    """Prefill, cache and decode, for any plan, window, batch and chunking, alone or after a text.
 
     Also with decode steps on fixed memory, and with the CPU's attention by products.
     """
@@ -113,37 +118,24 @@ def test_images_are_the_references(case, steps, stages, accelerated):
     if accelerated:
         module = copy.deepcopy(module)
         accelerate(module)
-    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
+    B = len(tokens)
+    random = torch.Generator().manual_seed(1)
+    text = torch.randint(module.config.vocab_size, (B, before + B), generator=random)
+    answer = torch.randint(module.config.vocab_size, (B, steps), generator=random)
+    cache = new_cache(module, B, slots=128, chunk=chunk)
+    if before:
+        engine.prefill(module, text, cache, torch.arange(before, before + B), NONE, chunk)
+    held_before = cache.lengths.tolist()
     with recorded_choices() as choices:
         logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, stages, images)]
-    chosen = choices[0] if choices else torch.zeros(tokens.shape, dtype=torch.bool)
-    answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
     logits = torch.stack(logits + [engine.decode(module, token, cache, stages) for token in answer.T], dim=1)
-    for row, n in enumerate(lengths.tolist()):
-        whole = torch.cat((tokens[row, :n], answer[row]))
-        expected, kv = by_reference(module, whole, plan, n, chosen[row], of_row(images, row, n))
-        assert_close(logits[row], expected[n - 1 :])
-        assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
-
-
-@given(image_cases(), st.data())
-def test_a_second_turn_may_have_images(case, data):
-    """The prompt follows a text. Its tokens attend each other as they do in one prompt."""
-    module, plan, tokens, lengths, chunk, images = case
-    plan = dataclasses.replace(plan, full_depth_first=1)
-    first = torch.randint(module.config.vocab_size, (len(tokens), 9), generator=torch.Generator().manual_seed(3))
-    held_before = torch.tensor(data.draw(st.lists(st.integers(1, 9), min_size=len(tokens), max_size=len(tokens))))
-    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
-    engine.prefill(module, first, cache, held_before, NONE, chunk)
-    with recorded_choices() as choices:
-        logits = engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)
-    for row, (n, m) in enumerate(zip(held_before.tolist(), lengths.tolist(), strict=True)):
-        whole = torch.cat((first[row, :n], tokens[row, :m]))
-        position = torch.arange(n + m)
-        full_depth = (position < n) | (position >= n + m - plan.full_depth_last)
-        chosen = F.pad(choices[0][row, :m], (n, 0)) if choices else torch.zeros(n + m, dtype=torch.bool)
-        expected, kv = with_chosen(module, whole, full_depth, plan, chosen, of_row(images, row, m, before=n))
-        assert_close(logits[row], expected[-1])
+    chosen = choices[0] if choices else torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, (n, m) in enumerate(zip(held_before, lengths.tolist(), strict=True)):
+        whole = torch.cat((text[row, :n], tokens[row, :m], answer[row]))
+        full_depth = reference.full_depth_tokens(n + m, len(whole), plan) | (torch.arange(len(whole)) < n)
+        selected = F.pad(chosen[row, :m], (n, steps))
+        expected, kv = with_chosen(module, whole, full_depth, plan, selected, of_row(images, row, m, n))
+        assert_close(logits[row], expected[n + m - 1 :])
         assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
 
 
