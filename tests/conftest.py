@@ -8,8 +8,6 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("support")  # so that a failure in it shows values
 
-from support.devices import DEVICES, no_gpu  # noqa: E402
-
 # Nothing of pop is imported here, so that test_architecture.py can name an import that breaks it.
 
 # Tiny tensors run faster without a thread pool to wake.
@@ -28,13 +26,17 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("cuda") and (reason := no_gpu()):
-        pytest.skip(reason)
+    if not item.get_closest_marker("cuda"):
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    if torch.cuda.get_device_name().startswith("FAKE"):
+        pytest.skip("the GPU is a stand-in that computes nothing")
 
 
-@pytest.fixture(params=DEVICES, ids=str)
+@pytest.fixture(params=[torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)], ids=str)
 def device(request):
-    """The CPU, and the GPU where there is one."""
+    """The CPU, and the GPU where there is one. A test that makes sense on a GPU only has the mark `cuda`."""
     return request.param
 
 
