@@ -163,8 +163,8 @@ class Processor:
             needed = [length for one in given for length in one.run_lengths(placeholder)]
             if found != needed:
                 raise InputError(
-                    f"{what} has runs of {found} tokens {placeholder}, but the {len(given)} {kind}s given need runs of "
-                    f"{needed}; give the {kind}s that the tokens stand for, or correct the tokens"
+                    f"{what} has runs of {found!s:.80} tokens {placeholder}, but the {len(given)} {kind}s given need "
+                    f"runs of {needed!s:.80}; give the {kind}s that the tokens stand for, or correct the tokens"
                 )
             left[kind] = iter(runs)
         return [list(islice(left[one.kind], len(one.run_lengths(self.placeholders[one.kind])))) for one in media]
