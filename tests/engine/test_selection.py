@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
-from hypothesis import strategies as st
 from support.cases import (
     NONE,
     batches,
@@ -52,37 +51,33 @@ def selecting(plan, last_layer):
     return dataclasses.replace(plan, full_depth_selected=share, full_depth_last=max(1, last))
 
 
-@given(cases())
-def test_the_choice_is_the_references(case):
-    """For any plan, batch, padding and chunks."""
+@given(cases(), batches(6, max_rows=1))
+def test_the_choice_is_the_references(case, later):
+    """For any plan, batch, padding and chunks, in a first prompt and in a later one.
+
+    The last tokens of the later one choose among its own. What the cache holds counts neither as a choice nor in the
+    softmax.
+    """
     module, plan, tokens, lengths, chunk = case
     assume(module.config.num_layers > 1)
     plan = selecting(plan, module.config.num_layers - 1)
-    _, _, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
-    for row, n in enumerate(lengths.tolist()):
-        scores = reference.attention_scores(module, tokens[row, :n], plan)
-        others = ~reference.full_depth_tokens(n, n, plan)
-        assert_chosen(chosen[row, :n], scores, others, plan)
-        assert not chosen[row, n:].any()
-
-
-@given(cases(), st.data())
-def test_a_later_prompt_selects_among_its_own_tokens(case, data):
-    """Its last tokens choose, and what the cache holds counts neither as a choice nor in the softmax."""
-    module, plan, tokens, lengths, chunk = case
-    assume(module.config.num_layers > 1)
-    plan = dataclasses.replace(selecting(plan, module.config.num_layers - 1), full_depth_first=1)
     _, cache, before = prefill_with_choice(module, tokens, lengths, plan, chunk)
-    turn, added = data.draw(batches(module.config.vocab_size, max_rows=1))
-    turn, added = turn.expand(len(tokens), -1), added.expand(len(tokens))
+    (turn,), (m,) = later
+    m = int(m)
+    turn = turn.expand(len(tokens), -1)
+    added = torch.full_like(lengths, m)
     _, _, chosen = prefill_with_choice(module, turn, added, plan, chunk, cache)
-    for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
+    for row, n in enumerate(lengths.tolist()):
+        full_depth = reference.full_depth_tokens(n, n, plan)
+        scores = reference.attention_scores(module, tokens[row, :n], plan)
+        assert_chosen(before[row, :n], scores, ~full_depth, plan)
+        assert not before[row, n:].any()
         whole = torch.cat((tokens[row, :n], turn[row, :m]))
-        others = torch.arange(m) < m - plan.full_depth_last
-        full_depth = torch.cat((reference.full_depth_tokens(n, n, plan), ~others))
+        of_turn = reference.full_depth_tokens(n + m, n + m, plan)[n:]
         earlier = F.pad(before[row, :n], (0, m))
+        full_depth = torch.cat((full_depth, of_turn))
         scores = scores_at_selecting_layer(module, whole, full_depth, plan, earlier, begin=n)
-        assert_chosen(chosen[row, :m], scores, others, plan)
+        assert_chosen(chosen[row, :m], scores, ~of_turn, plan)
 
 
 def test_padding_neither_attends_nor_is_attended():
