@@ -3,13 +3,13 @@
 import contextlib
 import copy
 import dataclasses
-import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import contents
+from support.texts import random_texts
 from support.tiny import random_model, tiny_config
 
 import pop
@@ -28,12 +28,6 @@ from pop.calibration.texts import (
     python_texts,
     tokens_needed,
 )
-
-
-def random_texts(seed: int, *lengths: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [rng.choices(range(67), k=length) for length in lengths]
-
 
 TEXTS = random_texts(0, *[200] * 12)
 

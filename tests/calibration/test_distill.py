@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.cases import assert_close, by_reference, models, plans, recorded_choices
 from support.naive_fit import naive_gradients
 from support.plans import contents
+from support.texts import of_mean, windows_of
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
@@ -28,7 +29,7 @@ from pop.calibration.distill import (
     schedule,
 )
 from pop.calibration.exercises import Exercise
-from pop.calibration.held_out import Judge, Losses
+from pop.calibration.held_out import Judge
 from pop.calibration.passes import Pass, first_layer
 from pop.inputs.processors import processor_of
 from pop.pruning.reference import full_depth_tokens
@@ -56,10 +57,6 @@ def closed(model):
     return calibrate(model, TEXTS, PLAN, progress=False, steps=0)
 
 
-def windows_of(texts):
-    return [(text, []) for text in texts]
-
-
 class MadeUp:
     """A judge with given losses, one for each plan that it sees."""
 
@@ -68,10 +65,6 @@ class MadeUp:
 
     def losses(self, plan):
         return of_mean(next(self.made_up))
-
-
-def of_mean(loss):
-    return Losses(loss, loss, 0.0, loss)
 
 
 # ---- The loss ----

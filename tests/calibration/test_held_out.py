@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.naive_fit import naive_kl
+from support.texts import random_texts, windows_of
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
 import pop
@@ -16,11 +17,6 @@ from pop.calibration.held_out import CUE, Judge, hold_out, repeated_passage
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 
 
-def random_windows(*lengths):
-    drawn = torch.Generator().manual_seed(2)
-    return [(torch.randint(67, (length,), generator=drawn).tolist(), []) for length in lengths]
-
-
 @pytest.mark.parametrize(
     ("config", "lengths"),
     [(tiny_config(), (60, 31, 16)), (tiny_gemma3_config(), (400, 5)), (tiny_qwen3_moe_config(), (100,))],
@@ -28,7 +24,7 @@ def random_windows(*lengths):
 def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(config, lengths):
     """By the naive page. The continuation has at most 128 tokens, and a third of the window. A passage comes again."""
     model = pop.Model(random_model(config), config)
-    windows = random_windows(*lengths)
+    windows = windows_of(random_texts(2, *lengths))
     judge, texts, passages, firsts = Judge(model, windows), [], [], []
     for (window, _), case in zip(windows, judge.cases, strict=True):
         passage = case.passage
@@ -48,7 +44,7 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
 
 
 def test_the_layers_below_the_pruned_ones_run_once(model, notes):
-    judge = Judge(model, random_windows(60))
+    judge = Judge(model, windows_of(random_texts(2, 60)))
     layers = [*model.module.layers]
     runs = notes(type(layers[0]), "forward", lambda self, *args: layers.index(self))
     losses = [judge.losses(PLAN) for _ in range(2)]
@@ -57,7 +53,7 @@ def test_the_layers_below_the_pruned_ones_run_once(model, notes):
 
 
 def test_tokens_are_copied_if_they_are_the_likeliest(model):
-    windows = [*random_windows(60, 45), ([30] * 70, [])]  # this model repeats token 30
+    windows = [*windows_of(random_texts(2, 60, 45)), ([30] * 70, [])]  # this model repeats token 30
     right = total = 0
     judge = Judge(model, windows)
     for case in judge.cases:
@@ -96,7 +92,7 @@ def test_the_held_out_windows_have_three_lengths():
 def test_a_continuation_leaves_room_for_the_passage(spare):
     config = tiny_config()
     model = pop.Model(random_model(config), config, max_seq_len=60 + spare)
-    (case,) = Judge(model, random_windows(60)).cases
+    (case,) = Judge(model, windows_of(random_texts(2, 60))).cases
     assert (len(case.prompt), len(case.continuation), len(case.passage)) == (40, min(20, 10 + spare), 10)
     assert len(case.full) == len(case.continuation) + len(case.passage)
 

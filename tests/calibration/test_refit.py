@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.cases import models
 from support.naive_fit import assert_fit, fitted, naive_fit, whole_projections
 from support.plans import contents
+from support.texts import of_mean, random_texts, windows_of
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
 import pop
@@ -21,24 +22,15 @@ from pop import PlanError, PrunePlan, calibrate
 from pop.calibration import calibrate as calibrate_file
 from pop.calibration import refit
 from pop.calibration.calibrate import RIDGES
-from pop.calibration.held_out import Judge, Losses, hold_out
+from pop.calibration.held_out import Judge, hold_out
 from pop.calibration.texts import text_windows
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
 
 
-def random_texts(seed: int, *lengths: int, vocab_size: int = 67) -> list[list[int]]:
-    random = torch.Generator().manual_seed(seed)
-    return [torch.randint(vocab_size, (length,), generator=random).tolist() for length in lengths]
-
-
 def make_model(seed: int = 0, **overrides) -> pop.Model:
     config = tiny_config(**overrides)
     return pop.Model(random_model(config, seed), config)
-
-
-def of_mean(loss: float) -> Losses:
-    return Losses(loss, loss, 0.0, loss)
 
 
 CONFIGS = [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()]
@@ -48,11 +40,6 @@ CONFIGS = [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()]
 def each_family(request):
     """A model of each family, of the same sizes."""
     return pop.Model(random_model(request.param), request.param)
-
-
-def windows_of(texts):
-    """Windows without images."""
-    return [(text, []) for text in texts]
 
 
 TEXTS = random_texts(0, 300, 40, 17, 500, 90)

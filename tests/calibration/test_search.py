@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import random_corrections
+from support.texts import random_texts, windows_of
 from support.tiny import random_model, tiny_config, tiny_qwen3_vl_config
 
 import pop
@@ -28,8 +29,7 @@ def deep():
 
 @pytest.fixture(scope="module")
 def windows():
-    drawn = torch.Generator().manual_seed(0)
-    return [(torch.randint(67, (300,), generator=drawn).tolist(), []) for _ in range(4)]
+    return windows_of(random_texts(0, *[300] * 4))
 
 
 def runs(layers):
