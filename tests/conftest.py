@@ -18,6 +18,9 @@ settings.register_profile("ci", max_examples=12, derandomize=True, **_common)
 settings.register_profile("nightly", max_examples=400, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# hypothesis prints a failing example by this method. A module's own text would be a page for each layer.
+torch.nn.Module._repr_pretty_ = lambda self, printer, cycle: printer.text(f"<{getattr(self, 'config', type(self))}>")
+
 
 def pytest_collection_modifyitems(items):
     """Start with the files that take minutes. Otherwise one process could be left with such a file at the end."""
