@@ -261,22 +261,18 @@ def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch, notes):
         (TEXTS, {"seed": [1]}, r"seed is \[1\]"),
         (TEXTS, {"longest": 15}, "longest is 15"),
         (["text"], {}, "needs a tokenizer"),
+        (TEXTS, {"plan": PrunePlan((2, 3), full_depth_first=20), "longest": 20}, "full_depth_first"),
     ],
 )
 def test_bad_input_is_refused(model, texts, options, message):
     with pytest.raises(pop.PopError, match=message):
-        calibrate(model, texts, PrunePlan((2, 3)), progress=False, **options)
+        calibrate(model, texts, **{"plan": PrunePlan((2, 3)), "progress": False} | options)
 
 
 @pytest.mark.parametrize("plan", [PrunePlan.none(), PrunePlan((7,)), 0.0, 1, []])
 def test_a_plan_that_cannot_be_calibrated_is_refused(model, plan):
     with pytest.raises(PlanError):
         calibrate(model, TEXTS, plan, progress=False, steps=0)
-
-
-def test_texts_within_the_first_tokens_are_refused(model):
-    with pytest.raises(pop.InputError, match="full_depth_first"):
-        calibrate(model, TEXTS, PrunePlan((2, 3), full_depth_first=20), longest=20, progress=False, steps=0)
 
 
 def test_a_model_of_nan_is_refused():
