@@ -1,7 +1,7 @@
 """What every family must do, in one table each: match the reference, have the published tensors, and load strictly.
 
 Goldens go through the public API. So they hold config reading, weight loading, the forward pass, the cache and
-generation to the reference's numbers. Only what one family has is in test_experts.py, test_qwen3_vl.py and vision/.
+generation to the reference's numbers. Only what one family has is in test_qwen3_vl.py and vision/.
 """
 
 import dataclasses
