@@ -59,6 +59,8 @@ class Processor:
 
     def prepare(self, kind: str, given) -> Prepared:
         """Read and prepare an image or a video, unless it is prepared already."""
+        if isinstance(given, Prepared):
+            kind = given.kind
         if kind not in self.marks:
             takes = " and ".join(["text", *(f"{taken}s" for taken in self.marks)])
             raise InputError(f"this {self.config.family} model takes {takes} only; leave out the {kind}s")

@@ -15,7 +15,7 @@ from pop.errors import InputError
 from pop.inputs import gemma3
 from pop.inputs.chat_templates import TEMPLATES
 from pop.inputs.gemma3 import gemma_pixels
-from pop.inputs.processors import processor_of
+from pop.inputs.processors import Prepared, processor_of
 from pop.inputs.sentence_piece import from_tokenizer_model
 from pop.models.config import SiglipConfig
 
@@ -116,6 +116,7 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
         model.prefill(tokens, small, images=images)
 
 
+FILM = Prepared("video", torch.zeros(1, 3, 28, 28), ([2],))  # by another model
 REFUSED = [
     (lambda m: m.generate([2, *ONE]), r"the prompt has runs of \[4\] tokens 500.* 0 images given .*\[\]"),
     (lambda m: pop.calibrate(m, [[2, *ONE] * 40], m.plan, steps=0), "the text has runs of .{80} tokens 500"),
@@ -128,6 +129,8 @@ REFUSED = [
     ),
     (lambda m: m.generate("a cat", images=[A]), "1 images .* <start_of_image> 0 times"),
     (lambda m: m.generate([2], videos=[A]), "gemma3 model takes text and images only"),
+    (lambda m: m.generate([2], images=[FILM]), "takes text and images only; leave out the videos"),
+    (lambda m: m.prefix([2], images=[FILM]), "takes text and images only; leave out the videos"),
 ]
 
 
