@@ -69,7 +69,9 @@ class Verdict:
     def sentence(self) -> str:
         """Whether the plan holds, and otherwise what does not."""
         everything = self._everything()
-        kept = f"; of all exact answers it keeps {_as_text(everything)}" if everything[:, 1].any() else ""
+        kept = "; the full model has no exact answer, so only the KL counts"
+        if everything[:, 1].any():
+            kept = f"; of all exact answers it keeps {_as_text(everything)}"
         if self.holds:
             return f"The plan holds at each length and for each kind of question{kept}."
         return f"The plan does not hold: {some(self.failures, '; ')}{kept}."

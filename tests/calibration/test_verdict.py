@@ -129,6 +129,7 @@ def made_up(kl=0.01, plan=12, full=12) -> Verdict:
         ({"plan": 0, "full": 2}, True),  # too few to count
         ({"plan": 0, "full": 3}, False),
         ({"plan": 3, "full": 3}, True),
+        ({"plan": 0, "full": 0}, True),
     ],
 )
 def test_the_limits(figures, holds):
@@ -137,6 +138,7 @@ def test_the_limits(figures, holds):
     assert ("not hold" in verdict.sentence) != holds
     if not holds:
         assert ("KL at 256" if "kl" in figures else "codes at 256") in verdict.sentence
+    assert ("no exact answer" in verdict.sentence) == (figures.get("full") == 0)
     assert verdict.sentence in str(verdict)
 
 
