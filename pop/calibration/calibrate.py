@@ -169,8 +169,7 @@ def _given(model, plan) -> PrunePlan | None:
     plan = PrunePlan.of(plan, model.config.num_layers)
     if not plan.layers:
         raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
-    groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
-    if any(group.is_pruned and group.layers.start - 1 in plan.layers for group in groups):
+    if any({index, index + 1} <= {*plan.layers} for index in range(model.module.deepstack_layers)):
         problem = "between which DeepStack adds features of images"
         raise PlanError(f"the plan prunes the layers {plan.layers}, {problem}; prune one of these layers only")
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None, name="")

@@ -97,8 +97,7 @@ def _repetition(model, prompt: list[int], length: int, images: Sequence[range], 
     In half of the exercises, one token of each passage becomes another one of the prompt, which stands for no image.
     """
     is_edited = rng.random() < 0.5
-    placeholders = {*model.vision.placeholders.values()}
-    others = [token for token in prompt if token not in placeholders]
+    others = [token for token in prompt if token not in model.vision.placeholders.values()]
     newline = [] if model.tokenizer is None else model.encode("\n", bos=False)
     lines = []
     while len(lines) < length:
