@@ -65,11 +65,11 @@ class Fields:
             most = MOST_MODULES if name in MODULES else MOST
         return self.take(name, f"an integer from {least} to {most}", lambda v: _fits(v, least, most), default)
 
-    def integers(self, name: str, default: Any = MISSING) -> tuple[int, ...]:
+    def integers(self, name: str) -> tuple[int, ...]:
         def accepts(value: Any) -> bool:
             return type(value) is list and all(_fits(number, 0, MOST) for number in value)
 
-        return tuple(self.take(name, f"a list of integers from 0 to {MOST}", accepts, default))
+        return tuple(self.take(name, f"a list of integers from 0 to {MOST}", accepts))
 
     def number(self, name: str, default: Any = MISSING) -> float:
         value = self.take(name, "a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30, default)

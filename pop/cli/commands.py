@@ -154,6 +154,7 @@ def calibrate(args) -> None:
         args.out = registry.find_folder(args.model) / "default.plan"
     files.check_writable(args.out, "the plan", InputError)
     resume = f"{args.out}.progress"
+    kept = Path(os.path.expanduser(resume))
     lengths = _lengths(args.longest)
     args.prune = "none"
     model = _load(args)
@@ -166,10 +167,10 @@ def calibrate(args) -> None:
     try:
         plan.save(args.out)
     except PlanError as error:
-        if not os.path.exists(os.path.expanduser(resume)):  # the disk was full before
+        if not kept.exists():  # the disk was full before
             raise
         raise PlanError(f"{error}, or make this one writable: the same command continues from {resume}") from None
-    Path(os.path.expanduser(resume)).unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
