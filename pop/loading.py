@@ -149,8 +149,7 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
             found.append(PrunePlan.load(path))
 
     def merit(plan: PrunePlan) -> tuple:
-        holds = plan.about.get("verdict", {}).get("holds", False)
-        return holds, holds and plan.speedup(model, REPORTED), plan.kept or 0, -len(plan.layers)
+        return plan.holds, plan.holds and plan.speedup(model, REPORTED), plan.kept or 0, -len(plan.layers)
 
     return sorted(found, key=merit, reverse=True)
 

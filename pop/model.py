@@ -66,9 +66,7 @@ class Model(Runner):
         text += f", at most {plan.speedup(self, tokens):.2f}x as fast at {tokens:,} tokens"
         if self.device.type == "cuda":
             text += " by arithmetic (launches bound short prompts)"
-        if plan.kept is not None:
-            text += f", keeps {plan.kept:.0%} of the answers"
-        return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}>"
+        return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}{plan.judgement}>"
 
     def generate(
         self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **options

@@ -172,6 +172,8 @@ def calibrate(args) -> None:
         raise PlanError(f"{error}, or make this one writable: the same command continues from {resume}") from None
     kept.unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
+    if not verdict.holds:
+        print("The plan is saved all the same. Before you use it, ask for a smaller --speedup, or give more text.")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
 

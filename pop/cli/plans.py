@@ -80,9 +80,7 @@ def describe(plan: PrunePlan) -> str:
         text += f", last {plan.full_depth_last} tokens whole"
     if plan.corrections is not None:
         text += ", calibrated"
-    if plan.kept is not None:
-        text += f", keeps {plan.kept:.0%}"
-    return text
+    return text + plan.judgement
 
 
 def speed(model, plan: PrunePlan) -> str:

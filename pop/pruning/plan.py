@@ -168,6 +168,21 @@ class PrunePlan:
         with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
             return float(self.about["verdict"]["kept"][0])
 
+    @property
+    def holds(self) -> bool:
+        """Whether the plan holds by the verdict in its record. False if it knows none."""
+        with contextlib.suppress(LookupError, TypeError):
+            return bool(self.about["verdict"]["holds"])
+        return False
+
+    @property
+    def judgement(self) -> str:
+        """What a line on the plan says of its verdict, after a comma. Empty if its record knows none."""
+        if self.kept is None:
+            return ""
+        limits = "" if self.holds else ", but does not hold"
+        return f", keeps {self.kept:.0%} of the answers{limits}"
+
     def speedup(self, model, prompt_tokens: int) -> float:
         """The most that a prefill of `prompt_tokens` tokens of text can gain: F(none) / F(plan), see cost.py.
 

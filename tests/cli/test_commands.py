@@ -250,8 +250,10 @@ def calibration(tmp_path, monkeypatch):
     judged = []
 
     class Verdict:
+        holds = False
+
         def record(self):
-            return {"holds": True, "sentence": "It holds."}
+            return {"holds": False, "sentence": "It does not hold."}
 
         def __str__(self):
             return f"{judged.pop()} characters judge it"
@@ -282,7 +284,8 @@ def test_calibrate_puts_a_plan_beside_the_weights(calibration, layers, capsys, m
     expected = pop.calibrate(model, fitted, longest=600, rank=5, steps=2, seed=3, progress=False, **given)
     plan = pop.PrunePlan.load(folder / "default.plan")
     assert contents(plan) == contents(expected)
-    assert plan.about == expected.about | {"verdict": {"holds": True, "sentence": "It holds."}}
+    assert plan.about == expected.about | {"verdict": {"holds": False, "sentence": "It does not hold."}}
+    assert "The plan is saved all the same" in out
     assert not list(folder.glob("*.progress"))
     assert (
         main(["generate", str(folder), "Hello", "--prune", str(folder / "default.plan"), "--max-new-tokens", "3"]) == 0

@@ -12,6 +12,9 @@ from support.tiny import write_checkpoint
 
 from pop.backends import cuda_graph
 from tools.bench import measure
+from tools.bench.roofline import Machine, speedup_limit
+from tools.bench.subject import _read_shape
+from tools.common import ROOT
 from tools.gpu_report import __main__ as gpu_report
 from tools.gpu_report import estimates, parts, registers
 
@@ -49,7 +52,18 @@ def test_a_part_measures_what_was_estimated(name, argv, capsys, monkeypatch):
     assert figures and all(line["part"] == name and line.keys() >= {"what", "value", "unit"} for line in figures)
     names = {re.sub(r"\d[\d,]*", "N", line["what"]) for line in figures}
     expected = {re.sub(r"\d[\d,]*", "N", what) for what in estimates.estimates()}
-    assert names & expected or name in ("paths", "shipped", "batches")
+    assert names & expected or name in ("paths", "batches")
+
+
+def test_the_limits_of_calibrated_plans_are_those_of_the_readme():
+    config, _ = _read_shape("llama3.1-8b")
+    machine = Machine(estimates.FLOPS, estimates.BYTES)
+    rows = (ROOT / "tools" / "gpu_report" / "README.md").read_text(encoding="utf-8").splitlines()
+    for count in (10, 16):
+        plan = estimates.calibrated_plans(config, count)["calibrated, with selection"]
+        limits = [speedup_limit(config, length, plan, machine) for length in (512, 2048, 8192)]
+        (row,) = (row for row in rows if row.startswith(f"| {count}, calibrated"))
+        assert row.split(" | ")[1:] == [f"{limit:.2f}x" for limit in limits[:2]] + [f"{limits[2]:.2f}x |"]
 
 
 CHILD = """#!/bin/sh

@@ -6,10 +6,15 @@ with each other: seconds = FLOPs / (MFU x FLOPs per second) = bytes / (MBU x byt
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 import pop
 from pop.pruning import cost
+from pop.pruning.corrections import Corrections
+from pop.pruning.sketch import NUMBERS
+from tools.bench.roofline import Machine, speedup_limit
 from tools.bench.shapes import decode_bytes
 from tools.bench.subject import _read_shape
 
@@ -18,6 +23,7 @@ BYTES = 3.0e12  # per second
 MFU = {512: (0.45, 0.55), 2048: (0.65, 0.71), 8192: (0.69, 0.74), 32_000: (0.60, 0.67)}  # by tokens of a prompt
 MBU = {"uncaptured": (0.50, 0.65), "captured": (0.72, 0.78)}
 POSITION = 1000  # of the decode step
+SELECTED = 0.06  # of the tokens of a calibrated plan, beside its last ones
 COLD = (611, 1203, 2222, 5003)  # prompt lengths that no other part uses
 
 # Speedups of 10 of 32 pruned layers. The limits are those of tools/bench/roofline.py at these rates.
@@ -65,7 +71,27 @@ def estimates() -> dict[str, str]:
         found[f"prefill of {length:,} tokens"] = span(1e3 * work / FLOPS, low, high, "ms")
         found[f"MFU at {length:,} tokens"] = f"{low} to {high}"
         found[f"speedup at {length:,} tokens"] = SPEEDUPS[length]
+        for name, plan in calibrated_plans(config, 10).items():
+            limit = speedup_limit(config, length, plan, Machine(FLOPS, BYTES))
+            found[f"speedup at {length:,} tokens, {name}"] = f"at most {limit:.2f}"
     return found
+
+
+def calibrated_plans(config, count: int) -> dict[str, pop.PrunePlan]:
+    """Plans of the kind that ships, for the deepest `count` layers: corrections of half of the width, all zeros."""
+    layers = tuple(range(config.num_layers - count, config.num_layers))
+    rank = config.hidden_size // 2
+    zero = torch.zeros(1)
+    corrections = Corrections(
+        layers,
+        weight=zero.expand(count, 2, config.num_kv_heads * config.head_dim, rank),
+        shared=zero.expand(1, rank, 2 * config.hidden_size),
+        update=None,
+        sketch=torch.zeros(count, 2, NUMBERS),
+    )
+    plan = pop.PrunePlan(layers, full_depth_last=96, full_depth_first=1, corrections=corrections)
+    selecting = dataclasses.replace(plan, full_depth_selected=SELECTED)
+    return {"calibrated": plan, "calibrated, with selection": selecting}
 
 
 def span(least: float, low: float, high: float, unit: str) -> str:

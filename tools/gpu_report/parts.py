@@ -26,11 +26,10 @@ from tools.bench.shapes import decode_bytes
 from tools.bench.subject import load_subject, parse_plan, random_prompt
 from tools.bench.turns import bandwidth_turn, peak_turn
 from tools.common import ROOT, progress
-from tools.gpu_report.estimates import COLD, POSITION
+from tools.gpu_report.estimates import COLD, POSITION, SELECTED
 
 PRUNED = "0.3125"  # 10 of 32 layers
 SHIPPED = "corrected:0.3125:96"  # with codes and 96 tokens at full depth, as the plans that ship
-SELECTED = 0.06  # of the tokens, in addition
 LONG = 32_000  # tokens
 KEYS = (512, 2048, 8192, 32_768)  # that one token attends to
 BREAK_EVEN = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens
