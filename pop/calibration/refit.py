@@ -11,7 +11,7 @@ rows s_t in X and r_t in Y, of N tokens, ridge regression toward no correction i
 
     min over C:   sum over t  |r_t - C s_t|^2  +  lambda N |C|^2            C = Y' X (X' X + lambda N I)^-1
 
-All layers of a group share a code of R numbers, so C is replaced by a product U V of rank R (`weight` and `shared`),
+All layers of a group share a code of R numbers, so C is replaced by a product U P of rank R (`weight` and `shared`),
 the one that changes C s least on the text. README.md in this folder derives it.
 """
 
@@ -39,7 +39,7 @@ class Solution(NamedTuple):
     """The corrections of a group of n layers, in float64."""
 
     weight: Tensor  # U [n, 2, K * E, R]
-    shared: Tensor  # V [R, 2 * D]
+    shared: Tensor  # P [R, 2 * D]
     update: Tensor | None  # A [D, R], if kept layers follow
 
 
@@ -112,7 +112,7 @@ def solve(model, sums: Sums, rank: int, ridge: float) -> Solution:
 
     Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average. So
     the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
-    V = Q' F^-1. Then V s has a mean square of about 1. C F is computed for one layer at a time, and twice, because all
+    P = Q' F^-1. Then P s has a mean square of about 1. C F is computed for one layer at a time, and twice, because all
     of it would be as large as X' Y.
     """
     for values in (sums.xx, sums.xy):

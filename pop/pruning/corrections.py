@@ -4,7 +4,7 @@ A pruned layer projects K and V from a state that its weights were not trained o
 consecutive pruned layers. Calibration (pop/calibration) measures the resulting error and fits a correction to it. With
 x_t the state of token t, normalised without a weight, and x_{-1} = 0,
 
-    z_t = V [x_t ; x_{t-1}]               a code of R numbers for each token, shared by the layers of the group
+    z_t = P [x_t ; x_{t-1}]               a code of R numbers for each token, shared by the layers of the group
     k_t, v_t  =  own projections of h_t  +  U z_t
     h_t  <-  h_t + A z_t                  after the group, if kept layers follow it
 
@@ -29,7 +29,7 @@ from pop.pruning.sketch import NUMBERS
 class GroupCorrections(NamedTuple):
     """The corrections of one group of n pruned layers."""
 
-    shared: Tensor  # V [R, 2 * D]
+    shared: Tensor  # P [R, 2 * D]
     weight: Tensor  # U [n, 2 * K * E, R]: K's rows come first, and then V's
     update: Tensor | None  # A [D, R], or None if no kept layer follows
 
@@ -73,7 +73,7 @@ class Corrections:
     Args:
         layers: The indices of the layers, in order.
         weight: U [n, 2, K * E, R], for K and for V.
-        shared: V [G, R, 2 * D].
+        shared: P [G, R, 2 * D].
         update: A [g, D, R] of the g groups that kept layers follow, which are all but possibly the last. None: g is 0.
         sketch: Of the layers that they were fitted to, [n, 2, J] float32 on the CPU (sketch.py).
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from pop.models.images import TEXT, Images
 from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan
 
-# `images` below is what images bring to a prompt (pop/models/images.py). TEXT: it has none.
+# Shapes: T tokens, of which N are the prompt's, D numbers in h, and K heads of width E for keys and values.
+# `images` below is what images bring to a prompt (pop/models/images.py). TEXT: it has none. Then `last_attended` and
+# `add_deepstack` do nothing.
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
 
@@ -135,7 +137,7 @@ def generate(module, prompt: Tensor, plan: PrunePlan, count: int, images: Images
 def code(layer, group: Group, h: Tensor) -> Tensor | None:
     """The code z [1, T, R] of each token, from which the group's layers compute their corrections. None without them.
 
-    z_t = V [x_t ; x_{t-1}]. V is the group's matrix `shared`, U that in `weight`, and A is `update`.
+    z_t = P [x_t ; x_{t-1}]. P is the group's `shared`. Below, U is in its `weight`, by layer, and A is its `update`.
 
     Args:
         layer: The group's first layer.

@@ -53,7 +53,7 @@ def norm_gain(module, index):
 
 
 def whole_projections(module, corrections):
-    """The same with corrections: the layers' own matrices, and U V."""
+    """The same with corrections: the layers' own matrices, and U P."""
     shared = torch.cat([corrections.group(range(index, index + 1)).shared[None] for index in corrections.layers])
     return own_projections(module, corrections.layers) + torch.einsum("nkir,nrd->nkid", corrections.weight, shared)
 

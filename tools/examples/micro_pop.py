@@ -1,9 +1,9 @@
 """Prefill-only pruning in one file: a toy decoder learns to copy and to count, and then skips layers in prefill.
 
-`python -m tools.examples.micro_pop` takes less than a minute on two cores. The method is the line that is marked
-"prefill-only pruning". The rest is a transformer, its training, and what shows why it works. Nothing can be left out.
+`python -m tools.examples.micro_pop` takes a minute on two cores. The line marked "prefill-only pruning" is the method.
 
-- Virtual gates score how much prefill and decode need each layer. Prefill hardly needs the deep half, and decode does.
+- A virtual gate is a factor of 1 on what a layer adds. The squared gradient of the loss by it scores how much the layer
+  is needed. In the deep half, prefill's scores are far below decode's.
 - So prefill may skip it. The last prompt token may not, because it predicts the first token of the answer. And the
   skipped layers must still give keys and values, because generated tokens attend to them.
 """
