@@ -76,7 +76,7 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, data):
     attended = 0
     again = 0  # tokens of which the engine projects K and V a second time
     selection = 0
-    if count := int(len(others) * plan.full_depth_selected):
+    if plan.layers and (count := int(len(others) * plan.full_depth_selected)):
         selected = {others[int((number + 0.5) * len(others) / count)] for number in range(count)}
         # The engine projects K and V for the selection, although the cache gets the same K, and V has no part in it.
         again += tokens + 16

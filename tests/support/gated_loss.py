@@ -1,5 +1,6 @@
 """The loss with virtual gates, by the plain pass in float64, and its slopes by finite differences."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,12 +8,19 @@ import torch
 import torch.nn.functional as F
 
 
+@contextlib.contextmanager
+def in_float64():
+    """What a model computes in float32 is in float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
 def gated_loss(module, prompt, response, gates, images):
     """The negative log-likelihood of a response. gates [2 (prefill, decode), L] scale the updates of each layer."""
     tokens = [*prompt, *response[:-1]]
     stage = (torch.arange(len(tokens)) >= len(prompt) - 1).long()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of what a model computes in float32
+    with in_float64(), pytest.MonkeyPatch.context() as patch:
         for layer, gate in zip(module.layers, gates.T, strict=True):
             scale = gate[stage][:, None]  # [T, 1]
             for name in ("attention_update", "mlp_update"):
