@@ -140,7 +140,7 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
-        kinds = "'third', 'none', a share of layers (1/3, or 1.0 for all), layers such as 10,12,19-29"
+        kinds = "'third', 'none', a share of layers (1/3, or 1.0 for all), layers such as 10,12,19-29 (9-9 for layer 9)"
         saved = "the path of a saved plan or of importance scores, the name of a plan that ships"
         raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {saved}, or a PrunePlan")
 
