@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import pop.engine as engine
-from pop.backends import accelerate, chunk_size_of, chunk_size_of_rows, stages_of
+from pop.backends import accelerate, chunk_size_of, chunk_size_of_rows, replay_of
 from pop.backends.cpu import keep_freed_memory
-from pop.backends.cpu_graph import Graph
 from pop.engine.cache import KVCache
-from pop.engine.compile import SMALLEST, Compiled
+from pop.engine.compile import SMALLEST, ReadyStages
 from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError, check_count
@@ -75,17 +74,15 @@ class Runner:
         keeps_caches = self.device.type == "cuda" and part is None
         self.caches = SpareCaches(KEPT_CACHES if keeps_caches else 0)
         accelerate(module)
-        self._eager = stages_of(module)
-        self._compiled = None
-        if compile is True or (compile == "auto" and self.num_parameters >= SMALLEST):
-            self._compiled = Compiled(
-                module,
-                self._eager,
-                replay=Graph if self.device.type == "cpu" else self._eager.replay,
-                required=compile is True,
-                progress=progress,
-                add_up=module.sum_over_processes if part else None,
-            )
+        compiles = compile is True or (compile == "auto" and self.num_parameters >= SMALLEST)
+        self._stages = ReadyStages(
+            module,
+            replay_of(module, compiles),
+            compile=compiles,
+            required=compile is True,
+            progress=progress,
+            add_up=module.sum_over_processes if part else None,
+        )
         keep_freed_memory()
 
     @property
@@ -99,7 +96,7 @@ class Runner:
     @property
     def compiled(self) -> bool:
         """Whether prefill and decode run compiled, or will try to from the first use on."""
-        return self._compiled is not None and self._compiled.works
+        return self._stages.works
 
     @functools.cached_property
     @engine_modes()
@@ -185,8 +182,7 @@ class Runner:
         """
         self._check_cache(cache, lengths)
         stages = self._stages(len(tokens), plan)
-        module = self.module if self._compiled is None else self._compiled.vision_module
-        images = self._images(module, media, tokens, lengths)
+        images = self._images(self._stages.vision_module, media, tokens, lengths)
         chunk_size = self.chunk_size
         if self.device.type == "cuda":
             chunk_size = max(chunk_size_of_rows(chunk_size, len(tokens)), self.vision.min_chunk_size)
@@ -249,18 +245,15 @@ class Runner:
 
         Call it after you change an attribute of a layer. New weights, hooks and classes are noticed without it.
         """
-        self._eager = self._eager._replace()  # another tuple, since a captured step serves only the one it was made for
-        if self._compiled is not None:
-            self._compiled.forget()
-
-    def _stages(self, rows: int, plan: PrunePlan = FULL_DEPTH, look: bool = True) -> engine.Stages:
-        """The stages for a batch of `rows`. Unless `look`, only new hooks are looked for in the module."""
-        if self._compiled is None:
-            return self._eager
-        return self._compiled.stages(rows, plan, look)
+        self._stages.forget()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_compiled": None}  # a copy runs eagerly
+        return self.__dict__ | {"_stages": None}
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy runs eagerly."""
+        self.__dict__ |= state
+        self._stages = ReadyStages(self.module, replay_of(self.module))
 
     # Checks
 

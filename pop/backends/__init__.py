@@ -8,9 +8,8 @@ import logging
 import torch
 from torch import nn
 
-from pop.backends import cpu, cuda, cuda_graph, experts, span_attention
+from pop.backends import cpu, cpu_graph, cuda, cuda_graph, experts, span_attention
 from pop.engine.cache import CHUNK_SIZE
-from pop.engine.stages import EAGER, Stages
 from pop.models.experts import Experts
 from pop.models.layers import Embedding
 from pop.models.vision import qwen3_vl, siglip
@@ -54,9 +53,11 @@ def accelerate(module: nn.Module) -> None:
             part.attention = cuda.vision_attention
 
 
-def stages_of(module: nn.Module) -> Stages:
-    """The engine's own stages. On GPUs, decode steps are captured."""
-    return EAGER._replace(replay=cuda_graph.Graph if _is_on_gpu(module) else None)
+def replay_of(module: nn.Module, is_compiled: bool = False) -> type | None:
+    """What repeats decode steps on the module's device (`Stages.replay`). On a CPU, only compiled ones are."""
+    if _is_on_gpu(module):
+        return cuda_graph.Graph
+    return cpu_graph.Graph if is_compiled else None
 
 
 def chunk_size_of(module: nn.Module) -> int:

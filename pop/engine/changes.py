@@ -50,6 +50,7 @@ class Look:
         self.entries = self._entries()
         self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, Tensor)]
         self.sizes = sizes_of(self.weights)
+        self.memory = [weight.untyped_storage() for weight in self.weights]  # which a captured step may read
         self.facts = self._facts()
         for weight in self.weights:
             weight.squeeze()  # a view checks the memory, and a product does not

@@ -49,34 +49,36 @@ PRUNED = (stages.pruned_layer, stages.corrected_layer)
 logger = logging.getLogger(__name__)
 
 
-class Compiled:
-    """The compiled stages of one model. `stages` returns them once they are warm for the call at hand.
+class ReadyStages:
+    """The stages of one model, for calls: they look for changes of the module, and are warm if they are compiled.
 
     Args:
         module: A PrunableModel.
-        stages: Those to compile, and to run if that fails.
-        replay: What the compiled stages have as `replay` (stages.py).
+        replay: What the stages have as `replay` (stages.py), unless a layer can only run as it is.
+        compile: Whether to compile them.
         required: Whether a failure raises UnsupportedError. Otherwise a warning is logged, and the model runs eagerly.
         progress: Whether to print a line before the first compilation.
         add_up: Sums a tensor over the processes that share the model, so that all of them compile or none does.
     """
 
-    def __init__(self, module, stages: Stages, *, replay=None, required: bool, progress: bool, add_up=None):
+    def __init__(self, module, replay=None, *, compile=False, required=False, progress=False, add_up=None):
         self.module = module
+        self.replay = replay
         self.required = required
         self.progress = progress
         self.add_up = add_up
         self._kinds = Kinds()
-        self._eager = stages
-        compiled = {name: _CompiledStage(getattr(stages, name), self._kinds) for name in COMPILED}
-        self._compiled: Stages | None = stages._replace(**compiled, replay=replay)  # None once compiling has failed
+        self._stages = stages.EAGER
+        self._compiled: dict[str, _CompiledStage] = {}  # empty also once compiling has failed
+        if compile:
+            self._compiled = {name: _CompiledStage(getattr(stages, name), self._kinds) for name in COMPILED}
         self._vision_block = _CompiledStage(vision_block, self._kinds)
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
 
     @property
     def works(self) -> bool:
-        return self._compiled is not None
+        return bool(self._compiled)
 
     @property
     def vision_module(self):
@@ -90,17 +92,23 @@ class Compiled:
         """Look at all layers anew before the next call, and record decode steps again."""
         with self._lock:
             self._kinds.forget()
-            if self._compiled is not None:
-                self._compiled = self._compiled._replace()  # another object, which no recorded step was made with
 
-    def stages(self, rows: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
+    def __call__(self, rows: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
         """Stages that are warm for these rows and this kind of plan. Unless `look`, only new hooks are looked for."""
         with self._lock:
-            if self.works and not self._kinds.unchanged(look):
+            if (self.works or self.replay) and not self._kinds.unchanged(look):
                 self._kinds.look((self.module, *self.module.layers, *self.module.tower))
+                self._renew()
             self._warm_up_once(rows > 1, PrunePlan.none())
             self._warm_up_once(rows > 1, plan)
-        return self._compiled or self._eager
+        return self._stages
+
+    def _renew(self) -> None:
+        """Make another object of the stages, which no recorded step was made with."""
+        decoder = (self.module, *self.module.layers)
+        has_hooks = None in map(self._kinds.get, decoder)  # which a record would leave out
+        replay = None if has_hooks else self.replay
+        self._stages = stages.EAGER._replace(**self._compiled, replay=replay)
 
     def _warm_up_once(self, several: bool, plan: PrunePlan) -> None:
         """Compile what one row or several need, unless it is there: for all plans, or what one plan adds to that."""
@@ -129,7 +137,8 @@ class Compiled:
             if self.required:
                 raise UnsupportedError(f"the model cannot be compiled here ({reason}); use compile='auto'") from error
             logger.warning("pop runs without torch.compile, which fails here: %s", reason)
-            self._compiled = None
+            self._compiled = {}
+            self._renew()
 
     def _check_compilers(self) -> None:
         """Compile a small function, and raise in all processes if one fails. In the warm-up, the others would wait."""
@@ -151,8 +160,8 @@ class Compiled:
         """
         config = self.module.config
         weight = next(self.module.parameters())
-        warming = {name: getattr(self._compiled, name).warm_up for name in COMPILED}
-        stages = self._compiled._replace(**warming)
+        warm_ups = {name: stage.warm_up for name, stage in self._compiled.items()}
+        warming = stages.EAGER._replace(**warm_ups)
         taken = {3, config.hidden_size, config.num_kv_heads, config.head_dim, config.head_dim // 2}
         rows = _unlike(taken, 2) if several else 1
         # Inductor tunes kernels for GPUs with these sizes, so they are those of a usual prompt there.
@@ -165,7 +174,7 @@ class Compiled:
         def prefill(plan: PrunePlan) -> KVCache:
             cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
             lengths = torch.full((rows,), first)
-            forward.prefill(self.module, prompt(first), cache, lengths, plan, first, stages)
+            forward.prefill(self.module, prompt(first), cache, lengths, plan, first, warming)
             return cache
 
         if plan.layers:
@@ -175,8 +184,8 @@ class Compiled:
             return
         self._run_vision_blocks()
         cache = prefill(PrunePlan(tuple(range(config.num_layers))))
-        forward.extend(self.module, prompt(second), cache, stages)
-        decode(self.module, prompt(1)[:, 0], cache, stages)
+        forward.extend(self.module, prompt(second), cache, warming)
+        decode(self.module, prompt(1)[:, 0], cache, warming)
 
     def _run_vision_blocks(self) -> None:
         """Run a layer of each kind of the vision tower, on one image and on several."""

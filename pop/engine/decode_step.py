@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
-from pop.engine.changes import Kinds
 from pop.engine.modes import engine_modes
 from pop.engine.stages import EAGER, Stages
 from pop.system.memory import to_device
@@ -43,30 +42,17 @@ class DecodeStep:
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
         self.tokens, self.positions, self.offsets = inputs.unbind()
         self.snapshot: tuple[Tensor, Tensor] | None = None  # cache.lengths and rope_offsets as of now
-        self.replay = None
-        self.kinds = Kinds()
-        if stages.replay is not None:
-            self.kinds.look((module, *module.layers))
-            self.hold_weights()
-            if None not in self.kinds.values():  # otherwise there are hooks, for example, which a graph would leave out
-                # It does not hold the step: that would be a cycle.
-                self.replay = stages.replay(module, cache.batch_size)
+        # It does not hold the step: that would be a cycle.
+        self.replay = stages.replay and stages.replay(module, cache.batch_size)
 
     def serves(self, module, cache: KVCache, stages: Stages) -> bool:
-        """Whether it was made for this module as it is now, these stages, and the tensors that the cache has now."""
+        """Whether it was made for this module, these stages, and the tensors that the cache has now.
+
+        Other stages come with each change of the module (compile.py).
+        """
         if module is not self.module or stages is not self.stages:
             return False
-        if any(mine is not keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True)):
-            return False
-        # Looking at all weights takes longer than the launch of a graph, so only the first step after a prefill does.
-        looks = self.snapshot is None
-        if looks:
-            self.hold_weights()
-        return self.kinds.unchanged(looks)
-
-    def hold_weights(self) -> None:
-        """Keep the memory of the weights until the next look, since a graph has its addresses."""
-        self.memory = [weight.untyped_storage() for look in self.kinds.looks.values() for weight in look.weights]
+        return all(mine is keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True))
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths

@@ -50,8 +50,6 @@ class SpareCaches:
         """Take back a cache that nobody uses any more, in a state that `reset` empties. The oldest ones are freed."""
         if not self.most:
             return
-        if cache.step is not None:
-            cache.step.memory.clear()  # or the memory of weights that change now would stay as long as the cache
         with self._lock:
             self._spare.insert(0, cache)
             del self._spare[self.most :]

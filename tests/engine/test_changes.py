@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 import pop
 from pop import engine
 from pop.engine.changes import Kinds
+from pop.engine.compile import ReadyStages
 from pop.engine.decode_step import DecodeStep
-from pop.engine.stages import Stages
 
 PRUNED = pop.PrunePlan((1,))
 
@@ -172,7 +172,7 @@ def shared():
     with counted_compilations() as compilations, torch._dynamo.config.patch(specialize_float=True):
         module = random_model(tiny_config(num_layers=2), seed=1)
         compiled, eager = (pop.Model(module, module.config, compile=it) for it in (True, False))
-        compiled._compiled._run = lambda *_: None
+        compiled._stages._run = lambda *_: None
         yield compiled, eager, module, compilations
 
 
@@ -275,10 +275,10 @@ class Captured:
 def test_a_captured_step_follows_a_change_and_back(name):
     module = random_model(tiny_config(num_layers=2), seed=1)
     captured, plain = new_cache(module, 1), new_cache(module, 1)
-    stages = Stages(replay=Captured)
+    ready = ReadyStages(module, Captured)
 
     def assert_same():
-        captured.restore(captured.snapshot())  # as a prefill does
+        stages = ready(1)  # as a prefill does
         for token in torch.tensor([[3], [4]]):
             found = engine.decode(module, token, captured, stages)
             torch.testing.assert_close(found, engine.decode(module, token, plain), rtol=0, atol=1e-5)
@@ -288,3 +288,19 @@ def test_a_captured_step_follows_a_change_and_back(name):
     with changed(module, name):
         assert_same()
     assert_same()
+
+
+def test_the_memory_of_weights_stays_until_the_next_look():
+    """A captured step has its addresses. A module that has moved to another device and back has other memory."""
+    module = random_model(tiny_config(num_layers=2), seed=1)
+    ready = ReadyStages(module, Captured)
+    stages = ready(1)
+    weight = module.layers[1].mlp.up_proj.weight
+    weight.data.mul_(2)  # in place
+    assert ready(1) is stages
+    address = weight.data_ptr()
+    weight.data = weight.data.clone()
+    assert ready(1, look=False) is stages  # as a decode step asks
+    held = {memory.data_ptr() for look in ready._kinds.looks.values() for memory in look.memory}
+    assert address in held
+    assert ready(1) is not stages

@@ -15,7 +15,6 @@ from support.tiny import random_model, tiny_config
 from pop import engine
 from pop.backends import accelerate
 from pop.backends.cpu_graph import Graph, _Record
-from pop.engine.spare_caches import SpareCaches
 from pop.engine.stages import Stages
 
 REPLAYED = Stages(replay=Replay)
@@ -90,32 +89,6 @@ def test_a_step_serves_one_cache_as_long_as_its_tensors_stay():
     assert cache.step is not step
     cache.keep_rows(torch.tensor([1]))
     assert cache.step is None
-
-
-def test_a_step_keeps_the_memory_of_its_weights_until_it_looks_at_them():
-    """A module that has moved to another device and back has other memory. A graph still reads the old one."""
-    module = random_model(tiny_config())
-    cache, token = new_cache(module, 1), torch.tensor([3])
-    engine.decode(module, token, cache, REPLAYED)
-    step = cache.step
-    weight = module.layers[2].mlp.up_proj.weight
-    weight.data.mul_(2)  # in place
-    engine.decode(module, token, cache, REPLAYED)
-    assert cache.step is step
-    address = weight.data_ptr()
-    weight.data = weight.data.clone()
-    engine.decode(module, token, cache, REPLAYED)
-    assert cache.step is step and address in {memory.data_ptr() for memory in step.memory}
-    cache.restore(cache.snapshot())
-    engine.decode(module, token, cache, REPLAYED)
-    assert cache.step is not step
-    caches = SpareCaches(1)
-    caches.give(cache)  # which drops the memory, and looks at the weights when it is used again
-    assert not cache.step.memory
-    cache.reset()
-    step = cache.step
-    engine.decode(module, token, cache, REPLAYED)
-    assert cache.step is step and weight.data_ptr() in {memory.data_ptr() for memory in step.memory}
 
 
 @pytest.mark.usefixtures("all_is_recorded")

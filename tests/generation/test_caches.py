@@ -15,7 +15,6 @@ import pop
 from pop import engine
 from pop.engine.cache import KVCache
 from pop.engine.spare_caches import SpareCaches, stepped
-from pop.engine.stages import Stages
 from pop.runner import KEPT_CACHES
 
 PROMPTS = [[5, 9, 20], list(range(40, 60)), [17]]
@@ -30,8 +29,7 @@ def steps(monkeypatch):
         made.append(Replay(*arguments))
         return made[-1]
 
-    stages = Stages(replay=replay)
-    monkeypatch.setattr("pop.runner.stages_of", lambda module: stages)
+    monkeypatch.setattr("pop.runner.replay_of", lambda *_: replay)
     monkeypatch.setattr("pop.runner.SpareCaches", lambda most: SpareCaches(KEPT_CACHES))
     return made
 

@@ -71,7 +71,9 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
 
 def compiled(model: pop.Model) -> torch.Tensor:
     """A step of a batch through torch.compile. A thorough run also compiles its calibrated prefill."""
-    stages = compile.Compiled(model.module, engine.EAGER, required=True, progress=False)._compiled
+    ready = compile.ReadyStages(model.module, compile=True, required=True)
+    ready._renew()
+    stages = ready._stages
     cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
     prefill_stages = stages if THOROUGH else engine.EAGER
     engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, prefill_stages)
@@ -92,7 +94,7 @@ def captures(folder: Path) -> list:
     """
     with patch.object(runner.Runner, "device", torch.device("cuda")):
         model = pop.load(folder / "llama", prune=None, parallel="auto", compile=False, device="cpu")
-    model._eager = engine.EAGER._replace(replay=cuda_graph.Graph)
+    model._stages = compile.ReadyStages(model.module, cuda_graph.Graph)
     found = []
     available = f"MemAvailable: {2 * model.new_cache(1, 256).nbytes // 1024} kB\n"
     little_memory = patch.object(memory, "open", lambda *_, **__: io.StringIO(available), create=True)
