@@ -57,7 +57,7 @@ def replay_of(module: nn.Module, is_compiled: bool = False) -> type | None:
     """What repeats decode steps on the module's device (`Stages.replay`). On a CPU, only compiled ones are."""
     if _is_on_gpu(module):
         return cuda_graph.Graph
-    return cpu_graph.Graph if is_compiled else None
+    return cpu_graph.Graph if is_compiled and cpu_graph.CAN_RECORD else None
 
 
 def chunk_size_of(module: nn.Module) -> int:

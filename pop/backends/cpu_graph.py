@@ -12,12 +12,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pop.backends import cpu
-from pop.engine.changes import storage_sizes
+from pop.engine.changes import sizes_of
 
 CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; the versions between are not tested
 KERNELS = {
@@ -49,7 +48,7 @@ class Graph:
         self.record: _Record | None = None
 
     def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if not (CAN_RECORD and self.has_run):
+        if not self.has_run:
             self.has_run = True
             return function()
         if self.record is None or not self.record.fits():
@@ -73,9 +72,7 @@ class _Record(TorchDispatchMode):
     def __init__(self, weights: list[Tensor]):
         super().__init__()
         self.weights = weights
-        self.storage_sizes = storage_sizes(weights)
-        # One call in C++ compares the dtypes, shapes and strides of all weights.
-        self.guards = TensorGuards(*weights, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self.sizes = sizes_of(weights)
         self.num_threads = torch.get_num_threads()
         self.thread = threading.get_ident()
         self.calls: list[Callable[[], object]] | None = []  # None if the function cannot be repeated
@@ -89,9 +86,7 @@ class _Record(TorchDispatchMode):
 
     def fits(self) -> bool:
         """Whether the calls may be repeated: they find the weights and the threads that they were made for."""
-        if self.num_threads != torch.get_num_threads() or not self.guards.check(*self.weights):
-            return False
-        return self.storage_sizes == storage_sizes(self.weights)
+        return self.num_threads == torch.get_num_threads() and self.sizes == sizes_of(self.weights)
 
     def run(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Run the function and record its calls. Returns copies of its results."""

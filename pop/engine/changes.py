@@ -28,16 +28,12 @@ def hooks_of(parts: Iterable[nn.Module]) -> list[dict]:
     return hooks
 
 
-def storage_sizes(weights: list[Tensor]) -> list[int]:
-    """The bytes of memory that each weight is in. Each map is a loop in C."""
-    return list(map(UntypedStorage.nbytes, map(Tensor.untyped_storage, weights)))
-
-
 def sizes_of(weights: list[Tensor]) -> list:
-    """The dtypes, shapes and strides of weights, and the bytes of memory that each is in."""
+    """The dtypes, shapes and strides of weights, and the bytes of memory that each is in. Each map is a loop in C."""
     dtypes = map(attrgetter("dtype"), weights)
     shapes = map(attrgetter("shape"), weights)
-    return [*dtypes, *shapes, *map(Tensor.stride, weights), *storage_sizes(weights)]
+    memory = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, weights))
+    return [*dtypes, *shapes, *map(Tensor.stride, weights), *memory]
 
 
 class Look:
