@@ -140,8 +140,8 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
-        kinds = "'third', 'none', a share of layers (1/3, or 1.0 for all), layers such as 10,12,19-29 (9-9 for layer 9)"
-        saved = "the path of a saved plan or of importance scores, the name of a plan that ships"
+        kinds = "'third', 'none', a share of layers (0.5, or 1.0 for all), layers such as 10,12,19-29 (9-9 for layer 9)"
+        saved = "the path of a saved plan or of importance scores, the name of a plan that ships (see `pop plans`)"
         raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {saved}, or a PrunePlan")
 
     def check(self, num_layers: int) -> PrunePlan:
@@ -181,7 +181,7 @@ class PrunePlan:
         if self.kept is None:
             return ""
         limits = "" if self.holds else ", but does not hold"
-        return f", keeps {self.kept:.0%} of the answers{limits}"
+        return f", keeps {self.kept:.0%} of pop check's answers{limits}"
 
     def speedup(self, model, prompt_tokens: int) -> float:
         """The most that a prefill of `prompt_tokens` tokens of text can gain: F(none) / F(plan), see cost.py.

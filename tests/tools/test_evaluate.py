@@ -154,6 +154,14 @@ def test_mistakes_are_found_before_the_work(words, said, run, monkeypatch, capsy
     assert calls == []
 
 
+def test_a_plan_that_prunes_no_prompt_of_some_length_is_named(tiny, capsys):
+    args = SimpleNamespace(prompt_tokens=600, lengths=[256])
+    plans = {"full": pop.PrunePlan.none(), "long": dataclasses.replace(PLAN, full_depth_below=512), "all": PLAN}
+    evaluate._note_unpruned(args, [Contender(name, tiny, plan) for name, plan in plans.items()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "long prunes no prompt of fewer than 512 tokens" in line
+
+
 def test_no_compile_reaches_the_model(run, monkeypatch):
     options = []
     load = pop.load

@@ -12,7 +12,7 @@ import pop
 from pop.calibration.questions import Question, codes, make_questions
 from pop.pruning import reference
 from tools.evaluate import baselines
-from tools.evaluate.contender import OneByOne
+from tools.evaluate.contender import Contender
 from tools.evaluate.questions import CUE, QUOTED, Writer, documents, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import (
@@ -196,10 +196,18 @@ def test_a_full_model_with_few_or_no_exact_answers_gives_no_interval_or_no_share
     assert rows["full"]["share"] == {"value": 1.0, "low": None, "high": None}
 
 
+class Reversed(Contender):
+    """It reads a prompt in its own way, of which a batch knows nothing."""
+
+    def prefill(self, tokens, cache):
+        return super().prefill(tokens[::-1], cache)
+
+
 def test_a_batch_gives_what_its_rows_give_apart(tiny, contenders):
     prompts = [np.random.default_rng(n).integers(3, 259, size=9 + 4 * n).tolist() for n in range(3)]
     answers = [[5, 6, 7], [8], [9, 10]]
-    for contender in (contenders[1], baselines.NoKV("x", tiny, contenders[1].plan)):
-        assert isinstance(contender, OneByOne) == (type(contender) is baselines.NoKV)
+    plan = contenders[1].plan
+    for contender in (contenders[1], baselines.NoKV("x", tiny, plan), Reversed("x", tiny, plan)):
+        assert contender.is_own == (contender is not contenders[1])
         for logits, *pair in zip(contender.batch_logits(prompts, answers), prompts, answers, strict=True):
             torch.testing.assert_close(logits, contender.logits(*pair), rtol=1e-4, atol=1e-4)

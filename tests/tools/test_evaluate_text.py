@@ -100,17 +100,15 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, monkeypatch):
     now, calls = [0.0], []
 
-    class Timed(Contender):
-        def prefill(self, tokens, cache):
-            self.times = getattr(self, "times", list(times[self.name]))
-            now[0] += self.times.pop(0)
-            calls.append(self.name)
-            return torch.zeros(3)
+    def prefill(self, tokens, cache):
+        now[0] += times[self.name].pop(0)
+        calls.append(self.name)
+        return torch.zeros(3)
 
     times = {"full": [100.0, 8.0, 6.0, 7.0], "pruned": [50.0, 3.0, 9.0, 3.5]}
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    timed = [Timed(contender.name, tiny, contender.plan) for contender in contenders]
-    result = measure_ttft(timed, list(range(40)), 3)
+    monkeypatch.setattr(Contender, "prefill", prefill)
+    result = measure_ttft(contenders, list(range(40)), 3)
     assert calls == ["full", "pruned"] * 4
     assert result["pruned"]["median_s"] == 3.5 and result["pruned"]["speedup"] == 2.0
     assert (result["pruned"]["fastest_s"], result["pruned"]["slowest_s"]) == (3.0, 9.0)

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_mistake_is_one_sentence(tool, words, said, folder, tiny_folder, seein
     names |= {"SHORT": "short.txt", "LONG": "long.txt", "TEXT": "text.txt", "NEW": "new"}
     names |= {"EMPTY": "empty.txt", "ONE": "one.txt", "PICTURE": "picture.png", "NAN": "nan"}
     paths = {name: str(folder / file) for name, file in names.items()} | {"CHAT": tiny_folder, "SEEING": seeing}
-    paths["BUILTIN"] = str(evaluate.BUILTIN[0])
+    paths["BUILTIN"] = str(shutil.copy(evaluate.BUILTIN[0], folder / "copy.txt"))
     words = f"{ALSO.get(tool, '')} {words}"
     for name, path in paths.items():
         words = words.replace(name, path)

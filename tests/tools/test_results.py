@@ -27,8 +27,8 @@ def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     path.write_text(json.dumps({name: value for name, value in FIGURES.items() if name not in left_out}))
     assert main([str(path)]) == 0
     lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "## run: mine, prompts of 64 tokens"
-    assert "A|B, 2 threads, torch 2.0, pop 0.1.0" in lines
+    assert lines[0] == "## run: mine in float32, prompts of 64 tokens"
+    assert "A|B, 2 threads, torch 2.0, pop 0.1.0" in lines and FIGURES["command"] in lines
     assert lines[-2:] == [f"| the full model | {full} |", f"| 3 of 6 layers: calibrated | {half} |"]
 
 

@@ -13,6 +13,7 @@ tools/evaluate/README.md defines every figure.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,7 +50,9 @@ TASKS = ("text", "retrieval", "ruler", "ttft", "generation", "human-eval")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(words)
+    args.command = shlex.join(["python", "-m", "tools.evaluate", *words])
     return exit_status("evaluate", lambda: _evaluate_and_print(args))
 
 
@@ -108,6 +111,7 @@ def run(args) -> dict:
         calibration=calibration,
         seed=args.seed,
     )
+    _note_unpruned(args, contenders)
     result = _settings(args, model, domains, contenders)
     prompts = [window[: args.prompt_tokens] for group in windows.values() for window in group]
     seeded = {"seed": args.seed, "progress": progress}
@@ -130,17 +134,18 @@ def run(args) -> dict:
 
 def _read_calibration(files: list[str], domains: dict[str, list[Path]]) -> list[str] | None:
     """The calibration texts, or None for the built-in ones. Raises InputError for a text that is also test text."""
-    tested = {path.resolve() for paths in domains.values() for path in paths}
-    fitted = {Path(path).resolve() for path in [*files, *BUILTIN]}  # a saved plan may come from the built-in texts
-    shared = fitted & tested
-    if shared:
-        raise InputError(f"{shared.pop()} is both calibration and test text; give other text to one of them")
+    fitted = {read_text([Path(path)]) for path in [*files, *BUILTIN]}  # a saved plan may come from the built-in texts
+    for path in (path for paths in domains.values() for path in paths):
+        if read_text([path]) in fitted:
+            raise InputError(f"{path.resolve()} is both calibration and test text; give other text to one of them")
     return [read_text([Path(path)]) for path in files] or None
 
 
 def _load(args) -> pop.Model:
     dtype = args.dtype and getattr(torch, args.dtype)
-    model = pop.load(args.model, device=args.device, dtype=dtype, compile=args.compile)
+    # With its progress, pop.load shows the default plan, which may be no contender.
+    shows = "default" in (args.prune or ["default"])
+    model = pop.load(args.model, device=args.device, dtype=dtype, compile=args.compile, progress=shows)
     model.need_tokenizer("evaluate")
     model.check_fits(args.prompt_tokens + args.continuation_tokens, "a window")
     if {"retrieval", "ruler"} & set(args.tasks):
@@ -170,9 +175,19 @@ def _makers(chosen: list[str], encoded: dict[str, list[int]]) -> list[Maker]:
     return makers
 
 
+def _note_unpruned(args, contenders: list[Contender]) -> None:
+    """Say which plans run some of the prompts at full depth, because these are short."""
+    shortest = min([args.prompt_tokens, *args.lengths])
+    for contender in contenders:
+        least = contender.plan.full_depth_below
+        if contender.plan.layers and shortest < least:
+            progress(f"{contender.name} prunes no prompt of fewer than {least} tokens")
+
+
 def _settings(args, model: pop.Model, domains: dict[str, list[Path]], contenders: list[Contender]) -> dict:
     """What --json states beside the figures."""
     return {
+        "command": args.command,
         "model": args.model,
         "num_layers": model.config.num_layers,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -93,9 +93,6 @@ class NoBoundary(OneByOne):
         cache.lengths += len(tokens)
         return module.head(h[0, -1])
 
-    def flops(self, num_tokens: int) -> None:
-        return None
-
 
 class NoKV(OneByOne):
     """In pruned layers, only the boundary token writes K and V. It attends to itself, decode to it and new tokens."""
@@ -144,9 +141,6 @@ class NoKV(OneByOne):
         distance = positions[..., None] - slots  # [1, T, S]
         filled = (slots >= boundary) | (slots < self.first)  # [S]
         return (distance >= 0) & (distance < (window or len(slots))) & filled
-
-    def flops(self, num_tokens: int) -> None:
-        return None
 
 
 class FirstKV(NoKV):

@@ -37,8 +37,16 @@ class Contender:
         """Append tokens [T] at full depth, as decode would. Returns the logits [T, V] of the token after each."""
         return engine.extend(self.model.module, torch.tensor([tokens], device=self.model.device), cache)[0]
 
+    @property
+    def is_own(self) -> bool:
+        """Whether a subclass reads prompts in its own way, one at a time."""
+        kind = type(self)
+        return kind.prefill is not Contender.prefill or kind.extend is not Contender.extend
+
     def flops(self, num_tokens: int) -> int | None:
         """The FLOPs of a prefill, counted from shapes. None if pop/pruning/cost.py cannot count them."""
+        if self.is_own:
+            return None
         return prefill_flops(self.model.config, num_tokens, self.plan)
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> pop.KVCache:
@@ -57,7 +65,9 @@ class Contender:
         return finite(logits)
 
     def batch_logits(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
-        """`logits` of several prompts and their continuations, as one batch."""
+        """`logits` of several prompts and their continuations, as one batch where that is possible."""
+        if self.is_own:
+            return [self.logits(*pair) for pair in zip(prompts, continuations, strict=True)]
         lengths = [len(prompt) for prompt in prompts]
         longest = max(len(tokens) for tokens in continuations)
         cache = self.new_cache(len(prompts), max(lengths) + longest - 1)
@@ -96,9 +106,6 @@ class OneByOne(Contender):
         model.check_fits(max_seq_len, "a row of the cache")
         options = {"dtype": model.dtype, "device": model.device, "chunk_size": max_seq_len}
         return pop.KVCache(model.module.config, batch_size, max_seq_len, **options)
-
-    def batch_logits(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
-        return [self.logits(*pair) for pair in zip(prompts, continuations, strict=True)]
 
 
 def _padded(rows: list[list[int]]) -> list[list[int]]:

@@ -52,9 +52,6 @@ class FromEmbedding(OneByOne):
         cache.lengths += len(tokens) - 1
         return self.extend(tokens[-1:], cache)[0]  # the boundary token
 
-    def flops(self, num_tokens: int) -> None:
-        return None
-
 
 def constant_kv(model: pop.Model, fraction: float, windows: list[torch.Tensor]) -> Contender:
     """POP on the deepest layers with constant K and V."""

@@ -119,4 +119,6 @@ def _baseline_contender(model: pop.Model, baseline: str, fraction: float, calibr
     most = {"most": sys.maxsize} if name in FITTED else {}
     windows = calibration_windows(model, calibration or builtin_texts(), **most)
     contender = BASELINES[name](model, share, windows)
-    return dataclasses.replace(contender, name=f"{name} {share:g}", method=f"{TITLES[name]}, {100 * share:.0f} %")
+    return dataclasses.replace(
+        contender, name=f"{name} {share:g}", method=f"{TITLES.get(name, name)}, {100 * share:.0f} %"
+    )

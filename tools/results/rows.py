@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def section(path: str) -> str:
-    """A file's figures as a section of README.md, which lacks its command. Raises InputError for other files."""
+    """A file's figures as a section of README.md. Raises InputError for other files."""
     result = read_json(path, InputError)
     try:
         return _section(Path(path).stem, result)
@@ -41,12 +41,12 @@ def section(path: str) -> str:
 def _section(title: str, result: dict) -> str:
     computer = result["machine"]
     lines = [
-        f"## {title}: {result['model']}, prompts of {result['tokens']['prompt']:,} tokens",
+        f"## {title}: {result['model']} in {result['dtype']}, prompts of {result['tokens']['prompt']:,} tokens",
         "",
         f"{computer['device']}, {computer['threads']} threads, torch {computer['torch']}, pop {result['version']}",
         "",
         "```bash",
-        "COMMAND",
+        result["command"],
         "```",
         "",
         _row(COLUMNS),
@@ -58,13 +58,12 @@ def _section(title: str, result: dict) -> str:
 
 def _cells(result: dict, name: str) -> list[str]:
     """The cells of COLUMNS for one contender. A figure that was not measured is an empty cell."""
-    cells = [_plan(result, name)]
-    cells += _text_cells(result, name)
+    cells = _text_cells(result, name)
     cells += _retrieval_cells(result, name)
     for figure in ("speedup", "limit"):
         value = result["ttft"][name][figure] if "ttft" in result else None
         cells.append("" if value is None else f"{value:.2f}x")
-    return [cell.replace("%", " %") for cell in cells]
+    return [_plan(result, name), *(cell.replace("%", " %") for cell in cells)]
 
 
 def _plan(result: dict, name: str) -> str:
