@@ -86,7 +86,7 @@ def prefill(lengths, model):
 
 EMPTY = ([], [[]], [[1], []], torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64))
 NO_IDS = ([1.5], [True], [[1, 2], ["a"]])
-NO_PROMPTS = ((5, "int"), (torch.tensor(5), "int"), ({"a": 1}, "dict"), (None, "NoneType"))
+NO_PROMPTS = ((5, "int"), (torch.tensor(5), "int"), ({"a": 1}, "dict"), (None, "NoneType"), ([{"a": 1}], "model.chat"))
 WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
 
 

@@ -229,7 +229,7 @@ def as_prompts(prompt, what: str = "prompt") -> tuple[list, bool]:
     """The prompts that a caller has given, and whether it was a list of prompts rather than one. `what` names them."""
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(prompt, Sequence):
-        raise InputError(f"the {what} is {prompt!r:.80}; give text, token ids, or a list of either")
+        raise InputError(f"the {what} has the type {type(prompt).__name__}; give text, token ids, or a list of either")
     if prompt and isinstance(prompt[0], dict):
         raise InputError(f"the {what} is a list of messages; model.chat and model.start_chat take these")
     if isinstance(prompt, str) or not prompt:

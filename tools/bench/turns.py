@@ -63,8 +63,9 @@ def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     """Seconds from prepared images to the features that the language model receives."""
     tokens = torch.tensor([prompt], device=model.device)
     lengths = torch.tensor([len(prompt)])
-    module = model.module if model._compiled is None else model._compiled.vision_module
-    call = partial(model._images, module, model.vision.prepare_batch([images], None, 1), tokens, lengths)
+    call = partial(
+        model._images, model._stages.vision_module, model.vision.prepare_batch([images], None, 1), tokens, lengths
+    )
     return lambda: {"tower_s": seconds(call, model.device)}
 
 
