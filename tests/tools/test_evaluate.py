@@ -109,6 +109,11 @@ def test_one_run_prints_the_report_of_the_figures_in_json(run, tiny_folder, text
     rows = ["full", "0.6", *(f"{name} 0.25" for name in selection.BASELINES)]
     for part in (pooled["rows"], result["retrieval"]["rows"], result["ttft"], result["generation"]):
         assert list(part) == rows  # with retrieval, since text does not stand alone
+    row = pooled["rows"]["0.6"]
+    assert len(row["by_window"]["kl"]) == 6 and sum(row["by_window"]["kl"]) / 6 == pytest.approx(row["kl"]["value"])
+    row = result["retrieval"]["rows"]["0.6"]
+    log_probs = row["by_question"]["log_prob"]
+    assert sum(log_probs) / len(log_probs) == pytest.approx(row["log_prob"])
 
 
 def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder, text_file):

@@ -39,7 +39,9 @@ def test_text_figures_equal_a_naive_computation(tiny, contenders):
         assert (result[name]["windows"], result[name]["continuation_tokens"]) == (len(windows), len(targets))
         figures = result[name]["rows"]
         assert [figures[row]["perplexity"] for row in ("full", "pruned")] == pytest.approx(perplexities, rel=1e-3)
-        row = {key: figure["value"] for key, figure in figures["pruned"].items() if key != "perplexity"}
+        others = ("perplexity", "by_window")
+        row = {key: figure["value"] for key, figure in figures["pruned"].items() if key not in others}
+        assert np.mean(figures["pruned"]["by_window"]["kl"]) == pytest.approx(row["kl"])
         assert row["perplexity_change"] == pytest.approx(perplexities[1] / perplexities[0] - 1, abs=1e-3)
         assert row["kl"] == pytest.approx(kl.mean(), rel=1e-3)
         assert row["kl_first"] == pytest.approx(kl[::12].mean(), rel=1e-3)

@@ -95,7 +95,7 @@ def evaluate_text(
     Returns:
         {domain: {"windows", "continuation_tokens", "rows": {contender: figures}}}. With several domains, "all" pools
         their windows. The figures are perplexity, and perplexity_change, kl, kl_first, same and same_first, each as
-        {"value", "low", "high"}. low and high are None for fewer than five windows.
+        {"value", "low", "high"}. low and high are None for fewer than five windows. by_window has lists of MEASURES.
     """
     records = {name: [] for name in domains}
     step = Countdown("text, window", sum(map(len, domains.values())), progress)
@@ -120,7 +120,10 @@ def evaluate_text(
             "windows": len(values),
             "continuation_tokens": len(values) * max(lengths),
             "rows": {
-                contender.name: _summary(values[:, index], values[:, 0], samples, seed)
+                contender.name: {
+                    **_summary(values[:, index], values[:, 0], samples, seed),
+                    "by_window": dict(zip(MEASURES, values[:, index].T.tolist(), strict=True)),
+                }
                 for index, contender in enumerate(contenders)
             },
         }
