@@ -63,9 +63,8 @@ def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     """Seconds from prepared images to the features that the language model receives."""
     tokens = torch.tensor([prompt], device=model.device)
     lengths = torch.tensor([len(prompt)])
-    call = partial(
-        model._images, model._stages.vision_module, model.vision.prepare_batch([images], None, 1), tokens, lengths
-    )
+    media = model.vision.prepare_batch([images], None, 1)
+    call = partial(model._images, model._stages.vision_module, media, tokens, lengths)
     return lambda: {"tower_s": seconds(call, model.device)}
 
 

@@ -144,7 +144,7 @@ class NoKV(OneByOne):
 
 
 class FirstKV(NoKV):
-    """As NoKV, but the first token also runs at full depth, and is attended."""
+    """As NoKV, but the first token also runs at full depth, and is attended to."""
 
     first = 1
 

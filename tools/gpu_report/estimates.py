@@ -27,7 +27,7 @@ SELECTED = 0.06  # of the tokens of a calibrated plan, beside its last ones
 COLD = (611, 1203, 2222, 5003)  # prompt lengths that no other part uses
 
 # Speedups of 10 of 32 pruned layers. The limits are those of tools/bench/roofline.py at these rates.
-SPEEDUPS = {512: "at most 1.16", 2048: "1.33 to 1.35", 8192: "1.39 to 1.41", 32_000: "1.41 to 1.43"}
+SPEEDUPS = {512: "at most 1.15", 2048: "1.33 to 1.35", 8192: "1.39 to 1.41", 32_000: "1.41 to 1.43"}
 
 # What the code is to reach, by the name of a figure. Prefills are the whole model's, and vLLM's are on the same card.
 TARGETS = {
