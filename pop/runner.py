@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import pop.engine as engine
-from pop.backends import accelerate, chunk_size_of, chunk_size_of_rows, replay_of
+from pop.backends import accelerate, chunk_size_of, chunk_size_of_rows, replay_of, replayed_tokens_of
 from pop.backends.cpu import keep_freed_memory
 from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, ReadyStages
@@ -78,6 +78,7 @@ class Runner:
         self._stages = ReadyStages(
             module,
             replay_of(module, compiles),
+            replayed_tokens_of(module),
             compile=compiles,
             required=compile is True,
             progress=progress,

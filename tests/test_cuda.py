@@ -182,6 +182,37 @@ def test_replayed_steps_are_the_references(family, dtype, device):
             assert_equal(after[2 - row], logits[-1], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_replayed_prompts_are_the_references(family, plan, dtype, device):
+    """Prompts of several lengths, of which a GPU captures two sizes, and a step after each.
+
+    On the CPU, a stand-in for a CUDA graph overwrites its outputs. All logits are compared in the end.
+    """
+    model, naive = make(family, dtype, device)
+    model.chunk_size = 64
+    model._stages.replayed_tokens = 100
+    model._stages.replay = Graph if device.type == "cuda" else Replay
+    model._stages.forget()
+    cache = model.new_cache(2, 48)
+    plan = plan_of(model, plan)
+    found = []
+    for number in range(20):
+        prompts = random_tokens(2, 21 + number % 3).roll(number, 1)  # 21 and 22 tokens run as 22, and 23 as 24
+        cache.reset()
+        prefilled = model.prefill(prompts, cache, lengths=[prompts.shape[1], 7], plan=plan)
+        found.append((prompts, prefilled, model.decode([5, 6], cache)))
+    kept = cache.passes.kept
+    assert len(kept) == 2
+    if device.type == "cuda":
+        assert all(replay.graph is not None for _, replay in kept.values())
+    for prompts, prefilled, decoded in found[::3] + found[-2:]:
+        for row, (n, token) in enumerate(((prompts.shape[1], 5), (7, 6))):
+            logits, _ = turns_by_reference(naive, plan, [(prompts[row, :n], torch.tensor([token]))])
+            assert_equal(torch.stack((prefilled[row], decoded[row])), logits[-2:], dtype)
+
+
 # Images
 
 
@@ -371,7 +402,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was():
     number = torch.ones((), device="cuda")
     stream = torch.cuda.current_stream()
     for _ in range(2):
-        graph = Graph(model.module, 1)
+        graph = Graph(model.module, "a sum")
         found = [int(graph(lambda: (number + float(number),))[0]) for _ in range(12)]  # float() waits for the device
         assert graph.graph is None
         assert torch.cuda.current_stream() == stream

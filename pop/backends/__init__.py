@@ -13,9 +13,12 @@ from pop.engine.cache import CHUNK_SIZE
 from pop.models.experts import Experts
 from pop.models.layers import Embedding
 from pop.models.vision import qwen3_vl, siglip
+from pop.pruning.cost import layer_weights
 
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
 CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
+# Multiply-adds that a multiprocessor of an H100 does in about 0.65 ms, while the host launches the kernels of a layer.
+WHILE_LAUNCHING = 1_500_000_000
 LEAST_CHUNK_SIZE = 256  # tokens of each row in a batch on a GPU
 # Tokens of a batch that run at once on a GPU. Compiled code would compile again, with 64-bit indices, from 2^31 numbers
 # on. So MLPs may be 65,535 numbers wide.
@@ -54,10 +57,22 @@ def accelerate(module: nn.Module) -> None:
 
 
 def replay_of(module: nn.Module, is_compiled: bool = False) -> type | None:
-    """What repeats decode steps on the module's device (`Stages.replay`). On a CPU, only compiled ones are."""
+    """What repeats work on the module's device (`Stages.replay`). On a CPU, only compiled decode steps are repeated."""
     if _is_on_gpu(module):
         return cuda_graph.Graph
     return cpu_graph.Graph if is_compiled and cpu_graph.CAN_RECORD else None
+
+
+def replayed_tokens_of(module: nn.Module) -> int:
+    """How many tokens may be in a prefill that is repeated on a GPU (`Stages.replayed_tokens`).
+
+    With so many or fewer, the GPU waits for the host to launch kernels. With more, a graph would save no time, and the
+    padding in it would cost some.
+    """
+    if not _is_on_gpu(module):
+        return 0
+    device = torch.cuda.get_device_properties(next(module.parameters()).device)
+    return WHILE_LAUNCHING * device.multi_processor_count // layer_weights(module.config)
 
 
 def chunk_size_of(module: nn.Module) -> int:

@@ -42,7 +42,7 @@ class Graph:
     its results are compared with those of its record. If they differ, it is not repeated.
     """
 
-    def __init__(self, module: torch.nn.Module, batch_size: int):
+    def __init__(self, module: torch.nn.Module, *_):
         self.weights = list(module.parameters())
         self.has_run = False
         self.record: _Record | None = None

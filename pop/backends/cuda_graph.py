@@ -1,5 +1,7 @@
 """CUDA graphs: a function on fixed memory is captured once, and then replayed with one launch."""
 
+from __future__ import annotations
+
 import functools
 import logging
 import threading
@@ -14,8 +16,8 @@ CAPTURE_AT = 8  # calls; capturing takes as long as a few calls, so a short answ
 logger = logging.getLogger(__name__)
 _capturing = threading.Lock()  # a capture begins with torch.cuda.synchronize, which CUDA refuses during another one
 _stream = functools.cache(torch.cuda.Stream)  # one for a device: cuBLAS keeps 32 MiB for each stream that it has used
-# The batch sizes for which a module's step could not be captured. Each attempt leaves 40 MB behind, so there is one.
-_refused: WeakKeyDictionary[torch.nn.Module, set[int]] = WeakKeyDictionary()
+# What could not be captured of a module. Each attempt leaves 40 MB behind, so there is one.
+_refused: WeakKeyDictionary[torch.nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class Graph:
@@ -26,20 +28,26 @@ class Graph:
 
     NCCL demands that all processes of a module capture a sum over them, or none. So they call alike, and the graph is
     dropped in all of them if one of them cannot capture it.
+
+    Args:
+        module: What the function runs.
+        what: The kind of function, in words. If one function of a kind cannot be captured, none is tried again.
+        other: The graph of another function, which never runs at the same time. Both use the same memory.
     """
 
-    def __init__(self, module: torch.nn.Module, batch_size: int):
+    def __init__(self, module: torch.nn.Module, what: str, other: Graph | None = None):
         self.device = next(module.parameters()).device
         self.sum_over_processes = module.sum_over_processes
         self.refused = _refused.setdefault(module, set())
-        self.batch_size = batch_size
+        self.what = what
+        self.pool = other.pool if other else torch.cuda.graph_pool_handle()
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: tuple[Tensor, ...] = ()  # which each replay overwrites
 
     def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         self.calls += 1
-        if self.calls < CAPTURE_AT or self.batch_size in self.refused:
+        if self.calls < CAPTURE_AT or self.what in self.refused:
             return function()
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
@@ -63,15 +71,16 @@ class Graph:
             try:
                 # A capture that fails leaves its stream as the current one, so `current` surrounds it.
                 # "thread_local": NCCL's watchdog thread queries events meanwhile.
-                capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+                capture = torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local")
                 with torch.cuda.stream(current), capture:
                     self.outputs = function()  # is recorded and does not run
                 self.graph = graph
             except Exception as error:
-                logger.warning("decode runs without a CUDA graph: %s", str(error.__context__ or error).split("\n")[0])
+                reason = str(error.__context__ or error).split("\n")[0]
+                logger.warning("%s runs without a CUDA graph: %s", self.what, reason)
             failed = torch.tensor([self.graph is None], dtype=torch.int64, device=self.device)
             failures = int(self.sum_over_processes(failed))
             if failures:
-                self.refused.add(self.batch_size)
+                self.refused.add(self.what)
                 self.graph = None
         return results

@@ -28,7 +28,7 @@ class KVCache:
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
-    step: The decode step that was captured for this cache's tensors, if any.
+    step, passes: The decode step and the passes that are replayed on this cache's tensors, if any.
     intact: False while a prefill of several chunks may overwrite slots of a ring, and after one that has failed.
 
     Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
@@ -62,6 +62,7 @@ class KVCache:
         self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
         self.intact = True
         self.step = None  # see decode_step.py
+        self.passes = None  # see layer_pass.py
 
         slots = [self.slots(window) for window in config.windows]
         try:
@@ -170,9 +171,10 @@ class KVCache:
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)  # laid out as before
         self.move_to((self.lengths[rows], self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
         self.step = None
+        self.passes = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"step": None}  # a copy has other tensors
+        return self.__dict__ | {"step": None, "passes": None}  # a copy has other tensors
 
     def slots(self, window: int | None) -> int:
         """S of a layer with this window."""

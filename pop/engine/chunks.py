@@ -20,7 +20,7 @@ from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band
 from pop.engine.cache import KVCache
 from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
-from pop.system.memory import to_device
+from pop.system.memory import stepped, to_device
 
 ALL_KEYS = Band(0, UNBOUNDED, UNBOUNDED, is_exact=False)  # of tokens that are not consecutive
 Bounds = tuple[Tensor, Tensor]  # where a chunk begins and ends in each row's prompt, [B] each
@@ -33,6 +33,9 @@ class Prompts(NamedTuple):
     lengths: Tensor  # [B]
     images: Images  # what images bring to these prompts
     full_depth: Tensor  # [B, T] bool: which tokens run at full depth by their position. True for padding.
+    # Whether sizes go up in steps, with padding, so that prompts of all lengths have few sizes. Only for text in an
+    # empty cache.
+    has_steps: bool = False
 
 
 class Selection(NamedTuple):
@@ -63,12 +66,17 @@ class Chunk(NamedTuple):
     target: Tensor  # [B, C], where results go in the prompts' columns [B, T + 1]; padding goes to column T
     last: Tensor  # [B], the column of each row's last token
     has_tokens: Tensor  # [B], false for a row that ended in an earlier chunk
+    has_steps: bool  # as in Prompts
 
     @classmethod
     def of(cls, module, cache: KVCache, prompts: Prompts, bounds: Bounds) -> Chunk:
         """The part of prompts between `bounds`, to be appended to the cache. All padding where begin equals end."""
         begin, end = (edge[:, None] for edge in bounds)  # [B, 1] each
-        index = begin + torch.arange(int((end - begin).max()))  # [B, C]
+        C = int((end - begin).max())
+        has_steps = prompts.has_steps and not begin.any()
+        if has_steps:
+            C = min(stepped(C), cache.chunk_size, cache.max_seq_len)
+        index = begin + torch.arange(C)  # [B, C]
         tokens = _tokens(cache, prompts, index, index < end)
         last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
         target = index.where(tokens.valid, prompts.full_depth.shape[1])
@@ -83,6 +91,7 @@ class Chunk(NamedTuple):
             target=target,
             last=last,
             has_tokens=has_tokens,
+            has_steps=has_steps,
         )
 
     def latest(self, h: Tensor) -> Tensor:
@@ -117,17 +126,20 @@ class FullDepth(NamedTuple):
         if (counts == sizes).all():
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
+        C = tokens.valid.shape[1]
+        if chunk.has_steps:
+            W = min(stepped(W), C)
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]
         if W == 0:
             return cls(plan, {}, valid, valid, last_is_full)  # [B, 0], so there are no columns either
 
         windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans
         ends = cache.lengths + chunk.bounds[1]
-        held = [_held_by_slot(ends, cache.slots(window)).to(torch.int32) for window in windows]
+        held = [_held_by_slot(ends, C, cache.slots(window)).to(torch.int32) for window in windows]
         is_full, valid, last_is_full, *held = to_device([is_full, valid, last_is_full, *held], cache.device)
         held = dict(zip(windows, held, strict=True))
         if selection is not None:
-            is_full = is_full | selection.tokens
+            is_full[:, : selection.tokens.shape[1]] |= selection.tokens  # the columns after these are padding
         columns = is_full.to(torch.uint8).argsort(dim=1, stable=True)[:, -W:]
         batch_rows = torch.arange(len(columns), device=cache.device)[:, None]
         attention = {}
@@ -195,7 +207,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         look_ahead = int((tokens.last_attended - tokens.positions).max())
         is_exact = False
     if window is None:
-        held = _held_by_slot(ends, ring)
+        held = _held_by_slot(ends, C, ring)
     else:  # the ring is not in the order of positions, which a band needs
         own_key = min(own_key, before)
         held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
@@ -204,10 +216,13 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
     return tables | {"held": held.to(torch.int32), "band": torch.tensor(band)}
 
 
-def _held_by_slot(ends: Tensor, ring: int) -> Tensor:
-    """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none."""
+def _held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
+    """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none.
+
+    There are as many slots as columns, at least, if the ring has them.
+    """
     latest = ends[:, None] - 1
-    slot = torch.arange(min(int(ends.max()), ring))
+    slot = torch.arange(min(max(int(ends.max()), columns), ring))
     return latest - (latest - slot) % ring
 
 

@@ -54,16 +54,27 @@ class ReadyStages:
 
     Args:
         module: A PrunableModel.
-        replay: What the stages have as `replay` (stages.py), unless a layer can only run as it is.
+        replay, replayed_tokens: What the stages have (stages.py), unless a layer can only run as it is.
         compile: Whether to compile them.
         required: Whether a failure raises UnsupportedError. Otherwise a warning is logged, and the model runs eagerly.
         progress: Whether to print a line before the first compilation.
         add_up: Sums a tensor over the processes that share the model, so that all of them compile or none does.
     """
 
-    def __init__(self, module, replay=None, *, compile=False, required=False, progress=False, add_up=None):
+    def __init__(
+        self,
+        module,
+        replay=None,
+        replayed_tokens: int = 0,
+        *,
+        compile: bool = False,
+        required: bool = False,
+        progress: bool = False,
+        add_up=None,
+    ):
         self.module = module
         self.replay = replay
+        self.replayed_tokens = replayed_tokens
         self.required = required
         self.progress = progress
         self.add_up = add_up
@@ -107,8 +118,9 @@ class ReadyStages:
         """Make another object of the stages, which no recorded step was made with."""
         decoder = (self.module, *self.module.layers)
         has_hooks = None in map(self._kinds.get, decoder)  # which a record would leave out
-        replay = None if has_hooks else self.replay
-        self._stages = stages.EAGER._replace(**self._compiled, replay=replay)
+        self._stages = stages.EAGER._replace(**self._compiled)
+        if not has_hooks:
+            self._stages = self._stages._replace(replay=self.replay, replayed_tokens=self.replayed_tokens)
 
     def _warm_up_once(self, several: bool, plan: PrunePlan) -> None:
         """Compile what one row or several need, unless it is there: for all plans, or what one plan adds to that."""

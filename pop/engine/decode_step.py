@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
+from pop.engine.layer_pass import LayerPass
 from pop.engine.modes import engine_modes
 from pop.engine.stages import EAGER, Stages
 from pop.system.memory import to_device
@@ -24,7 +25,7 @@ def decode(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
     """
     if stages.replay is None:
         return DecodeStep(module, cache, stages)(tokens, cache)
-    if cache.step is None or not cache.step.serves(module, cache, stages):
+    if cache.step is None or not cache.step.layers.serves(module, cache, stages):
         cache.step = DecodeStep(module, cache, stages)
     return cache.step(tokens, cache)
 
@@ -35,24 +36,14 @@ class DecodeStep:
     def __init__(self, module, cache: KVCache, stages: Stages):
         self.module = module
         self.stages = stages
-        # The tensors and not the cache, which holds the step: a cycle would delay freeing them.
-        self.layers = list(zip(cache.keys, cache.values, strict=True))
+        self.layers = LayerPass(module, cache, stages)
         self.max_seq_len = cache.max_seq_len
         self.rings = {window: cache.slots(window) for window in module.config.windows}
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
         self.tokens, self.positions, self.offsets = inputs.unbind()
         self.snapshot: tuple[Tensor, Tensor] | None = None  # cache.lengths and rope_offsets as of now
         # It does not hold the step: that would be a cycle.
-        self.replay = stages.replay and stages.replay(module, cache.batch_size)
-
-    def serves(self, module, cache: KVCache, stages: Stages) -> bool:
-        """Whether it was made for this module, these stages, and the tensors that the cache has now.
-
-        Other stages come with each change of the module (compile.py).
-        """
-        if module is not self.module or stages is not self.stages:
-            return False
-        return all(mine is keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True))
+        self.replay = stages.replay and stages.replay(module, f"decode of {cache.batch_size} rows")
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths
@@ -74,9 +65,9 @@ class DecodeStep:
         metadata = self._attention()
         h = module.embed(self.tokens[:, None])  # [B, 1, D]
         hidden = []
-        for layer, (keys, values) in zip(module.layers, self.layers, strict=True):
+        for index in range(len(module.layers)):
             hidden.append(h[:, 0])
-            h = self.stages.full_layer(layer, h, keys, values, metadata[layer.window])
+            h = self.layers.run_layer(index, h, metadata)
         logits = self.stages.head(module, h)[:, 0]
         self.positions.add_(1)
         return logits, torch.stack(hidden)

@@ -1,18 +1,9 @@
 """Pruned prefill, and several tokens at full depth, on a static KV cache.
 
-    h, all prompt tokens     ──layer 0──layer 1── ... ──┬── K, V only of every pruned layer ──► cache
-                                                        │
-    full-depth tokens f                                 └──layer l──layer l+1── ... ──► logits
-
-Read literally, the method runs the prompt without the pruned layers, and then the boundary token as a decode step that
-reads all weights again. Here both happen in one pass (the "fused boundary"). At a group of pruned layers, all tokens
-write their K and V, computed from the h that enters the group. Then only the full-depth tokens f go through the group's
-layers. They overwrite their K and V, and attend to the cache. After the group, a calibrated plan may update the h of
-the other tokens for the kept layers that follow.
-
-A call takes Prompts, which it cuts into Chunks. FullDepth says which tokens of a chunk run every layer, and Selection
-which tokens the plan has added to them. These four records are in chunks.py. decode_step.py has the third part of the
-method: a decode step runs every layer for one token of each row.
+A call takes Prompts, cuts them into Chunks, and runs one chunk after the other through the layers (layer_pass.py).
+FullDepth says which tokens of a chunk run every layer, and Selection which tokens the plan has added to them. These
+four records are in chunks.py. decode_step.py has the third part of the method: a decode step runs every layer for one
+token of each row.
 
 The only state is the cache. It counts new tokens only once their logits exist. `pop.Model` checks the arguments. Shape
 letters: pop/models/layers.py.
@@ -23,14 +14,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
+from pop.engine.layer_pass import LayerPass, ReplayedPasses
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, Images
-from pop.pruning.plan import Group, PrunePlan
+from pop.pruning.plan import PrunePlan
 
 
 @engine_modes()
@@ -52,7 +43,9 @@ def prefill(
         boundary: False if more of the same prompts follows in a later call. The logits are then meaningless, and the
             plan selects no tokens.
     """
-    prompts = Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, boundary))
+    full_depth = full_depth_tokens(cache, lengths, plan, boundary)
+    has_steps = images is TEXT and not cache.lengths.any() and full_depth.numel() <= stages.replayed_tokens
+    prompts = Prompts(tokens, lengths, images, full_depth, has_steps)
     call = Call(module, cache, plan, stages)
     last = None  # [B, D], each row's h after the last layer, at its last token so far
     # A prompt that goes on selects nothing: its last token, which decides, comes later.
@@ -89,6 +82,7 @@ class Call:
         self.plan = plan
         self.stages = stages
         self.hidden = cache.previous_hidden
+        self.passes = LayerPass(module, cache, stages)
 
     def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
@@ -119,7 +113,9 @@ class Call:
             return
         for chunk in chunks:
             full = FullDepth.of(cache, chunk, prompts, self.plan)
-            yield chunk, self.run(chunk, full, self.embed(chunk), range(len(self.module.layers)))
+            layers = range(len(self.module.layers))
+            h, self.hidden = self.passes_of(chunk).run(layers, chunk, full, self.embed(chunk), self.hidden)
+            yield chunk, h
 
     def run_to_selecting_layer(self, prompts: Prompts, chunks: list[Chunk]) -> Tensor:
         """The first phase of a plan that selects: h [B, T + 1, D] of all tokens, enters the selecting layer."""
@@ -131,7 +127,9 @@ class Call:
         entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, plan)
-            entering[batch_rows, chunk.target] = self.run(chunk, full, self.embed(chunk), range(first))
+            passes = self.passes_of(chunk)
+            h, self.hidden = passes.run(range(first), chunk, full, self.embed(chunk), self.hidden)
+            entering[batch_rows, chunk.target] = h
         return entering
 
     def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:
@@ -156,74 +154,19 @@ class Call:
         layers = range(self.plan.selects_at, len(self.module.layers))
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
-            yield chunk, self.run(chunk, full, entering[batch_rows, chunk.target], layers)
+            h = entering[batch_rows, chunk.target]
+            h, self.hidden = self.passes_of(chunk).run(layers, chunk, full, h, self.hidden)
+            yield chunk, h
 
     def embed(self, chunk: Chunk) -> Tensor:
         """h [B, C, D] that enters the first layer."""
         return chunk.images.place(self.module.embed(chunk.ids))
 
-    def run(self, chunk: Chunk, full: FullDepth, h: Tensor, layers: range) -> Tensor:
-        """Run a chunk through some layers: h [B, C, D] -> [B, C, D].
-
-        `layers` holds pruned groups as a whole, because it is cut only at the selecting layer, which is a kept one.
-        """
-        hidden = list(self.hidden)  # of this chunk. Until the end, self.hidden is that of the token before the chunk.
-        for group in full.plan.groups(len(self.module.layers), self.module.deepstack_layers):
-            inside = [index for index in group.layers if index in layers]
-            if not inside:
-                continue
-            if group.is_pruned:
-                h = self.run_pruned(chunk, full, h, group, hidden)
-            else:
-                for index in inside:  # in this frame: another one would keep the first h in memory
-                    hidden[index] = chunk.latest(h)
-                    h = self.run_layer(index, h, chunk.attention)
-            h = chunk.images.add_deepstack(h, inside[-1])
-        self.hidden = torch.stack(hidden).where(chunk.has_tokens[:, None], self.hidden)
-        return h
-
-    def run_layer(self, index: int, h: Tensor, attention: dict[int | None, AttentionMetadata]) -> Tensor:
-        """One layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V go to the cache."""
-        layer = self.module.layers[index]
-        return self.stages.full_layer(layer, h, *self.cache.layer(index), attention[layer.window])
-
-    def run_pruned(self, chunk: Chunk, full: FullDepth, h: Tensor, group: Group, hidden: list[Tensor]) -> Tensor:
-        """All tokens write K and V of a group, and the full-depth tokens run its layers: h [B, C, D] -> [B, C, D].
-
-        Each row's latest state, as it enters a layer, goes into `hidden`.
-        """
-        passed = self.write_keys_values(chunk, h, group)
-        latest = chunk.latest(h)
-        if full.columns.shape[1] == 0:
-            for index in group.layers:
-                hidden[index] = latest
-            return passed
-        columns = full.columns[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
-        f = h.gather(1, columns)
-        for index in group.layers:
-            hidden[index] = f[:, -1].where(full.last_is_full, latest)
-            f = self.run_layer(index, f, full.attention)
-        # Batch rows differ in how many full-depth tokens they have. The columns of padding keep their pruned h.
-        f = f.where(full.valid[..., None], passed.gather(1, columns))
-        return passed.scatter(1, columns, f)
-
-    def write_keys_values(self, chunk: Chunk, h: Tensor, group: Group) -> Tensor:
-        """Write K and V of pruned layers, all from the h [B, C, D] that enters. Returns the h that leaves the group."""
-        corrections = group.corrections
-        z = None
-        passed = h
-        if corrections is not None:
-            first = group.layers[0]
-            # self.hidden is that of the token before the chunk.
-            layer = self.module.layers[first]
-            z = self.stages.code(layer, h, self.hidden[first], corrections.shared)  # [B, C, R]
-            passed = corrections.updated(h, z, layer.multiply)
-        for number, index in enumerate(group.layers):
-            layer = self.module.layers[index]
-            rope, slots, *_ = chunk.attention[layer.window]
-            keys, values = self.cache.layer(index)
-            if z is None:
-                self.stages.pruned_layer(layer, h, rope, slots, keys, values)
-            else:
-                self.stages.corrected_layer(layer, h, z, corrections.weight[number], rope, slots, keys, values)
-        return passed
+    def passes_of(self, chunk: Chunk) -> LayerPass:
+        """What runs a chunk through layers. Only chunks whose sizes go up in steps are replayed."""
+        if not chunk.has_steps:
+            return self.passes
+        cache = self.cache
+        if cache.passes is None or not cache.passes.serves(self.module, cache, self.stages):
+            cache.passes = ReplayedPasses(self.module, cache, self.stages)
+        return cache.passes

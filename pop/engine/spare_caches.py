@@ -1,15 +1,14 @@
 """Spare caches: those of finished answers, kept on a GPU for later ones together with their captured decode steps."""
 
-import math
 import threading
 
 from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError
-from pop.system.memory import free_bytes
+from pop.system.memory import free_bytes, stepped
 
 SHARE = 1 / 4  # of the memory that is free without them, which spare caches may take at most
 SMALLEST = 256  # tokens
-GROWTH = 1.25  # sizes go up in steps, so that a spare cache fits many answers
+STEPS = 4  # to twice the size, so that a spare cache fits many answers
 
 
 class SpareCaches:
@@ -30,7 +29,7 @@ class SpareCaches:
         """An empty cache, as from `model.new_cache`. It may have room for more than max_seq_len tokens a row."""
         if not self.most:
             return model.new_cache(batch_size, max_seq_len)
-        size = min(stepped(max_seq_len), model.max_seq_len)
+        size = min(size_of_cache(max_seq_len), model.max_seq_len)
         wanted = (batch_size, size, model.chunk_size, model.dtype, model.device)
         with self._lock:
             for cache in self._spare:
@@ -69,10 +68,6 @@ class SpareCaches:
         return had_any
 
 
-def stepped(max_seq_len: int) -> int:
-    """The next size from max_seq_len on: a multiple of 256 tokens, each about a quarter larger than the one before."""
-    size = SMALLEST
-    while size < max_seq_len:
-        steps = math.ceil(int(size * GROWTH) / SMALLEST)
-        size = steps * SMALLEST
-    return size
+def size_of_cache(max_seq_len: int) -> int:
+    """How many tokens a cache takes that is to fit many answers as long as this one."""
+    return max(SMALLEST, stepped(max_seq_len, STEPS))

@@ -56,8 +56,10 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    `replay(module, batch_size)` returns a runner of decode steps. Each call of the runner takes a step (decode_step.py)
-    and runs it once. The runner may record the step, and repeat the record later.
+    `replay(module, what, other)` returns a runner. Each call of the runner takes the same function, a decode step
+    (decode_step.py) or a pass (layer_pass.py), and runs it once. The runner may record the function, and repeat the
+    record later. `what` says in words which function it is. `other` is a runner of which no function runs at the same
+    time, so both may use the same memory.
     """
 
     full_layer: Callable[..., Tensor] = full_layer
@@ -67,6 +69,7 @@ class Stages(NamedTuple):
     received: Callable[..., Tensor] = received
     head: Callable[..., Tensor] = head
     replay: Callable[..., Callable[[Callable], tuple[Tensor, ...]]] | None = None
+    replayed_tokens: int = 0  # passes of at most so many tokens are replayed
 
 
 EAGER = Stages()

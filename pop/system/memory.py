@@ -1,4 +1,4 @@
-"""How much memory a device has left, and copies to it."""
+"""How much memory a device has left, copies to it, and sizes that fit many uses."""
 
 import math
 from contextlib import suppress
@@ -48,3 +48,9 @@ def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     # Copies, not views: compiled code would be specialised to the size of their base, and to where they are in it.
     copies = (part.view(x.shape).to(x.dtype, copy=True) for part, x in zip(parts, away, strict=True))
     return [tensor if tensor.device.type == device.type else next(copies) for tensor in tensors]
+
+
+def stepped(size: int, steps: int = 8) -> int:
+    """The next size from `size` on of those that go up in steps, `steps` of them from each power of two to the next."""
+    step = max(1, (1 << size.bit_length()) // (2 * steps))
+    return -(-size // step) * step

@@ -40,7 +40,7 @@ def calls(graph, count):
 
 
 def test_the_eighth_call_runs_the_function_and_records_it(fake, module):
-    graph, (function, results) = Graph(module, 1), counted()
+    graph, (function, results) = Graph(module, "decode of 1 rows"), counted()
     found = [graph(function)[0] for _ in range(CAPTURE_AT + 2)]
     assert [int(one) for one in found] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]  # the ninth result is the recorded one
     assert len(results) == CAPTURE_AT + 1 and (fake.captures, fake.replays) == (1, 2)
@@ -49,18 +49,18 @@ def test_the_eighth_call_runs_the_function_and_records_it(fake, module):
 
 
 def test_a_function_that_cannot_be_captured_runs_as_it_is(fake, module, caplog):
-    """It is tried once for a module and a batch size, since each attempt leaves memory behind."""
+    """It is tried once for a module and a kind of function, since each attempt leaves memory behind."""
     fake.refuses = True
     run_and_not_recorded = [*range(CAPTURE_AT), *range(CAPTURE_AT + 1, 2 * CAPTURE_AT + 1)]
     with caplog.at_level(logging.WARNING):
-        assert calls(Graph(module, 3), 2 * CAPTURE_AT) == run_and_not_recorded
-        assert calls(Graph(module, 3), 2 * CAPTURE_AT) == [*range(2 * CAPTURE_AT)]
+        assert calls(Graph(module, "decode of 3 rows"), 2 * CAPTURE_AT) == run_and_not_recorded
+        assert calls(Graph(module, "decode of 3 rows"), 2 * CAPTURE_AT) == [*range(2 * CAPTURE_AT)]
     assert fake.captures == 1 and fake.replays == 0
     assert [record.getMessage() for record in caplog.records] == [
-        "decode runs without a CUDA graph: operation not permitted"
+        "decode of 3 rows runs without a CUDA graph: operation not permitted"
     ]
     fake.refuses = False
-    calls(Graph(module, 1), CAPTURE_AT)
+    calls(Graph(module, "decode of 1 rows"), CAPTURE_AT)
     assert fake.captures == 2
 
 
@@ -76,14 +76,23 @@ def test_a_step_within_a_capture_of_its_own_device_runs_as_it_is(fake, module):
 
     fake.device = device
     fake.is_current_stream_capturing = lambda: entered[-1:] == [torch.device("cpu")]
-    assert calls(Graph(module, 1), CAPTURE_AT + 1) == [*range(CAPTURE_AT + 1)]
+    assert calls(Graph(module, "decode of 1 rows"), CAPTURE_AT + 1) == [*range(CAPTURE_AT + 1)]
     assert fake.captures == 0 and entered == []
     fake.is_current_stream_capturing = lambda: not entered
-    calls(Graph(module, 1), CAPTURE_AT + 1)
+    calls(Graph(module, "decode of 1 rows"), CAPTURE_AT + 1)
     assert (fake.captures, fake.replays) == (1, 1)
 
 
 def test_a_graph_that_another_process_cannot_capture_is_dropped(fake, module):
     module.sum_over_processes = lambda failures: failures + 1
-    assert calls(Graph(module, 1), CAPTURE_AT + 1) == [*range(CAPTURE_AT), CAPTURE_AT + 1]
+    assert calls(Graph(module, "decode of 1 rows"), CAPTURE_AT + 1) == [*range(CAPTURE_AT), CAPTURE_AT + 1]
     assert fake.captures == 1 and fake.replays == 0
+
+
+def test_graphs_that_never_run_at_once_use_the_same_memory(fake, module):
+    one = Graph(module, "prefill")
+    two = Graph(module, "prefill", one)
+    decode = Graph(module, "decode of 1 rows")
+    for graph in (one, two, decode):
+        calls(graph, CAPTURE_AT)
+    assert fake.pools == [one.pool, one.pool, decode.pool] and decode.pool is not one.pool

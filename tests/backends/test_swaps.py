@@ -1,5 +1,6 @@
 """What the swaps of a device decide before anything runs: chunks, and what is said where they are slow."""
 
+import dataclasses
 import types
 
 import pytest
@@ -21,6 +22,23 @@ def test_the_rows_of_a_batch_share_a_chunk(rows, expected):
     assert found == expected
     assert found * rows * WIDEST < 2**31
     assert backends.chunk_size_of_rows(7, rows) == 7  # a chunk that the caller has chosen is not enlarged
+
+
+def test_more_tokens_are_replayed_on_larger_gpus_and_with_smaller_layers(monkeypatch):
+    """On a CPU, and in a copy of a model, none are."""
+    config = tiny_config(num_layers=2)
+    module = random_model(config)
+    assert backends.replayed_tokens_of(module) == 0
+    monkeypatch.setattr(backends, "_is_on_gpu", lambda module: True)
+    found = {}
+    for processors in (10, 100):
+        properties = types.SimpleNamespace(multi_processor_count=processors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        found[processors] = backends.replayed_tokens_of(module)
+    weights = sum(weight.numel() for weight in module.layers[0].parameters() if weight.dim() == 2)
+    assert found[10] == backends.WHILE_LAUNCHING * 10 // weights
+    assert found[100] == backends.WHILE_LAUNCHING * 100 // weights
+    assert backends.replayed_tokens_of(random_model(dataclasses.replace(config, num_layers=5))) == found[100]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from support.tiny_chat import write_chat_checkpoint
 import pop
 from pop import engine
 from pop.engine.cache import KVCache
-from pop.engine.spare_caches import SpareCaches, stepped
+from pop.engine.spare_caches import SpareCaches, size_of_cache
 from pop.runner import KEPT_CACHES
 
 PROMPTS = [[5, 9, 20], list(range(40, 60)), [17]]
@@ -44,11 +44,11 @@ def answers(chat):
 
 
 def test_sizes_go_up_in_steps():
-    sizes = sorted({stepped(tokens) for tokens in range(1, 40_000)})
-    assert all(stepped(size) == size and size % 256 == 0 for size in sizes)
-    assert sizes[0] == 256 and len(sizes) < 30
-    assert all(after <= max(before + 256, 1.25 * before + 256) for before, after in pairwise(sizes))
-    assert all(stepped(tokens) >= tokens for tokens in range(1, 40_000, 7))
+    sizes = sorted({size_of_cache(tokens) for tokens in range(1, 2**15 + 1)})
+    assert all(size_of_cache(size) == size and size % 64 == 0 for size in sizes)
+    assert sizes[0] == 256 and sizes[-1] == 2**15 and len(sizes) == 1 + 4 * 7
+    assert all(after <= 1.25 * before for before, after in pairwise(sizes))
+    assert all(size_of_cache(tokens) >= tokens for tokens in range(1, 40_000, 7))
 
 
 def test_answers_in_a_kept_cache_are_those_in_a_new_one(steps):

@@ -24,6 +24,8 @@ class FakeCuda:
         self.current_stream = self.Stream = lambda *_: Stream()
         self.CUDAGraph = lambda: self
         self.is_current_stream_capturing = lambda: False
+        self.graph_pool_handle = object
+        self.pools = []
 
     def since(self, counts: tuple[int, int]) -> tuple[int, int]:
         """How many captures and replays there were since there were `counts`."""
@@ -33,8 +35,9 @@ class FakeCuda:
         self.replays += 1
 
     @contextlib.contextmanager
-    def graph(self, *arguments, **options):
+    def graph(self, graph, pool, *arguments, **options):
         self.captures += 1
+        self.pools.append(pool)
         yield
         if self.refuses:
             raise RuntimeError("operation not permitted\nmore lines")

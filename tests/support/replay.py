@@ -1,15 +1,15 @@
-"""What a CUDA graph does to a decode step, without one."""
+"""What a CUDA graph does to a decode step or a pass, without one."""
 
 import torch
 
 
 class Replay:
-    """Runs a step as pop.backends.cuda_graph.Graph does: each call overwrites the memory of the call before.
+    """Runs a function as pop.backends.cuda_graph.Graph does: each call overwrites the memory of the call before.
 
     The caller gets copies.
     """
 
-    def __init__(self, module, batch_size):
+    def __init__(self, module, what, other=None):
         self.outputs = None
 
     def __call__(self, step) -> tuple[torch.Tensor, ...]:

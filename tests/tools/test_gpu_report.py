@@ -130,16 +130,16 @@ def test_tests_that_fail_or_are_skipped_are_a_part_that_failed(status, said, cap
 def test_slow_paths_and_refused_captures_are_fallbacks(argv, monkeypatch):
     """On a setup that says it is on a GPU, although its model is on the CPU, where no path is the fastest."""
     setup = parts.Setup(gpu_report.parser().parse_args(argv))
-    cuda_graph._refused[setup.model.module] = {8, 1}
+    cuda_graph._refused[setup.model.module] = {"prefill", "decode of 8 rows"}
     setup.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
     monkeypatch.setattr(parts, "find_spec", lambda name: name == "flash_attn_interface")
     found = {what: path for what, path, _ in parts.paths(setup)}
     marked = parts.fallbacks(setup)
-    assert len(found) == 5
-    assert [f"{what}: {path}" for what, path in found.items()] == [one.split(", not")[0] for one in setup.slow[-5:]]
+    assert len(found) == 6
+    assert [f"{what}: {path}" for what, path in found.items()] == [one.split(", not")[0] for one in setup.slow[-6:]]
     assert set(setup.slow) < set(marked)
-    assert marked[-2:] == [f"the decode step of {rows} rows could not be captured" for rows in (1, 8)]
+    assert marked[-2:] == [f"{what} could not be captured" for what in ("decode of 8 rows", "prefill")]
 
 
 @pytest.mark.parametrize("capability", [86, 90])

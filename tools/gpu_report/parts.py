@@ -87,8 +87,8 @@ def fallbacks(setup: Setup) -> list[str]:
     if span_attention._failed:
         found.append(f"Triton fails for {span_attention._failed}")
     for model in setup.models:
-        for rows in sorted(cuda_graph._refused.get(model.module, ())):
-            found.append(f"the decode step of {rows} rows could not be captured")
+        for what in sorted(cuda_graph._refused.get(model.module, ())):
+            found.append(f"{what} could not be captured")
     return found
 
 
@@ -111,7 +111,9 @@ def paths(setup: Setup) -> Iterator[Figure]:
     model = setup.model
     config = model.config
     cache = model.new_cache(1, 512)
-    token = model.prefill([random_prompt(config, 64)], cache).argmax(-1)
+    for _ in range(10):
+        cache.reset()
+        token = model.prefill([random_prompt(config, 64)], cache).argmax(-1)
     for _ in range(10):
         token = model.decode(token, cache).argmax(-1)
     q = torch.empty(1, 2, config.num_heads, config.head_dim, dtype=model.dtype, device=model.device)
@@ -123,16 +125,21 @@ def paths(setup: Setup) -> Iterator[Figure]:
     if cuda.is_supported(q):
         causal = "flash" if cuda.has_flash(q) else "memory-efficient"
     runs_triton = span_attention._processors(q) and (q.device, q.dtype, q.shape[-1]) not in span_attention._failed
-    step = cache.step and cache.step.replay
-    is_captured = getattr(step, "graph", None) is not None
+    passes = cache.passes.kept.values() if cache.passes else ()
+    replays = {
+        "a decode step": cache.step and cache.step.replay,
+        "a short prompt": next((one for _, one in passes), None),
+    }
     can_have_fa3 = torch.cuda.get_device_properties(q.device).major == 9 and find_spec("flash_attn_interface")
     found = {
         "path of layers": ("compiled" if model.compiled else "eager", "compiled"),
         "path of causal attention": (causal, "flash"),
         "path of flash attention": (cuda.chosen_flash() or "FA2", "FA3" if can_have_fa3 else "FA2"),
         "path of other attention": ("Triton" if runs_triton else "torch's choice", "Triton"),
-        "path of a decode step": ("captured" if is_captured else "launch by launch", "captured"),
     }
+    for what, replay in replays.items():
+        is_captured = getattr(replay, "graph", None) is not None
+        found[f"path of {what}"] = ("captured" if is_captured else "launch by launch", "captured")
     for what, (path, fastest) in found.items():
         yield what, path, ""
         if path != fastest:
@@ -305,7 +312,7 @@ def shipped(setup: Setup) -> Iterator[Figure]:
 
 
 def small(setup: Setup) -> Iterator[Figure]:
-    """From how many tokens on a plan makes models of several sizes faster. Launches bound short prompts."""
+    """From how many tokens on a plan makes models of several sizes faster."""
     lengths = ",".join(map(str, BREAK_EVEN))
     for shape in dict.fromkeys(("smollm2-135m", setup.options.shape)):
         args = setup.bench_options(shape, lengths)

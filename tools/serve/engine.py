@@ -19,7 +19,7 @@ import torch
 
 import pop
 from pop.engine.cache import KVCache
-from pop.engine.spare_caches import stepped
+from pop.engine.spare_caches import size_of_cache
 from pop.errors import CacheMemoryError, InputError
 from pop.runner import padded
 from tools.common import pruned_tokens
@@ -232,7 +232,7 @@ class Engine:
 
     def _new_cache(self, rows: int, tokens: int) -> KVCache:
         """An empty cache, for which kept ones give way. It has room for more tokens, so that it is not soon full."""
-        size = min(stepped(tokens), self.model.max_seq_len)
+        size = min(size_of_cache(tokens), self.model.max_seq_len)
         while True:
             try:
                 return self.model.caches.take(self.model, rows, size)

@@ -1,0 +1,149 @@
+"""Replayed passes give what passes give that run as they are, and few of them serve prompts of many lengths."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.cases import cases, new_cache, recorded_choices
+from support.replay import Replay
+from support.tiny import random_model, tiny_config
+
+from pop import engine
+from pop.engine import layer_pass
+from pop.engine.chunks import Prompts
+from pop.engine.stages import Stages
+from pop.models.images import PlacedImages
+from pop.pruning.plan import PrunePlan
+from pop.system.memory import stepped
+
+REPLAYED = Stages(replay=Replay, replayed_tokens=1000)
+PLAN = PrunePlan((1, 2), full_depth_last=3)
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def prefill(module, num_tokens, cache, plan=PLAN, stages=REPLAYED):
+    tokens = torch.arange(num_tokens)[None] % module.config.vocab_size
+    return engine.prefill(module, tokens, cache, torch.tensor([num_tokens]), plan, 1000, stages)
+
+
+@given(cases(), st.lists(st.integers(0, 3), min_size=2, max_size=4))
+def test_replayed_prompts_are_prefill(case, shortened):
+    """Any family, plan and ragged rows; prompts of lengths near each other, one after the other in one cache."""
+    module, plan, tokens, lengths, chunk_size = case
+    caches = [new_cache(module, len(tokens), int(lengths.max()) + 3, chunk=chunk_size) for _ in range(2)]
+    handed_out = []
+    for number, less in enumerate(shortened):
+        tokens = tokens.roll(number + 1, 1)
+        results = []
+        choices = []
+        for cache, stages in zip(caches, (Stages(), REPLAYED), strict=True):
+            cache.reset()
+            with recorded_choices() as found:
+                few = (lengths - less).clamp(min=1)
+                results.append(engine.prefill(module, tokens, cache, few, plan, chunk_size, stages))
+            choices.append(found)
+        assume(all(map(torch.equal, *choices)))  # rounding may decide between equal scores
+        torch.testing.assert_close(results[1], results[0], **CLOSE)
+        for mine, others in zip(caches[1].keys + caches[1].values, caches[0].keys + caches[0].values, strict=True):
+            torch.testing.assert_close(mine[:, :-1], others[:, :-1], **CLOSE)  # the spare slot may differ
+        torch.testing.assert_close(caches[1].previous_hidden, caches[0].previous_hidden, **CLOSE)
+        handed_out += [(tensor, tensor.clone()) for tensor in (results[1], caches[1].previous_hidden)]
+    assert caches[1].passes.kept
+    assert all(torch.equal(now, then) for now, then in handed_out)
+
+
+def test_one_pass_serves_all_lengths_of_a_step():
+    module = random_model(tiny_config())
+    cache = new_cache(module, 1, 200)
+    for num_tokens in (65, 72, 70):  # run as 72 tokens
+        cache.reset()
+        prefill(module, num_tokens, cache)
+    assert len(cache.passes.kept) == 1
+    cache.reset()
+    prefill(module, 73, cache)
+    assert len(cache.passes.kept) == 2
+
+
+def test_a_cache_keeps_passes_of_the_latest_sizes(monkeypatch):
+    monkeypatch.setattr(layer_pass, "MOST_REPLAYED", 2)
+    module = random_model(tiny_config())
+    cache = new_cache(module, 1)
+    for num_tokens in (5, 6, 5, 7):
+        cache.reset()
+        prefill(module, num_tokens, cache)
+    h = [fixed[2] for fixed, _ in cache.passes.kept.values()]
+    assert [x.shape[1] for x in h] == [5, 7]
+
+
+def test_a_pass_has_one_plan():
+    module = random_model(tiny_config())
+    cache, other = new_cache(module, 1), new_cache(module, 1)
+    for plan in (PLAN, PrunePlan((0, 2), full_depth_last=3), PLAN):
+        cache.reset()
+        other.reset()
+        expected = prefill(module, 9, other, plan, Stages())
+        torch.testing.assert_close(prefill(module, 9, cache, plan), expected, **CLOSE)
+    assert len(cache.passes.kept) == 2
+
+
+@pytest.mark.parametrize("what", ["too many tokens", "a cache with tokens", "images", "an engine without replay"])
+def test_what_runs_as_it_is(what):
+    module = random_model(tiny_config())
+    cache = new_cache(module, 1)
+    stages = REPLAYED
+    if what == "too many tokens":
+        stages = REPLAYED._replace(replayed_tokens=8)
+    if what == "a cache with tokens":
+        prefill(module, 2, cache, stages=Stages())
+    if what == "an engine without replay":
+        stages = Stages()
+    if what == "images":
+        images = PlacedImages(torch.zeros(1, module.config.hidden_size), torch.tensor([[-1, 0, *[-1] * 7]]))
+        engine.prefill(module, torch.ones(1, 9, dtype=torch.int64), cache, torch.tensor([9]), PLAN, 99, stages, images)
+    else:
+        prefill(module, 9, cache, stages=stages)
+    assert cache.passes is None
+
+
+def test_passes_serve_one_cache_as_long_as_its_tensors_stay():
+    module = random_model(tiny_config())
+    cache = new_cache(module, 2)
+    tokens, lengths = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([3, 3])
+    engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED)
+    passes = cache.passes
+    cache.reset()
+    engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED)
+    assert cache.passes is passes
+    assert copy.deepcopy(cache).passes is None
+    cache.reset()
+    engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED._replace(replayed_tokens=999))
+    assert cache.passes is not passes
+    cache.keep_rows(torch.tensor([1]))
+    assert cache.passes is None
+
+
+def test_a_dropped_cache_is_freed_at_once():
+    """On a GPU, its memory must not wait for the garbage collector."""
+    module = random_model(tiny_config())
+    cache = new_cache(module, 1)
+    prefill(module, 9, cache)
+    keys = weakref.ref(cache.keys[0])
+    gc.disable()
+    try:
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+def test_sizes_go_up_in_eight_steps_to_twice_the_size():
+    assert [stepped(size) for size in (0, 1, 15, 16, 17, 64, 65, 500, 513)] == [0, 1, 15, 16, 18, 64, 72, 512, 576]
+    assert all(size <= stepped(size) <= 1.125 * size for size in range(5000))
+
+
+def test_prompts_have_no_steps_unless_told():
+    assert Prompts._field_defaults == {"has_steps": False}
