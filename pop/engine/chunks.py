@@ -33,8 +33,8 @@ class Prompts(NamedTuple):
     lengths: Tensor  # [B]
     images: Images  # what images bring to these prompts
     full_depth: Tensor  # [B, T] bool: which tokens run at full depth by their position. True for padding.
-    # Whether sizes go up in steps, with padding, so that prompts of all lengths have few sizes. Only for text in an
-    # empty cache.
+    # Whether sizes go up in steps, with padding, so that prompts of all lengths have few sizes. Only for one chunk of
+    # text in an empty cache.
     has_steps: bool = False
 
 
@@ -66,15 +66,13 @@ class Chunk(NamedTuple):
     target: Tensor  # [B, C], where results go in the prompts' columns [B, T + 1]; padding goes to column T
     last: Tensor  # [B], the column of each row's last token
     has_tokens: Tensor  # [B], false for a row that ended in an earlier chunk
-    has_steps: bool  # as in Prompts
 
     @classmethod
     def of(cls, module, cache: KVCache, prompts: Prompts, bounds: Bounds) -> Chunk:
         """The part of prompts between `bounds`, to be appended to the cache. All padding where begin equals end."""
         begin, end = (edge[:, None] for edge in bounds)  # [B, 1] each
         C = int((end - begin).max())
-        has_steps = prompts.has_steps and not begin.any()
-        if has_steps:
+        if prompts.has_steps:
             C = min(stepped(C), cache.chunk_size, cache.max_seq_len)
         index = begin + torch.arange(C)  # [B, C]
         tokens = _tokens(cache, prompts, index, index < end)
@@ -91,7 +89,6 @@ class Chunk(NamedTuple):
             target=target,
             last=last,
             has_tokens=has_tokens,
-            has_steps=has_steps,
         )
 
     def latest(self, h: Tensor) -> Tensor:
@@ -127,7 +124,7 @@ class FullDepth(NamedTuple):
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
         C = tokens.valid.shape[1]
-        if chunk.has_steps:
+        if prompts.has_steps:
             W = min(stepped(W), C)
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]
         if W == 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
-from pop.engine.layer_pass import LayerPass, ReplayedPasses
+from pop.engine.layer_pass import LayerPass, replayed_passes
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
@@ -44,9 +44,11 @@ def prefill(
             plan selects no tokens.
     """
     full_depth = full_depth_tokens(cache, lengths, plan, boundary)
-    has_steps = images is TEXT and not cache.lengths.any() and full_depth.numel() <= stages.replayed_tokens
+    is_one_chunk = full_depth.shape[1] <= min(chunk_size, cache.chunk_size)
+    is_short = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
+    has_steps = is_short and images is TEXT and not cache.lengths.any()
     prompts = Prompts(tokens, lengths, images, full_depth, has_steps)
-    call = Call(module, cache, plan, stages)
+    call = Call(module, cache, plan, stages, replays=has_steps)
     last = None  # [B, D], each row's h after the last layer, at its last token so far
     # A prompt that goes on selects nothing: its last token, which decides, comes later.
     for chunk, h in call.chunks(prompts, chunk_size, selects=boundary):
@@ -76,13 +78,13 @@ class Call:
     `hidden` [L, B, D] is the state of each row's latest token as it entered each layer. The cache gets it at the end.
     """
 
-    def __init__(self, module, cache: KVCache, plan: PrunePlan, stages: Stages):
+    def __init__(self, module, cache: KVCache, plan: PrunePlan, stages: Stages, replays: bool = False):
         self.module = module
         self.cache = cache
         self.plan = plan
         self.stages = stages
         self.hidden = cache.previous_hidden
-        self.passes = LayerPass(module, cache, stages)
+        self.passes = replayed_passes(module, cache, stages) if replays else LayerPass(module, cache, stages)
 
     def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
@@ -114,7 +116,7 @@ class Call:
         for chunk in chunks:
             full = FullDepth.of(cache, chunk, prompts, self.plan)
             layers = range(len(self.module.layers))
-            h, self.hidden = self.passes_of(chunk).run(layers, chunk, full, self.embed(chunk), self.hidden)
+            h, self.hidden = self.passes.run(layers, chunk, full, self.embed(chunk), self.hidden)
             yield chunk, h
 
     def run_to_selecting_layer(self, prompts: Prompts, chunks: list[Chunk]) -> Tensor:
@@ -127,8 +129,7 @@ class Call:
         entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, plan)
-            passes = self.passes_of(chunk)
-            h, self.hidden = passes.run(range(first), chunk, full, self.embed(chunk), self.hidden)
+            h, self.hidden = self.passes.run(range(first), chunk, full, self.embed(chunk), self.hidden)
             entering[batch_rows, chunk.target] = h
         return entering
 
@@ -155,18 +156,9 @@ class Call:
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
             h = entering[batch_rows, chunk.target]
-            h, self.hidden = self.passes_of(chunk).run(layers, chunk, full, h, self.hidden)
+            h, self.hidden = self.passes.run(layers, chunk, full, h, self.hidden)
             yield chunk, h
 
     def embed(self, chunk: Chunk) -> Tensor:
         """h [B, C, D] that enters the first layer."""
         return chunk.images.place(self.module.embed(chunk.ids))
-
-    def passes_of(self, chunk: Chunk) -> LayerPass:
-        """What runs a chunk through layers. Only chunks whose sizes go up in steps are replayed."""
-        if not chunk.has_steps:
-            return self.passes
-        cache = self.cache
-        if cache.passes is None or not cache.passes.serves(self.module, cache, self.stages):
-            cache.passes = ReplayedPasses(self.module, cache, self.stages)
-        return cache.passes

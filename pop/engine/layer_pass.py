@@ -124,7 +124,7 @@ class LayerPass:
 class ReplayedPasses(LayerPass):
     """Passes on fixed memory, which `stages.replay` can repeat: one for each plan and each set of sizes.
 
-    They are for chunks of text that begin a sequence (`Prompts.has_steps`). Of these, plan and sizes are all that a
+    They are for prompts of text that begin a sequence (`Prompts.has_steps`). Of these, plan and sizes are all that a
     pass knows on the host.
     """
 
@@ -151,6 +151,13 @@ class ReplayedPasses(LayerPass):
             del self.kept[next(iter(self.kept))]
         fixed = tree_map_only(Tensor, torch.clone, inputs)
         return fixed, self.stages.replay(self.module, "prefill", other)
+
+
+def replayed_passes(module, cache: KVCache, stages: Stages) -> ReplayedPasses:
+    """Those of a cache, or new ones if these do not serve."""
+    if cache.passes is None or not cache.passes.serves(module, cache, stages):
+        cache.passes = ReplayedPasses(module, cache, stages)
+    return cache.passes
 
 
 def _tensors(tree) -> list[Tensor]:
