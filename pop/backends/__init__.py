@@ -71,8 +71,11 @@ def replayed_tokens_of(module: nn.Module) -> int:
     """
     if not _is_on_gpu(module):
         return 0
-    device = torch.cuda.get_device_properties(next(module.parameters()).device)
-    return WHILE_LAUNCHING * device.multi_processor_count // layer_weights(module.config)
+    device = next(module.parameters()).device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tokens = WHILE_LAUNCHING * processors // layer_weights(module.config)
+    # Processes that share a module must run equal chunks. Their shares of an MLP, or their GPUs, may differ.
+    return int(module.largest_of_processes(torch.tensor([tokens], device=device)))
 
 
 def chunk_size_of(module: nn.Module) -> int:

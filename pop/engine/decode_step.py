@@ -25,18 +25,16 @@ def decode(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
     """
     if stages.replay is None:
         return DecodeStep(module, cache, stages)(tokens, cache)
-    if cache.step is None or not cache.step.layers.serves(module, cache, stages):
+    if cache.step is None or not cache.step.serves(module, cache, stages):
         cache.step = DecodeStep(module, cache, stages)
     return cache.step(tokens, cache)
 
 
-class DecodeStep:
+class DecodeStep(LayerPass):
     """The step of one cache. It owns the memory of its inputs, and `stages.replay` that of its outputs."""
 
     def __init__(self, module, cache: KVCache, stages: Stages):
-        self.module = module
-        self.stages = stages
-        self.layers = LayerPass(module, cache, stages)
+        super().__init__(module, cache, stages)
         self.max_seq_len = cache.max_seq_len
         self.rings = {window: cache.slots(window) for window in module.config.windows}
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
@@ -67,7 +65,7 @@ class DecodeStep:
         hidden = []
         for index in range(len(module.layers)):
             hidden.append(h[:, 0])
-            h = self.layers.run_layer(index, h, metadata)
+            h = self.run_layer(index, h, metadata)
         logits = self.stages.head(module, h)[:, 0]
         self.positions.add_(1)
         return logits, torch.stack(hidden)

@@ -129,8 +129,10 @@ class Call:
         entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, plan)
-            h, self.hidden = self.passes.run(range(first), chunk, full, self.embed(chunk), self.hidden)
-            entering[batch_rows, chunk.target] = h
+            # Without a name for h, which would keep it in memory while the next chunk runs.
+            entering[batch_rows, chunk.target], self.hidden = self.passes.run(
+                range(first), chunk, full, self.embed(chunk), self.hidden
+            )
         return entering
 
     def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:
@@ -155,8 +157,7 @@ class Call:
         layers = range(self.plan.selects_at, len(self.module.layers))
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
-            h = entering[batch_rows, chunk.target]
-            h, self.hidden = self.passes.run(layers, chunk, full, h, self.hidden)
+            h, self.hidden = self.passes.run(layers, chunk, full, entering[batch_rows, chunk.target], self.hidden)
             yield chunk, h
 
     def embed(self, chunk: Chunk) -> Tensor:

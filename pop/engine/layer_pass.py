@@ -130,9 +130,8 @@ class ReplayedPasses(LayerPass):
 
     def __init__(self, module, cache: KVCache, stages: Stages):
         super().__init__(module, cache, stages)
-        self.kept: dict[
-            tuple, tuple
-        ] = {}  # by sizes: the inputs of a pass, and what repeats it. The latest is the last
+        # By plan and sizes: the memory of a pass's inputs, and what repeats it. The latest is the last.
+        self.kept: dict[tuple, tuple] = {}
 
     def run(self, layers, chunk, full, h, previous):
         inputs = chunk, full, h, previous
@@ -149,7 +148,7 @@ class ReplayedPasses(LayerPass):
         _, other = next(iter(self.kept.values()), (None, None))
         if len(self.kept) == MOST_REPLAYED:
             del self.kept[next(iter(self.kept))]
-        fixed = tree_map_only(Tensor, torch.clone, inputs)
+        fixed = tree_map_only(Tensor, torch.empty_like, inputs)
         return fixed, self.stages.replay(self.module, "prefill", other)
 
 

@@ -25,7 +25,7 @@ def test_the_rows_of_a_batch_share_a_chunk(rows, expected):
 
 
 def test_more_tokens_are_replayed_on_larger_gpus_and_with_smaller_layers(monkeypatch):
-    """On a CPU, and in a copy of a model, none are."""
+    """On a CPU, none are. Processes that share a model replay alike, although their shares of an MLP may differ."""
     config = tiny_config(num_layers=2)
     module = random_model(config)
     assert backends.replayed_tokens_of(module) == 0
@@ -39,6 +39,8 @@ def test_more_tokens_are_replayed_on_larger_gpus_and_with_smaller_layers(monkeyp
     assert found[10] == backends.WHILE_LAUNCHING * 10 // weights
     assert found[100] == backends.WHILE_LAUNCHING * 100 // weights
     assert backends.replayed_tokens_of(random_model(dataclasses.replace(config, num_layers=5))) == found[100]
+    module.largest_of_processes = lambda numbers: numbers + 3  # as of another process
+    assert backends.replayed_tokens_of(module) == found[100] + 3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Where two ways to compute a thing must agree, the engine is also compared with i
 models with awkward sizes. Batches with images: test_forward_images.py.
 """
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ from support.naive_method import token_by_token
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 from pop import engine
+from pop.engine import stages
 from pop.pruning.plan import PrunePlan
 
 pytestmark = pytest.mark.usefixtures("small_query_blocks")
@@ -200,3 +203,26 @@ def test_a_failed_call_adds_no_tokens():
     assert cache.lengths.tolist() == [3]
     expected, _ = prefill(module, torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]), NONE)
     assert_close(engine.decode(module, torch.tensor([4]), cache), expected)
+
+
+def test_states_are_freed_as_soon_as_the_next_ones_exist():
+    """How many states [B, C, D] each kept layer finds: none, or the one that has left the layer before.
+
+    Of a plan that selects, all three chunks of the first phase, and the first chunk of the second.
+    """
+    module = random_model(tiny_config(num_layers=5))
+    plan = PrunePlan((4,), full_depth_selected=0.5, selecting_layer=2)
+    states, found = [], []
+
+    def full_layer(layer, h, *rest):
+        if layer is module.layers[4]:
+            return stages.full_layer(layer, h, *rest)
+        found.append(sum(state() is not None for state in states))
+        states.append(weakref.ref(h))
+        after = stages.full_layer(layer, h, *rest)
+        states.append(weakref.ref(after))
+        return after
+
+    prompt = torch.ones(1, 9, dtype=torch.int64), new_cache(module, 1), torch.tensor([9])
+    engine.prefill(module, *prompt, plan, 3, stages.Stages(full_layer=full_layer))
+    assert found[:8] == [0, 1] * 4

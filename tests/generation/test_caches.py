@@ -22,14 +22,15 @@ PROMPTS = [[5, 9, 20], list(range(40, 60)), [17]]
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Models that replay decode steps and keep caches, as on a GPU. The list gets each step that is made."""
+    """Models that replay steps and prompts, and keep caches, as on a GPU. The list gets what each decode step is."""
     made = []
 
-    def replay(*arguments):
-        made.append(Replay(*arguments))
-        return made[-1]
+    def replay(module, what, other=None):
+        made.extend([what] if what.startswith("decode") else [])
+        return Replay(module, what, other)
 
     monkeypatch.setattr("pop.runner.replay_of", lambda *_: replay)
+    monkeypatch.setattr("pop.runner.replayed_tokens_of", lambda module: 100)
     monkeypatch.setattr("pop.runner.SpareCaches", lambda most: SpareCaches(KEPT_CACHES))
     return made
 
@@ -45,9 +46,9 @@ def answers(chat):
 
 def test_sizes_go_up_in_steps():
     sizes = sorted({size_of_cache(tokens) for tokens in range(1, 2**15 + 1)})
-    assert all(size_of_cache(size) == size and size % 64 == 0 for size in sizes)
-    assert sizes[0] == 256 and sizes[-1] == 2**15 and len(sizes) == 1 + 4 * 7
-    assert all(after <= 1.25 * before for before, after in pairwise(sizes))
+    assert all(size_of_cache(size) == size and size % 256 == 0 for size in sizes)
+    assert sizes[0] == 256 and sizes[-1] == 2**15 and len(sizes) == 4 + 4 * 5
+    assert all(after <= max(before + 256, 1.25 * before) for before, after in pairwise(sizes))
     assert all(size_of_cache(tokens) >= tokens for tokens in range(1, 40_000, 7))
 
 
@@ -68,6 +69,7 @@ def test_many_answers_need_one_step(steps, tmp_path):
     for prompt in PROMPTS:
         model.generate(prompt, max_new_tokens=5)
     assert len(steps) == 1
+    assert len(model.caches._spare[0].passes.kept) == len(PROMPTS)
     next(model.stream([5, 9, 20], max_new_tokens=5))  # an abandoned stream gives its cache back
     model.generate([7], max_new_tokens=5)
     assert len(steps) == 1

@@ -8,10 +8,13 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from support.tiny import hf_config, tiny_config, write_checkpoint
+from support.replay import Replay
+from support.tiny import hf_config, random_model, tiny_config, write_checkpoint
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import pop
+from pop import engine
+from pop.backends.cuda_graph import CAPTURE_AT
 from pop.checkpoints.config_json import read_config
 from pop.pruning import cost
 from tools.bench import __main__ as bench
@@ -95,6 +98,23 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
     assert "with 32,768 slots against 2,048" in out
     for text in ("all layers", "0.5", "time to first token, seconds"):
         assert f">{text}<" in drawn.read_text()
+
+
+def test_short_prompts_are_measured_as_a_gpu_replays_them(monkeypatch):
+    """But those that `measure_cold` measures are new."""
+    module = random_model(tiny_config(num_layers=2))
+    model = pop.Model(module, module.config, compile=False)
+    model._stages.replay = Replay
+    model._stages.replayed_tokens = 8
+    prefill, calls = engine.prefill, []
+    monkeypatch.setattr(engine, "prefill", lambda *args: calls.append(args[1].shape[1]) or prefill(*args))
+    measure.measure_cold(model, [8], 1)
+    assert calls == [8, 8]
+    calls.clear()
+    args = bench.parser().parse_args(["--lengths", "8,9", "--runs", "1", "--decode-steps", "1"])
+    bench.check(args)
+    measure.measure_prefill(model, {"plain": pop.PrunePlan((1,))}, [], args)
+    assert [calls.count(tokens) for tokens in (8, 9)] == [2 * (CAPTURE_AT + 2), 2 * 2]
 
 
 def test_a_child_that_fails_says_why(monkeypatch):

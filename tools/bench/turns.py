@@ -11,7 +11,6 @@ from statistics import median
 import torch
 
 import pop
-from pop.backends.cuda_graph import CAPTURE_AT
 from pop.engine.chunks import Chunk, Prompts, chunk_bounds
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
@@ -85,7 +84,4 @@ def pop_turn(
             return {"ttft_s": ttft}
         return {"ttft_s": ttft, "step_s": median(steps_s)}
 
-    if len(prompt) <= model._stages(1).replayed_tokens:  # a GPU captures it, and then it is faster
-        for _ in range(CAPTURE_AT):
-            turn()
     return turn
