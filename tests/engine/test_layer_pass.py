@@ -77,6 +77,30 @@ def test_one_pass_serves_all_lengths_of_a_step():
     assert len(cache.passes.kept) == 2
 
 
+def test_as_few_passes_serve_a_plan_that_selects():
+    """One for each phase: of 70 tokens, 35 run at full depth, and of 72 tokens 36."""
+    module = random_model(tiny_config())
+    plan = PrunePlan((1, 2), full_depth_selected=0.5)
+    cache, other = new_cache(module, 1, 72), new_cache(module, 1, 72)
+    for num_tokens in (70, 72):
+        cache.reset()
+        other.reset()
+        expected = prefill(module, num_tokens, other, plan, Stages())
+        torch.testing.assert_close(prefill(module, num_tokens, cache, plan), expected, **CLOSE)
+    assert len(cache.passes.kept) == 2
+
+
+def test_a_chunk_has_as_many_columns_as_tokens_at_full_depth():
+    """The first row is too short for the plan. Its 37 tokens would go up to 40, but the cache has room for 39."""
+    module = random_model(tiny_config())
+    tokens = torch.randint(60, (2, 39), generator=torch.Generator().manual_seed(0))
+    inputs = torch.tensor([37, 39]), PrunePlan((1, 2), full_depth_below=38), 1000
+    caches = [new_cache(module, 2, 39) for _ in range(2)]
+    found = engine.prefill(module, tokens, caches[0], *inputs, REPLAYED)
+    expected = engine.prefill(module, tokens, caches[1], *inputs)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_a_cache_keeps_passes_of_the_latest_sizes(monkeypatch):
     monkeypatch.setattr(layer_pass, "MOST_REPLAYED", 2)
     module = random_model(tiny_config())
@@ -147,6 +171,11 @@ def test_passes_serve_one_cache_as_long_as_its_tensors_stay():
     assert copy.deepcopy(cache).passes is None
     cache.reset()
     engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED._replace(replayed_tokens=999))
+    assert cache.passes is not passes
+    passes = cache.passes
+    cache.keys[0] = cache.keys[0].clone()
+    cache.reset()
+    engine.prefill(module, tokens, cache, lengths, PLAN, 9, passes.stages)
     assert cache.passes is not passes
     cache.keep_rows(torch.tensor([1]))
     assert cache.passes is None
