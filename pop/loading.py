@@ -138,8 +138,7 @@ def build(folder: str | os.PathLike):
 def shipped_plans(model: Model) -> list[PrunePlan]:
     """The plans of the package that were calibrated for weights near a model's, the best first.
 
-    Best is what keeps the full model's answers by its verdict, and of several the fastest. Of plans without such a
-    verdict, it is the one that keeps most answers, or else the one with the fewest layers.
+    Best is what holds by its verdict, and of several the fastest. If none holds, it is the one with the fewest layers.
     """
     found = []
     for path in Path(SHIPPED).glob("*.plan"):
@@ -149,7 +148,7 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
             found.append(PrunePlan.load(path))
 
     def merit(plan: PrunePlan) -> tuple:
-        return plan.holds, plan.holds and plan.speedup(model, REPORTED), plan.kept or 0, -len(plan.layers)
+        return plan.holds, plan.holds and plan.speedup(model, REPORTED), -len(plan.layers)
 
     return sorted(found, key=merit, reverse=True)
 

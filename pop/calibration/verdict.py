@@ -49,16 +49,19 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether no kind at any length keeps less than 95 % of the full model's answers, and no KL is above 0.03."""
+        """Whether neither all questions, nor one kind at one length, keep less than 95 %, and no KL is above 0.03."""
         return not self.failures
 
     @property
     def failures(self) -> list[str]:
         """What is over a limit, and by how much. A share of answers is over it if its whole interval is."""
         found = []
+        everything = self._everything()
+        if _keeps_too_few(everything):
+            found.append(f"of all exact answers it keeps {_as_text(everything)}")
         for kind, by_length in self.exact.items():
             for length, exact in by_length.items():
-                if exact[:, 1].sum() >= FEWEST and _kept(exact)[2] < LEAST_KEPT:
+                if _keeps_too_few(exact):
                     found.append(f"{kind} at {length} tokens keep {_as_text(exact)}")
         for length, figures in self.loss.items():
             if figures["kl"] > MOST_KL:
@@ -74,6 +77,8 @@ class Verdict:
             kept = f"; of all exact answers it keeps {_as_text(everything)}"
         if self.holds:
             return f"The plan holds at each length and for each kind of question{kept}."
+        if _keeps_too_few(everything):
+            kept = ""  # that is the first of the failures
         return f"The plan does not hold: {some(self.failures, '; ')}{kept}."
 
     def record(self) -> dict:
@@ -239,6 +244,11 @@ def _kept(exact: np.ndarray) -> list[float] | None:
     return [round(float(share), 4) for share in (plan / full, low, high)]
 
 
+def _keeps_too_few(exact: np.ndarray) -> bool:
+    """Whether the whole interval is below the limit. Too few answers by the full model do not count."""
+    return exact[:, 1].sum() >= FEWEST and _kept(exact)[2] < LEAST_KEPT
+
+
 def _counts(exact: np.ndarray) -> list[int | float]:
     """Exact answers by the plan and by the full model, questions, and the interval of what is kept if it counts."""
     counts = [*exact.sum(0).tolist(), len(exact)]
@@ -246,7 +256,7 @@ def _counts(exact: np.ndarray) -> list[int | float]:
 
 
 def _as_text(exact: np.ndarray) -> str:
-    return "{:.0%} [{:.0%}, {:.0%}] of the full model's".format(*_kept(exact))
+    return "{:.0%} [{:.1%}, {:.1%}] of the full model's".format(*_kept(exact))
 
 
 def table(record: dict) -> str:

@@ -139,7 +139,18 @@ def test_the_limits(figures, holds):
     if not holds:
         assert ("KL at 256" if "kl" in figures else "codes at 256") in verdict.sentence
     assert ("no exact answer" in verdict.sentence) == (figures.get("full") == 0)
+    assert verdict.sentence.count("of all exact answers") == (figures.get("full") != 0)
     assert verdict.sentence in str(verdict)
+
+
+def test_small_losses_of_all_kinds_add_up():
+    """Each keeps 9 of 12 answers, which 12 questions alone do not prove to be fewer than 95 %."""
+    number = np.arange(12)
+    kinds = {str(kind): {"256": np.stack((number < 9, number < 12), axis=1)} for kind in range(7)}
+    loss = {"256": {"kl": 0.01, "first": 0.01, "same": 0.9}}
+    assert not Verdict(loss, kinds).holds
+    assert Verdict(loss, kinds).sentence.startswith("The plan does not hold: of all exact answers it keeps 75% [")
+    assert Verdict(loss, {"0": kinds["0"]}).holds
 
 
 def test_the_interval_is_that_of_a_ratio_of_means():
