@@ -32,7 +32,7 @@ def load(
     name_or_path,
     *,
     device=None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     prune="default",
     max_seq_len: int | None = None,
     min_pixels: int | None = None,
@@ -49,7 +49,7 @@ def load(
         name_or_path: A name that `list_models` gives, a repository that `pop download` has fetched or that is in the
             Hugging Face cache (OWNER/REPOSITORY), or a directory. A name comes first; ./NAME is a directory.
         device: None takes the GPU if there is one, otherwise the CPU.
-        dtype: None keeps the checkpoint's.
+        dtype: A torch.dtype or its name, such as "float32". None keeps the checkpoint's.
         prune: "default" takes default.plan in the model's folder, otherwise the best plan of the package for these
             weights, otherwise "third". stderr and repr(model) say which. None is full depth. Other values: "third", the
             deepest floor(L/3) layers; a fraction of the layers; layers as in "10,12,14,19-29"; the path or name of a
@@ -74,6 +74,8 @@ def load(
         raise InputError(f"parallel is {parallel!r}; it must be 'auto' or None")
     rank, ranks, device = (0, 1, device) if parallel is None else join(device)
     device = usable_device(device)
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype, dtype)
     if dtype not in (None, *DTYPES.values()):
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
     if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):

@@ -273,7 +273,8 @@ class Runner:
         for name, size in sizes.items():
             found = corrections.tensors[name].shape[2]
             if found != size and corrections.rows is None:
-                raise PlanError(f"the plan's {name} is for {found} numbers, but this model has {size}; calibrate again")
+                detail = f"its {name} is for {found} numbers, and not {size}"
+                raise PlanError(f"the plan is of another model: {detail}; calibrate again")
         note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
         is_first = self.part is None or self.part.rank == 0
         if is_first and note and note not in self._notes:

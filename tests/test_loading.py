@@ -69,7 +69,7 @@ def test_the_default_is_the_best_plan_that_ships_for_the_weights(folder, tmp_pat
         ("c", (3, 4), {}),
         ("d", (2,), {"verdict": {"holds": False, "kept": [0.8, 0.7, 0.9]}}),
         ("e", (2, 3), {"verdict": {"holds": True, "kept": [0.98, 0.9, 1.0]}}),
-        ("f", (2, 3, 4), {"verdict": {"holds": True, "kept": [0.97, 0.9, 1.0]}}),
+        ("f", (2, 3, 4), {"verdict": {"holds": True, "kept": [0.97, 0.91, 1.0]}}),
     ]
     for name, layers, about in steps:  # each is better than those before
         plan = calibrated(folder, layers, **about)
@@ -80,7 +80,7 @@ def test_the_default_is_the_best_plan_that_ships_for_the_weights(folder, tmp_pat
         assert line == f"pop: {model}"
         limit = f"at most {plan.speedup(model, 512):.2f}x as fast at 512 tokens"
         assert f"skips {len(layers)} of 5 layers by {name}.plan, {limit}" in line
-        assert ("keeps 97% of pop check's answers" in line) == (name == "f")
+        assert ("keeps 91% to 100% of pop check's answers" in line) == (name == "f")
     assert contents(pop.load(folder, progress=False).plan) == contents(plan)
     assert pop.load(folder, prune="0.2").plan == pop.PrunePlan((4,))
     assert capsys.readouterr().err == ""
@@ -122,7 +122,7 @@ def test_a_shipped_plan_of_near_weights_is_the_default_with_a_second_line(tmp_pa
         ({"prune": 1}, pop.PlanError, "plan is 1;.*1.0 for all"),
         ({"prune": 1.5}, pop.PlanError, r"fraction.*1\.5"),
         ({"prune": pop.PrunePlan((5,))}, pop.PlanError, "layer 5.*0 to 4"),
-        ({"dtype": "bfloat16"}, pop.InputError, "dtype.*'bfloat16'"),
+        ({"dtype": "bf16"}, pop.InputError, "dtype.*'bf16'"),
         ({"dtype": torch.float8_e4m3fn}, pop.InputError, r"dtype.*torch\.float8_e4m3fn"),
         ({"device": "abacus"}, pop.InputError, "device.*'abacus'"),
         ({"device": "cuda:99"}, pop.InputError, "device.*'cuda:99'"),
@@ -138,7 +138,8 @@ def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error,
 
 def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(folder, monkeypatch):
     """The message has the bytes of weights, cache and activations, and what is free."""
-    model = pop.load(folder, dtype=torch.float32)
+    model = pop.load(folder, dtype="float32")
+    assert model.dtype == torch.float32
     needed = 4 * model.num_parameters + model.new_cache().nbytes + 4 * 5 * model.config.intermediate_size * 512
     monkeypatch.setattr("pop.loading.free_bytes", lambda device: needed)
     assert pop.load(folder, dtype=torch.float32).max_seq_len == 512

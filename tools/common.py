@@ -145,8 +145,9 @@ def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> t
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers were measured on: the processor or GPU, torch's threads, and its version."""
-    return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    """What the numbers were measured on: processor or GPU, torch's threads, and the versions of torch and Python."""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": _device_name(device), "threads": torch.get_num_threads()} | versions
 
 
 def _device_name(device: torch.device) -> str:

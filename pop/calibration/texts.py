@@ -18,6 +18,8 @@ FITTED = 0.8  # the share of each text that calibration sees; the verdict is abo
 DOCUMENTS = 24  # texts from Python's documentation
 MODULES = 40  # texts from Python's standard library
 CHARACTERS = (4_000, 12_000)  # of each of them, from and to
+# Modules that tools/evaluate tests plans on, so no plan is fitted to them.
+LEFT_OUT = {"argparse", "heapq", "mailbox", "statistics"}
 PER_INPUT = 60  # tokens that suffice for each of the 2 * D inputs of a fit, see README.md
 BUILTIN = 50_000  # tokens of the built-in texts to fit, about
 PYTHON = 90_000  # and of DOCUMENTS and MODULES
@@ -52,18 +54,19 @@ def python_texts(times: int = 1) -> list[str]:
     """
     rng = random.Random(0)
     library = Path(sysconfig.get_paths()["stdlib"])
-    sources = [[file.read_text(encoding="utf-8", errors="ignore") for file in sorted(library.glob("*.py"))]]
+    sources = [{file.stem: file.read_text(encoding="utf-8", errors="ignore") for file in sorted(library.glob("*.py"))}]
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
 
-        sources.append([topics[name] for name in sorted(topics)])
+        sources.append(dict(sorted(topics.items())))
     least, most = CHARACTERS
     texts = []
     for source, count in zip(sources, (MODULES, DOCUMENTS), strict=False):
-        long_enough = [text for text in source if len(text) > least]
-        for text in rng.sample(long_enough, min(times * count, len(long_enough))):
-            begin = rng.randrange(max(1, len(text) - most))
-            texts.append(text[begin : begin + most])
+        long_enough = [name for name, text in source.items() if len(text) > least]
+        for name in rng.sample(long_enough, min(times * count, len(long_enough))):
+            begin = rng.randrange(max(1, len(source[name]) - most))
+            if name not in LEFT_OUT:
+                texts.append(source[name][begin : begin + most])
     return texts
 
 

@@ -140,8 +140,11 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
-        kinds = "'third', 'none', a share of layers (0.5, or 1.0 for all), layers such as 10,12,19-29 (9-9 for layer 9)"
-        saved = "the path of a saved plan or of importance scores, the name of a plan that ships (see `pop plans`)"
+        kinds = (
+            "'third', 'none', a share of layers (0.5, or 1.0 for all), layers such as '10,12,19-29' ('9-9' for layer 9)"
+        )
+        ships = ", ".join(sorted(file.removesuffix(".plan") for file in os.listdir(SHIPPED)))
+        saved = f"the path of a saved plan or of importance scores, the name of a plan that ships ({ships})"
         raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {saved}, or a PrunePlan")
 
     def check(self, num_layers: int) -> PrunePlan:
@@ -163,10 +166,12 @@ class PrunePlan:
         return cls(layers=tuple(ranked[:count]), **fields)
 
     @property
-    def kept(self) -> float | None:
-        """The share of the full model's exact answers that the plan keeps. None if its record does not know."""
-        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
-            return float(self.about["verdict"]["kept"][0])
+    def kept(self) -> str:
+        """The interval of the share of the full model's exact answers that the plan keeps. Empty if it is unknown."""
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            _, low, high = self.about["verdict"]["kept"]
+            return f"{low:.0%} to {high:.0%}"
+        return ""
 
     @property
     def holds(self) -> bool:
@@ -178,10 +183,10 @@ class PrunePlan:
     @property
     def judgement(self) -> str:
         """What a line on the plan says of its verdict, after a comma. Empty if its record knows none."""
-        if self.kept is None:
+        if not self.kept:
             return ""
         limits = "" if self.holds else ", but does not hold"
-        return f", keeps {self.kept:.0%} of pop check's answers{limits}"
+        return f", keeps {self.kept} of pop check's answers{limits}"
 
     def speedup(self, model, prompt_tokens: int) -> float:
         """The most that a prefill of `prompt_tokens` tokens of text can gain: F(none) / F(plan), see cost.py.

@@ -65,7 +65,7 @@ def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, caps
     pop.PrunePlan((2, 3), about={"verdict": VERDICT}).save(tmp_path / "plan")
     assert main(["plans", str(tmp_path / "plan")]) == 0
     first, _, *lines = capsys.readouterr().out.splitlines()
-    assert first.endswith("without layers 2 to 3, keeps 97% of pop check's answers")
+    assert first.endswith("without layers 2 to 3, keeps 93% to 101% of pop check's answers")
     cells = [" ".join(line.split()) for line in lines if line.strip()]
     assert cells == [
         "exact answers, plan / full model 256 tokens 1,024 tokens",
@@ -88,10 +88,10 @@ def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch
     assert main(["plans"]) == 0
     lines = capsys.readouterr().out.splitlines()
     shipped = Path(pop.__file__).parent / "data" / "plans"
-    third = "without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 101% of pop check's answers"
+    third = "without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 92% to 111% of pop check's answers"
     assert f"{shipped / 'smollm2-135m-third.plan'}: {third}" in lines
     assert lines[-1] == f"{tmp_path / 'owner' / 'model' / 'mine.plan'}: without layers 2 to 3"
-    kept = "keeps 97% of pop check's answers, but does not hold"
+    kept = "keeps 90% to 100% of pop check's answers, but does not hold"
     assert lines[-2] == f"{folder / 'default.plan'}: without layers 2 to 2, {kept}"
     assert lines[-3].startswith(f"{folder / 'broken.plan'} is not a pruning plan")
 

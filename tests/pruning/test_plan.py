@@ -140,6 +140,11 @@ def test_what_does_not_stand_for_a_plan_is_refused(wrong):
         PrunePlan.of(wrong, 6)
 
 
+def test_a_name_that_no_plan_has_is_answered_with_those_that_ship():
+    with pytest.raises(PlanError, match=r"gemma3-270m-9, smollm2-135m-14, smollm2-135m-third\)"):
+        PrunePlan.of("smollm2-135m-thrid", 30)
+
+
 def test_a_plan_that_ships_with_the_package_is_known_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, plan = "smollm2-135m-third", PrunePlan((1,))

@@ -46,7 +46,7 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
     judge = Judge(model, [(story[:640], []), (story[640:1280], [])])
     assert result["prompt_tokens"] == len(prompt)
     assert (result["model"], result["dtype"], result["num_layers"]) == (folder, "float32", 5)
-    assert result["machine"].keys() == {"device", "threads", "torch"}
+    assert result["machine"].keys() == {"device", "threads", "torch", "python"}
     for row, plan in zip(result["rows"], [pop.PrunePlan(), PLAN], strict=True):
         answer = model.generate(prompt, max_new_tokens=12, plan=plan)
         expected = {

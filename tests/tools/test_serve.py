@@ -352,12 +352,36 @@ def test_the_options_reach_the_model(tmp_path, monkeypatch, capsys):
         raise pop.CheckpointError("enough")
 
     monkeypatch.setattr(pop, "load", load)
-    words = [folder, "--dtype", "bfloat16", "--chat-format", "gemma", "--prune", "0.5", "--prune", "none"]
+    words = [
+        folder,
+        "--port",
+        "0",
+        "--dtype",
+        "bfloat16",
+        "--chat-format",
+        "gemma",
+        "--prune",
+        "0.5",
+        "--prune",
+        "none",
+    ]
     assert main([*words, "--prune", "1,3"]) == 2
     expected = {"dtype": torch.bfloat16, "chat_format": "gemma", "prune": "0.5", "compile": "auto"}
     assert calls == [expected | {"device": None, "max_seq_len": None}]
     assert main([*words, "--prune", "99-100"]) == 2
     assert len(calls) == 1 and "100" in capsys.readouterr().err
+
+
+def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(pop, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["smollm2-135m", "--port", str(port)]) == 2
+    assert f"127.0.0.1 port {port} cannot be served" in capsys.readouterr().err
+    assert main(["smollm2-135m", "--port", "99999"]) == 2
+    assert "cannot be served" in capsys.readouterr().err
 
 
 # ---- /v1/responses ----

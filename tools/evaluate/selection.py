@@ -119,6 +119,7 @@ def _baseline_contender(model: pop.Model, baseline: str, fraction: float, calibr
     most = {"most": sys.maxsize} if name in FITTED else {}
     windows = calibration_windows(model, calibration or builtin_texts(), **most)
     contender = BASELINES[name](model, share, windows)
-    return dataclasses.replace(
-        contender, name=f"{name} {share:g}", method=f"{TITLES.get(name, name)}, {100 * share:.0f} %"
-    )
+    # In place: a subclass may have a state that a copy would lose.
+    contender.name = f"{name} {share:g}"
+    contender.method = f"{TITLES.get(name, name)}, {100 * share:.0f} %"
+    return contender

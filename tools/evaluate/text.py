@@ -10,11 +10,11 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
+from pop.calibration.texts import LEFT_OUT
 from pop.errors import InputError
 from tools.common import ROOT, Countdown
 from tools.evaluate.contender import Contender
 
-CODE = ("argparse", "difflib", "heapq", "statistics")  # modules of Python's library: the default texts of "code"
 MEASURES = ("nll", "kl", "kl_first", "same", "same_first")
 LEAST = 5  # windows that an interval needs
 
@@ -29,7 +29,7 @@ def read_domains(texts: list[str]) -> dict[str, list[Path]]:
     """
     if not texts:
         domains = {path.stem: [path] for path in sorted((ROOT / "tools" / "evaluate" / "texts").glob("*.txt"))}
-        return {**domains, "code": [Path(find_spec(name).origin) for name in CODE]}
+        return {**domains, "code": [Path(find_spec(name).origin) for name in sorted(LEFT_OUT)]}
     domains = {}
     for text in texts:
         name, _, files = text.partition("=")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import threading
 
 import pop
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import find_folder
-from pop.errors import check_count
+from pop.errors import InputError, check_count
 from pop.models.config import DTYPES
 from pop.system.memory import free_bytes
 from tools.common import exit_status
@@ -39,8 +40,8 @@ def work(engine: Engine) -> None:
         os._exit(1)
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Load the model, and answer requests until the process is stopped."""
+def serve(args: argparse.Namespace, listener: socket.socket) -> None:
+    """Load the model, and answer requests at a bound socket until the process is stopped."""
     for option, least in (("batch", 1), ("queue", MAX_ANSWERS)):
         check_count(f"--{option}", getattr(args, option), least)
     loading = ("max_seq_len", "device", "compile", "chat_format")
@@ -65,12 +66,24 @@ def serve(args: argparse.Namespace) -> None:
     app = Server(engine, name, key, is_local, plans).app
     options = {"log_level": "warning", "ws": "none", "lifespan": "off", "server_header": False}
     options |= {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 5}
-    config = uvicorn.Config(app, args.host, args.port, **options)
-    with config.bind_socket() as listener:
-        listener.listen()  # from now on clients may connect
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"{name} is served at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
-        uvicorn.Server(config).run([listener])
+    config = uvicorn.Config(app, **options)
+    listener.listen()  # from now on clients may connect
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{name} is served at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
+    uvicorn.Server(config).run([listener])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket of an address, to which nobody can connect yet. Raises InputError if the address cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        advice = "give another --host or --port; --port 0 takes any free one"
+        raise InputError(f"{host} port {port} cannot be served at ({error}); {advice}") from None
+    return listener
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,8 +102,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="as in pop.load")
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, default="auto")
     args = parser.parse_args(argv)
+
+    def run() -> None:
+        with bound(args.host, args.port) as listener:  # first: without an address, loading would be in vain
+            serve(args, listener)
+
     try:
-        return exit_status("tools.serve", lambda: serve(args))
+        return exit_status("tools.serve", run)
     except KeyboardInterrupt:
         sys.stdout.flush()
         sys.stderr.flush()
