@@ -18,8 +18,13 @@ FIGURES = json.loads((GOLDENS / "evaluate" / "run.json").read_bytes())
 @pytest.mark.parametrize(
     ("left_out", "full", "half"),
     [
-        ((), "18.28 | | | 98 % | 100 % | 1.00x | 1.00x", "+9.4 % | 0.050 | 90.0 % | 50 % | 51 % | 1.50x |"),
-        (("text", "retrieval", "ttft"), "| | | | | |", "| | | | | |"),
+        (
+            (),
+            "18.28 | | 98 % | | -1.50 | 300 | 1.00x | 1.00x",
+            "+9.4 % [+8.4 %, +10.4 %] | 0.050 [0.040, 0.060] | 50 % | 51 % [41 %, 61 %] | -0.50 [-0.75, -0.25]"
+            " | 200 | 1.50x | -",
+        ),
+        (("text", "ttft"), "98 % | | -1.50", "50 % | 51 % [41 %, 61 %] | -0.50 [-0.75, -0.25]"),
     ],
 )
 def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
@@ -28,14 +33,19 @@ def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     assert main([str(path)]) == 0
     lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "## run: mine in float32, prompts of 64 tokens"
-    assert "A|B, 2 threads, torch 2.0, pop 0.1.0" in lines and FIGURES["command"] in lines
-    assert lines[-2:] == [f"| the full model | {full} |", f"| 3 of 6 layers: calibrated | {half} |"]
+    windows = "" if left_out else "24 windows of text, "
+    counts = f"{windows}180 questions, seed 3"
+    machine = "A|B, 2 threads, torch 2.0, Python 3.11.0, pop 0.1.0"
+    assert f"{machine}. {counts}. Intervals cover 95 %." in lines and FIGURES["command"] in lines
+    assert lines[-2:] == [f"| the full model | {full} |", f"| half: calibrated | {half} |"]
 
 
 def test_figures_without_a_table_are_refused(tmp_path, capsys):
-    (tmp_path / "run.json").write_text(json.dumps(FIGURES | {"text": []}))
-    assert main([str(tmp_path / "run.json")]) == 2
-    assert "run.json" in capsys.readouterr().err
+    others = {name: value for name, value in FIGURES.items() if name not in ("text", "retrieval", "ttft")}
+    for wrong in (FIGURES | {"text": []}, others):
+        (tmp_path / "run.json").write_text(json.dumps(wrong))
+        assert main([str(tmp_path / "run.json")]) == 2
+        assert "run.json lacks figures" in capsys.readouterr().err
 
 
 ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef", "kl": 0.0123}

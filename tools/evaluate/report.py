@@ -20,7 +20,7 @@ windows   {counts["prompt"]} prompt + {counts["continuation"]} continuation toke
 intervals: 95 %, bootstrap over windows"""
     ]
     if {"text", "retrieval", "ttft"} & set(result):
-        parts.append(table(_summary_rows(result)))
+        parts.append(table(summary_rows(result)))
     for name, domain in result.get("text", {}).items():
         title = f"{name}: {domain['windows']} windows, {domain['continuation_tokens']:,} continuation tokens"
         parts.append(f"{title}\n{table(_text_rows(domain['rows']))}")
@@ -38,7 +38,7 @@ intervals: 95 %, bootstrap over windows"""
     return "\n\n".join(parts)
 
 
-def _summary_rows(result: dict) -> list[list[str]]:
+def summary_rows(result: dict) -> list[list[str]]:
     """KL, retrieval and speed beside each other, of all domains and all questions."""
     text = next(iter(result.get("text", {}).values()), {"rows": {}})["rows"]
     retrieval = result.get("retrieval", {"rows": {}})["rows"]

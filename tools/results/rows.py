@@ -13,8 +13,7 @@ from pathlib import Path
 from pop.errors import InputError
 from pop.system.files import read_json
 from tools.common import exit_status
-
-COLUMNS = ("plan", "perplexity", "KL, nats", "same top token", "retrieved", "of full", "speedup", "limit")
+from tools.evaluate.report import summary_rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,60 +39,40 @@ def section(path: str) -> str:
 
 def _section(title: str, result: dict) -> str:
     computer = result["machine"]
+    versions = f"torch {computer['torch']}, Python {computer['python']}, pop {result['version']}"
+    first, *rows = summary_rows(result)
+    if not rows:
+        raise ValueError("text, retrieval or ttft")
     lines = [
         f"## {title}: {result['model']} in {result['dtype']}, prompts of {result['tokens']['prompt']:,} tokens",
         "",
-        f"{computer['device']}, {computer['threads']} threads, torch {computer['torch']}, pop {result['version']}",
+        f"{computer['device']}, {computer['threads']} threads, {versions}. {_counts(result)}. Intervals cover 95 %.",
         "",
         "```bash",
         result["command"],
         "```",
         "",
-        _row(COLUMNS),
-        _row("---" for _ in COLUMNS),
+        _row(["prompt encoded with", *first[1:]]),
+        _row("---" for _ in first),
     ]
-    lines += [_row(_cells(result, name)) for name in result["contenders"]]
+    for name, *cells in rows:
+        method = result["contenders"][name]["method"]
+        lines.append(_row([f"{name}: {method}" if method else "the full model", *cells]))
     return "\n".join(lines)
 
 
-def _cells(result: dict, name: str) -> list[str]:
-    """The cells of COLUMNS for one contender. A figure that was not measured is an empty cell."""
-    cells = _text_cells(result, name)
-    cells += _retrieval_cells(result, name)
-    for figure in ("speedup", "limit"):
-        value = result["ttft"][name][figure] if "ttft" in result else None
-        cells.append("" if value is None else f"{value:.2f}x")
-    return [_plan(result, name), *(cell.replace("%", " %") for cell in cells)]
-
-
-def _plan(result: dict, name: str) -> str:
-    contender = result["contenders"][name]
-    method = contender["method"]
-    if not contender["pruned_layers"]:
-        return method or "the full model"
-    return f"{contender['pruned_layers']} of {result['num_layers']} layers: {method}"
-
-
-def _text_cells(result: dict, name: str) -> list[str]:
-    if "text" not in result:
-        return [""] * 3
-    domain = next(iter(result["text"].values()))
-    row = domain["rows"][name]
-    if not result["contenders"][name]["method"]:  # the full model
-        return [f"{row['perplexity']:.2f}", "", ""]
-    return [f"{row['perplexity_change']['value']:+.1%}", f"{row['kl']['value']:.3f}", f"{row['same']['value']:.1%}"]
-
-
-def _retrieval_cells(result: dict, name: str) -> list[str]:
-    if "retrieval" not in result:
-        return [""] * 2
-    row = result["retrieval"]["rows"][name]
-    share = f"{row['share']['value']:.0%}" if row["share"] else ""
-    return [f"{row['exact']:.0%}", share]
+def _counts(result: dict) -> str:
+    """How many windows and questions there are, and the seed."""
+    counts = []
+    for domain in list(result.get("text", {}).values())[:1]:  # the first one is all of them
+        counts.append(f"{domain['windows']} windows of text")
+    if "retrieval" in result:
+        counts.append(f"{result['retrieval']['questions']} questions")
+    return ", ".join([*counts, f"seed {result['seed']}"])
 
 
 def _row(cells) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join(cell.replace('|', '/').replace('%', ' %') for cell in cells)} |"
 
 
 if __name__ == "__main__":
