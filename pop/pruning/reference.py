@@ -24,7 +24,8 @@ from torch import Tensor
 from pop.models.images import TEXT, Images
 from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan
 
-# Shapes: T tokens, of which N are the prompt's, D numbers in h, and K heads of width E for keys and values.
+# Shapes: T tokens, of which N are the prompt's, D numbers in h, H heads of width E for queries, K for keys and values,
+# V tokens in the vocabulary, and R numbers in a code. k and v are keys and values. Their names in text are K and V.
 # `images` below is what images bring to a prompt (pop/models/images.py). TEXT: it has none. Then `last_attended` and
 # `add_deepstack` do nothing.
 
