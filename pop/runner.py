@@ -27,8 +27,7 @@ from pop.pruning.sketch import check_distance, distance, inputs, sketch_of
 from pop.system.memory import to_device
 
 KEPT_CACHES = 2  # spare caches on a GPU, where a new cache needs a new captured decode step
-# Several processes keep none, and replay no prompts. All must replay the same graphs, but one of them might lack the
-# memory for a spare cache, or have another kind of GPU.
+# Several processes keep none. One of them might lack the memory for a spare cache, but all must replay the same graphs.
 FULL_DEPTH = PrunePlan.none()
 
 
@@ -79,7 +78,7 @@ class Runner:
         self._stages = ReadyStages(
             module,
             replay_of(module, compiles),
-            0 if part else replayed_tokens_of(module),
+            replayed_tokens_of(module),
             compile=compiles,
             required=compile is True,
             progress=progress,
