@@ -78,7 +78,7 @@ class Runner:
         self._stages = ReadyStages(
             module,
             replay_of(module, compiles),
-            replayed_tokens_of(module),
+            replayed_tokens_of(module, part is not None),
             compile=compiles,
             required=compile is True,
             progress=progress,

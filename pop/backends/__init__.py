@@ -63,7 +63,7 @@ def replay_of(module: nn.Module, is_compiled: bool = False) -> type | None:
     return cpu_graph.Graph if is_compiled and cpu_graph.CAN_RECORD else None
 
 
-def replayed_tokens_of(module: nn.Module) -> int:
+def replayed_tokens_of(module: nn.Module, is_part: bool = False) -> int:
     """How many tokens may be in a prefill that is repeated on a GPU (`Stages.replayed_tokens`).
 
     With so many or fewer, the GPU waits for the host to launch kernels. With more, a graph would save no time, and the
@@ -74,8 +74,9 @@ def replayed_tokens_of(module: nn.Module) -> int:
     device = next(module.parameters()).device
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     tokens = WHILE_LAUNCHING * processors // layer_weights(module.config)
-    # Processes that share a module must run equal chunks. Their shares of an MLP, or their GPUs, may differ.
-    return int(module.largest_of_processes(torch.tensor([tokens], device=device)))
+    if is_part:  # of what several processes share: they must run equal chunks, but their shares or GPUs may differ
+        tokens = int(module.largest_of_processes(torch.tensor([tokens], device=device)))
+    return tokens
 
 
 def chunk_size_of(module: nn.Module) -> int:

@@ -30,7 +30,7 @@ def steps(monkeypatch):
         return Replay(module, what, other)
 
     monkeypatch.setattr("pop.runner.replay_of", lambda *_: replay)
-    monkeypatch.setattr("pop.runner.replayed_tokens_of", lambda module: 100)
+    monkeypatch.setattr("pop.runner.replayed_tokens_of", lambda *_: 100)
     monkeypatch.setattr("pop.runner.SpareCaches", lambda most: SpareCaches(KEPT_CACHES))
     return made
 
