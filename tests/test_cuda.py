@@ -199,7 +199,7 @@ def test_replayed_prompts_are_the_references(family, plan, dtype, device):
     plan = plan_of(model, plan)
     found = []
     for number in range(20):
-        prompts = random_tokens(2, 21 + number % 3).roll(number, 1)  # 21 and 22 tokens run as 22, and 23 as 24
+        prompts = random_tokens(2, 23 + number % 3).roll(number, 1)  # 23 and 24 tokens run as 24, and 25 as 28
         cache.reset()
         prefilled = model.prefill(prompts, cache, lengths=[prompts.shape[1], 7], plan=plan)
         found.append((prompts, prefilled, model.decode([5, 6], cache)))

@@ -27,7 +27,7 @@ from pop.engine.chunks import Chunk, FullDepth
 from pop.engine.stages import Stages
 from pop.pruning.plan import Group
 
-MOST_REPLAYED = 16  # passes that one cache keeps
+MOST_REPLAYED = 24  # passes that one cache keeps. If lengths are evenly spread over 1 to 900, 84 % of prompts meet one.
 
 
 class LayerPass:

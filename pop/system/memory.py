@@ -50,7 +50,7 @@ def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     return [tensor if tensor.device.type == device.type else next(copies) for tensor in tensors]
 
 
-def stepped(size: int, steps: int = 8) -> int:
-    """The next size from `size` on of those that go up in steps, `steps` of them from each power of two to the next."""
-    step = max(1, (1 << size.bit_length()) // (2 * steps))
+def stepped(size: int) -> int:
+    """The next size from `size` on of those that go up in steps, four of them from each power of two to the next."""
+    step = max(1, (1 << size.bit_length()) // 8)
     return -(-size // step) * step
