@@ -145,6 +145,7 @@ class ReplayedPasses(LayerPass):
         return replay(partial(super().run, layers, *fixed))
 
     def _new(self, inputs: tuple) -> tuple:
+        """Memory for such inputs, and a runner that uses the others' memory. If there are many, the oldest leaves."""
         _, other = next(iter(self.kept.values()), (None, None))
         if len(self.kept) == MOST_REPLAYED:
             del self.kept[next(iter(self.kept))]
