@@ -537,6 +537,8 @@ BAD = [  # path, body, status, and what the message or the code says
     ("/chat/completions", CHAT | {"messages": user("a" * 600)}, 400, "context_length_exceeded"),
     ("/chat/completions", CHAT | {"messages": user("a" * 200_000)}, 400, " bytes"),
     ("/chat/completions", CHAT | {"temperature": float("nan")}, 400, "temperature"),
+    ("/chat/completions", CHAT | {"max_new_tokens": 5}, 400, "near names are max_tokens"),
+    ("/responses", {"model": "tiny", "input": "Hello", "max_new_tokens": 5}, 400, "max_output_tokens"),
     ("/responses", {"model": "tiny", "input": HELLO * 3000}, 400, "items"),
     ("/responses", {"model": "tiny", "input": "a" * 600}, 400, "context_length_exceeded"),
 ]

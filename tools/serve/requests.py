@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import difflib
 import functools
 import json
 import time
@@ -52,6 +53,12 @@ class Wrong(Exception):
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+
+
+def unknown(key: str, known: set[str]) -> Wrong:
+    """The error for an argument that the route does not have. It names the nearest ones."""
+    near = ", ".join(difflib.get_close_matches(key[:80], sorted(known), n=2, cutoff=0))
+    return Wrong(f"there is no argument {key!r:.80}; near names are {near}", param=key[:80])
 
 
 class Served:
@@ -125,8 +132,9 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
     for key, value in body.items():
         if key in ONLY and value != ONLY[key]:
             raise Wrong(f"{key} is {value!r:.80}; this server takes {ONLY[key]!r} only", param=key)
-        if key not in ONLY and key not in UNREAD and key not in (CHAT if is_chat else TEXT):
-            raise Wrong(f"there is no argument {key!r:.80}", param=key[:80])
+        read = CHAT if is_chat else TEXT
+        if key not in ONLY and key not in UNREAD and key not in read:
+            raise unknown(key, read)
     for key in ("model", "messages" if is_chat else "prompt"):
         if key not in body:
             raise Wrong(f"{key} is missing", param=key)

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 
 from tools.serve.replies import split_calls, usage_of
-from tools.serve.requests import MAX_MESSAGES, SAMPLING, Asked, Wrong
+from tools.serve.requests import MAX_MESSAGES, SAMPLING, Asked, Wrong, unknown
 from tools.serve.rows import Event
 
 SAME = SAMPLING | {"model", "stream", "tool_choice", "chat_template_kwargs", "plan", "cache_prompt"}  # as in a chat
@@ -31,7 +31,7 @@ def as_chat(body: dict) -> dict:
         if key in ("previous_response_id", "conversation"):
             raise Wrong(f"{key} is given, but this server keeps no answers; send the whole conversation", param=key)
         if key not in SAME | UNREAD | OWN:
-            raise Wrong(f"there is no argument {key!r:.80}", param=key[:80])
+            raise unknown(key, SAME | OWN)
     if "input" not in body:
         raise Wrong("input is missing", param="input")
     chat = {key: body[key] for key in SAME & body.keys()}
