@@ -272,7 +272,7 @@ class Runner:
         for name, size in sizes.items():
             found = corrections.tensors[name].shape[2]
             if found != size and corrections.rows is None:
-                detail = f"its {name} is for {found} numbers, and not {size}"
+                detail = f"its tensor {name!r} is for {found} numbers, and not {size}"
                 raise PlanError(f"the plan is of another model: {detail}; calibrate again")
         note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
         is_first = self.part is None or self.part.rank == 0

@@ -186,7 +186,7 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
 def test_a_plan_of_another_shape_is_refused(model):
     weight = torch.zeros(2, 2, 20, 5)
     reshaped = Corrections((2, 3), weight, torch.zeros(1, 5, 14), sketch=model.sketch[2:4])
-    with pytest.raises(PlanError, match="but this model has"):
+    with pytest.raises(PlanError, match="of another model: its tensor 'shared' is for 14"):
         model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, corrections=reshaped))
 
 

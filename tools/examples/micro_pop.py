@@ -15,8 +15,7 @@ from torch import nn
 LETTERS = 24  # ids 0 to 23: an alphabet that starts anew after its last letter
 COPY, COUNT, ANSWER = 24, 25, 26  # ids that mark the task, and the end of the prompt
 LENGTH = 8  # letters in a prompt, and in an answer
-LAYERS, WIDTH, HEADS = 6, 64, 4
-# In shapes: B prompts, T tokens, N tokens of which there are keys and values, V ids, D = WIDTH, H = HEADS, E = D / H
+LAYERS, WIDTH, HEADS = 6, 64, 4  # in shapes: B prompts, T new and N known tokens, V ids, D width, H heads, E = D / H
 
 
 class Layer(nn.Module):
@@ -93,10 +92,7 @@ def train(model, steps=400):
 
 
 def importance(model):
-    """Return the mean squared gradient of each layer's prefill and decode gate, [2, LAYERS].
-
-    It is that of the negative log-likelihood of an answer.
-    """
+    """Return the mean squared gradient of an answer's loss by each layer's prefill and decode gate, [2, LAYERS]."""
     scores = torch.zeros(2, LAYERS)
     for _ in range(200):
         prompts, answers = examples(1)
