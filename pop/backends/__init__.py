@@ -17,8 +17,8 @@ from pop.pruning.cost import layer_weights
 
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
 CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
-# Multiply-adds that a multiprocessor of an H100 does while the host launches the kernels of a layer, in about 0.65 ms.
-# It is a fifth less than that, since padding adds up to a quarter.
+# Multiply-adds that a multiprocessor of an H100 does in about half a millisecond. The host launches the kernels of a
+# layer in 0.65 ms, of which padding may cost a fifth.
 WHILE_LAUNCHING = 1_200_000_000
 LEAST_CHUNK_SIZE = 256  # tokens of each row in a batch on a GPU
 # Tokens of a batch that run at once on a GPU. Compiled code would compile again, with 64-bit indices, from 2^31 numbers

@@ -168,7 +168,7 @@ class PrunePlan:
     @property
     def kept(self) -> str:
         """The interval of the share of the full model's exact answers that the plan keeps. Empty if it is unknown."""
-        with contextlib.suppress(LookupError, TypeError, ValueError):
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
             _, low, high = self.about["verdict"]["kept"]
             return f"{low:.0%} to {high:.0%}"
         return ""

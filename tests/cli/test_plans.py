@@ -118,7 +118,7 @@ WRONG = {"answers": {HOSTILE: {"256": [1, 2]}}, "loss": {HOSTILE: 3}, "kept": [H
 @pytest.mark.parametrize(
     "about",
     [{HOSTILE: HOSTILE}, {"a": {HOSTILE: [HOSTILE]}}, {"": None}, {"verdict": HOSTILE}, {"verdict": None}]
-    + [{"verdict": VERDICT | {name: value}} for name, value in WRONG.items()],
+    + [{"verdict": VERDICT | {name: value}} for name, value in (*WRONG.items(), ("kept", [1, 10**400, 1]))],
 )
 def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
     fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1}

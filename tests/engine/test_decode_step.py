@@ -16,6 +16,7 @@ from pop import engine
 from pop.backends import accelerate
 from pop.backends.cpu_graph import Graph, _Record
 from pop.engine.stages import Stages
+from pop.pruning.plan import PrunePlan
 
 REPLAYED = Stages(replay=Replay)
 RECORDED = Stages(replay=Graph)
@@ -110,7 +111,10 @@ def test_a_dropped_cache_is_freed_at_once():
     """On a GPU, its memory must not wait for the garbage collector."""
     module = random_model(tiny_config())
     cache = new_cache(module, 1)
-    engine.decode(module, torch.tensor([3]), cache, REPLAYED)
+    stages = REPLAYED._replace(replayed_tokens=9)
+    engine.prefill(module, torch.tensor([[1, 2]]), cache, torch.tensor([2]), PrunePlan((1,)), 9, stages)
+    engine.decode(module, torch.tensor([3]), cache, stages)
+    assert cache.passes is not None and cache.step is not None
     keys = weakref.ref(cache.keys[0])
     gc.disable()
     try:

@@ -130,7 +130,7 @@ def exact_answers(model, prefill=(), boundary=(), decode=(), without_kv=()):
 
 
 def main():
-    torch.manual_seed(3)
+    torch.manual_seed(5)
     model = Decoder()
     train(model)
     print("importance by virtual gates\nlayer       prefill        decode")
