@@ -35,8 +35,9 @@ CAPABILITY = torch.backends.cpu.get_cpu_capability()
 HAS_BF16 = _supports("avx512_bf16")
 HAS_AMX = _supports("amx_tile")
 
-# Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
-WIDENED = {torch.float16, torch.bfloat16} if CAPABILITY == "AVX2" else {torch.float16}
+# Dtypes without fast products: float16, and bfloat16 on x86 processors without instructions for it.
+LACKS_BF16 = CAPABILITY in ("AVX2", "AVX512") and not HAS_BF16
+WIDENED = {torch.float16, torch.bfloat16} if LACKS_BF16 else {torch.float16}
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 
 # Dtypes in which kernels.cpp is faster than torch: for one token a row, and for attention of several tokens. With
@@ -44,11 +45,13 @@ WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 FUSED_TOKEN = {torch.float32, torch.bfloat16} if CAPABILITY in ("AVX2", "AVX512") else set()
 FUSED = FUSED_TOKEN - {torch.bfloat16} if HAS_AMX else FUSED_TOKEN
 MOST_E = 256  # the widest head that kernels.cpp takes
-MOST_ROWS = 16  # the most rows of a product in kernels.cpp
+MOST_ROWS = 64  # the most rows of a product that kernels.cpp takes
+FEW_ROWS = 16  # the most rows of a product for which kernels.cpp is faster than torch's fast products
 
 STREAMS = 2  # blocks of a matrix that compiled code reads at once; one or four are up to a tenth slower
 LONGEST_SUM = 4096  # numbers that compiled code sums at once; a longer sum is a sum of up to 32 parts
-ROWS_FIRST = {torch.bfloat16} if HAS_BF16 and not HAS_AMX else set()  # torch's x W' is faster than (W x')' in these
+# Dtypes in which torch's x W' is faster than (W x')'
+ROWS_FIRST = {torch.float16, torch.bfloat16} if HAS_BF16 and not HAS_AMX else {torch.float16}
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
 
@@ -69,11 +72,14 @@ class Embedding(layers.Embedding):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Like F.linear. x is [B, T, in], or [B, in] and [in] for one token a row."""
     one_token = x.dim() < 3 or x.shape[-2] == 1
-    if x.device.type == "cpu" and x.dtype in WIDENED and not one_token:
-        return _widened_product(x, weight, bias)
-    has_kernels = x.device.type == "cpu" and x.dtype != torch.float16
-    needs_operators = torch.is_grad_enabled() or type(weight) not in (Tensor, nn.Parameter)
-    if needs_operators or not one_token or not has_kernels:
+    is_plain = x.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
+    if not is_plain or not (one_token or x.dtype in WIDENED):
+        return F.linear(x, weight, bias)
+    if not one_token:
+        product = _product_in_float32 if torch.is_grad_enabled() else widened_product
+        out = product(x.float(), weight)
+        return (out if bias is None else out + bias).to(x.dtype)
+    if torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
     if rows.shape[0] == 1 and torch.compiler.is_compiling():
@@ -85,13 +91,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.reshape(*x.shape[:-1], -1)
 
 
-def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear in float32. It copies some rows of the matrix at a time, since an output head is too large to copy."""
+# One operator for all sizes, so that compiled code is not specialised to some. `custom_op` would add 60 us to a call.
+torch.library.define("pop::widened_product", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl("pop::widened_product", "CPU")
+def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear without gradients. x [B, T, in] -> [B, T, out], both float32; x was converted from weight's dtype."""
+    rows = x.flatten(0, -2)
+    if len(rows) <= MOST_ROWS and weight.dtype in FUSED_TOKEN:
+        return multiply_rows(rows.to(weight.dtype), weight).float().unflatten(0, x.shape[:-1])
+    return _product_in_float32(x, weight)
+
+
+torch.library.register_fake("pop::widened_product", lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
+widened_product = torch.ops.pop.widened_product.default
+
+
+def _product_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x is float32. It copies some rows of the matrix at a time, since an output head is too large to copy."""
     blocks = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))
-    out = torch.cat([F.linear(x.float(), block.float()) for block in blocks], dim=-1)
-    if bias is not None:
-        out = out + bias.float()
-    return out.to(x.dtype)
+    products = [F.linear(x, block.float()) for block in blocks]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
@@ -106,12 +127,14 @@ def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("pop::multiply_rows", mutates_args=())
 def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear of x [B, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W."""
+    """F.linear of x [rows, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W."""
     out = x.new_empty(x.shape[0], weight.shape[0])
     call = multiply_rows_call(out, x, weight)
     if call is not None:
         call()
         return out
+    if x.dtype in WIDENED and len(x) > FEW_ROWS:
+        return _product_in_float32(x.float(), weight).to(x.dtype)
     if x.dtype in ROWS_FIRST:
         return F.linear(x, weight)
     return (weight @ x.T).T.contiguous()
@@ -126,9 +149,10 @@ def multiply_rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | Non
     The kernel reads whole vectors of 64 bytes.
     """
     rows, width = x.shape
+    is_few = 0 < rows <= (MOST_ROWS if x.dtype in WIDENED else FEW_ROWS)
     same = x.dtype == weight.dtype and width == weight.shape[1]
     whole_vectors = width * x.itemsize % 64 == 0 and x.is_contiguous() and weight.is_contiguous()
-    if not (same and whole_vectors and 0 < rows <= MOST_ROWS and x.dtype in FUSED_TOKEN and _has_kernel()):
+    if not (is_few and same and whole_vectors and x.dtype in FUSED_TOKEN and _has_kernel()):
         return None
     return _call("multiply_rows", (x, weight, out), (rows, width, len(weight)))
 

@@ -35,7 +35,7 @@ constexpr int WIDTH = 16, VECTORS = 3, ROWS = 8;
 constexpr int WIDTH = 8, VECTORS = 3, ROWS = 4;
 #endif
 constexpr int QUERIES = WIDTH * VECTORS, KEYS = 128;  // of a block
-constexpr int MOST_E = 256, MOST_ROWS = 16;  // as in pop.backends.cpu
+constexpr int MOST_E = 256, MOST_ROWS = 64;  // as in pop.backends.cpu
 
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
