@@ -5,6 +5,7 @@ Prefill, decode and caches are in runner.py. The loop that answers is in pop/gen
 
 import time
 from collections.abc import Sequence
+from typing import overload
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Generation
@@ -15,7 +16,6 @@ from pop.generation.sampling import sampling_params
 from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared
-from pop.pruning.plan import PrunePlan
 from pop.runner import Runner, token_ids
 
 REPORTED = 2048  # tokens of the prompt whose speedup repr(model) states
@@ -68,9 +68,13 @@ class Model(Runner):
             text += " by arithmetic (launches bound short prompts)"
         return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}{plan.judgement}>"
 
-    def generate(
-        self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **options
-    ) -> Generation | list[Generation]:
+    @overload
+    def generate(self, prompt: list[str] | list[list[int]], **options) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompt, **options) -> Generation: ...
+
+    def generate(self, prompt, *, images=None, videos=None, plan=None, **options):
         """Continue a prompt, or a list of prompts as one batch, which returns a list.
 
         An answer ends at an end token, before a stop string, after max_new_tokens, or in a full context.
@@ -81,7 +85,8 @@ class Model(Runner):
             images, videos: A list for one prompt, a list of lists for a batch. An image is a path, bytes, a PIL image,
                 a uint8 array [H, W, 3], or a pop.Image. A video is a path, a uint8 array [T, H, W, 3], a list of
                 images, or a pop.Video. pop/inputs/README.md has all forms.
-            plan: The PrunePlan of this call; None takes the model's.
+            plan: The plan of this call, as `load` takes it for `prune`. But None and "default" take the model's, and
+                "none" is full depth.
             options: max_new_tokens=256, temperature=0.0 (greedy), top_k, top_p, seed, stop, and the other fields of
                 SamplingParams in pop/generation/sampling.py. sampling="checkpoint" takes those that the checkpoint's
                 generation_config.json states, in place of those that are not given.
@@ -92,7 +97,7 @@ class Model(Runner):
         began = time.perf_counter()
         return self._batch(prompt, images, videos, plan, options).generate(began)
 
-    def stream(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **options) -> Stream:
+    def stream(self, prompt, *, images=None, videos=None, plan=None, **options) -> Stream:
         """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come.
 
         From the last piece on, the stream's `generation` is the Generation.
@@ -146,7 +151,7 @@ class Model(Runner):
         *,
         messages: Sequence[dict] | None = None,
         enable_thinking: bool = True,
-        plan: PrunePlan | None = None,
+        plan=None,
     ) -> Conversation:
         """A conversation, whose turns prefill only what is new.
 
@@ -163,13 +168,11 @@ class Model(Runner):
             earlier.insert(0, {"role": "system", "content": system})
         return Conversation(self, earlier, enable_thinking=enable_thinking, plan=plan)
 
-    def prefix(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None) -> Prefix:
+    def prefix(self, prompt, *, images=None, videos=None, plan=None) -> Prefix:
         """Encode once what many prompts begin with; then call `prefix.generate(rest)`. Arguments as in `generate`."""
         return Prefix(self, prompt, images=images, videos=videos, plan=plan)
 
-    def score(
-        self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None
-    ) -> float | list[float]:
+    def score(self, context, continuation, *, images=None, videos=None, plan=None) -> float | list[float]:
         """log p(continuation | context): the natural logarithm, summed over the continuation's tokens.
 
         The context is pruned. Its last token and the continuation run at full depth, as decode would run them.

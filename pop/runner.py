@@ -141,9 +141,7 @@ class Runner:
                 raise
         return KVCache(sizes, batch_size, max_seq_len, **options)
 
-    def prefill(
-        self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan: PrunePlan | None = None
-    ) -> Tensor:
+    def prefill(self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan=None) -> Tensor:
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
         Args:
@@ -151,7 +149,7 @@ class Runner:
             cache: From `new_cache`, with B rows.
             lengths: The number of tokens in each row without padding, [B]. None: all T.
             images, videos: A list for each row, whose placeholders are among the tokens.
-            plan: The PrunePlan of this call; None takes the model's.
+            plan: The plan of this call, as `Model.generate` takes it.
 
         Raises:
             InputError, PlanError: An argument does not fit the model. ContextOverflow: The cache is too small.

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -148,6 +149,15 @@ def machine(device: torch.device) -> dict:
     """What the numbers were measured on: processor or GPU, torch's threads, and the versions of torch and Python."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {"device": _device_name(device), "threads": torch.get_num_threads()} | versions
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "-dirty" after it if files differ from it. None outside of a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _device_name(device: torch.device) -> str:

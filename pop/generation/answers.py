@@ -19,7 +19,8 @@ class Generation:
     prompt_tokens: int  # the length of the prompt, including a prefix or earlier turns
     ttft_s: float  # seconds from the call to the batch's first token, including tokenization
     decode_s: float  # seconds from the first token to the last
-    finish_reason: str  # "stop": an end token or a stop string; "length": max_new_tokens or a full context
+    # "stop": an end token or a stop string; "length": max_new_tokens or a full context; "cancelled": a closed stream
+    finish_reason: str
     logprobs: list[float] | None = None  # log p of each token by the model's own softmax(logits), with logprobs=True
 
     @property

@@ -204,7 +204,7 @@ class Batch:
 
 
 class Stream(Iterator[str]):
-    """The pieces of an answer, as they come. `generation` is the finished answer, from the last piece on."""
+    """The pieces of an answer, as they come. `generation` is the answer, from its end or from `close` on."""
 
     def __init__(self, batch: Batch, began: float):
         self.generation: Generation | None = None
@@ -221,8 +221,12 @@ class Stream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the answer here."""
+        """End the answer here, for the reason "cancelled". Only the thread that reads it can do so."""
         self._steps.close()
+        (answer,) = self._batch.answers
+        if answer.tokens and not answer.finish_reason:
+            answer.finish_reason = "cancelled"
+            self.generation = self._batch.generation(0, self._began)
 
 
 def as_prompts(prompt, what: str = "prompt") -> tuple[list, bool]:

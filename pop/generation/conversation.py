@@ -12,7 +12,6 @@ from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream
 from pop.generation.sampling import sampling_params
 from pop.inputs.processors import Prepared
-from pop.pruning.plan import PrunePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Conversation:
         enable_thinking, plan: As in `Model.start_chat`.
     """
 
-    def __init__(self, model, earlier: list[dict], *, enable_thinking: bool = True, plan: PrunePlan | None = None):
+    def __init__(self, model, earlier: list[dict], *, enable_thinking: bool = True, plan=None):
         self.model = model
         self.plan = model.resolve(plan)
         self.enable_thinking = enable_thinking

@@ -6,7 +6,6 @@ from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream
 from pop.generation.sampling import sampling_params
 from pop.generation.scoring import score
-from pop.pruning.plan import PrunePlan
 from pop.runner import padded
 
 
@@ -20,7 +19,7 @@ class Prefix:
     prompt.
     """
 
-    def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
+    def __init__(self, model, prompt, *, images=None, videos=None, plan=None):
         self.model = model
         self.plan = model.resolve(plan)
         (media,) = model.vision.prepare_batch(images, videos, 1)

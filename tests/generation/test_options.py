@@ -60,7 +60,7 @@ def test_what_a_method_cannot_take_is_said_at_once(model):
 
 
 def test_a_stream_ends_with_the_generation(model):
-    """With the last piece on, for a prompt, a conversation and a prefix; None before, or if the stream is closed."""
+    """With the last piece on, or once it is closed, for a prompt, a conversation and a prefix; None before."""
     for stream, generate, prompt in (
         (model.stream, model.generate, "abc"),
         (model.start_chat().stream, model.start_chat().send, "abc"),
@@ -78,9 +78,16 @@ def test_a_stream_ends_with_the_generation(model):
         assert dataclasses.replace(pieces.generation, **times) == dataclasses.replace(expected, **times)
         assert pieces.generation.decode_s > 0 < pieces.generation.ttft_s
         cut = stream(prompt, **options)
-        next(cut)
+        begun = next(cut)
         cut.close()
-        assert list(cut) == [] and cut.generation is None
+        assert list(cut) == [] and cut.generation.finish_reason == "cancelled"
+        assert cut.generation.text.startswith(begun)
+        assert 0 < len(cut.generation.tokens) == len(cut.generation.logprobs) < 12
+        unread = stream(prompt, **options)
+        unread.close()
+        assert list(unread) == [] and unread.generation is None
+        pieces.close()
+        assert pieces.generation.finish_reason == expected.finish_reason
 
 
 def test_a_stream_may_change_the_mode_of_inference_midway(model):

@@ -33,7 +33,7 @@ def test_it_fits_a_page():
 def test_its_table_shows_what_it_claims(capsys):
     micro["main"]()
     lines = capsys.readouterr().out.splitlines()
-    prefill = [float(line.split()[1]) for line in lines[2 : 2 + LAYERS]]
+    prefill = [float(line.split()[1]) for line in lines[3 : 3 + LAYERS]]
     assert max(prefill[LAYERS // 2 :]) < min(prefill[: LAYERS // 2])
     rows = [line.split()[-2:] for line in lines[-5:]]
     full, pruned, without_boundary, without_kv, nowhere = ([int(x.rstrip("%")) for x in row] for row in rows)

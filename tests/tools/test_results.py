@@ -20,18 +20,18 @@ FIGURES = json.loads((GOLDENS / "evaluate" / "run.json").read_bytes())
     [
         (
             (),
-            "18.28 | | 98 % | | -1.50 | 300 | 1.00x | 1.00x",
+            "18.28 |  | 98 % |  | -1.50 | 300 | 1.00x | 1.00x",
             "+9.4 % [+8.4 %, +10.4 %] | 0.050 [0.040, 0.060] | 50 % | 51 % [41 %, 61 %] | -0.50 [-0.75, -0.25]"
             " | 200 | 1.50x | -",
         ),
-        (("text", "ttft"), "98 % | | -1.50", "50 % | 51 % [41 %, 61 %] | -0.50 [-0.75, -0.25]"),
+        (("text", "ttft"), "98 % |  | -1.50", "50 % | 51 % [41 %, 61 %] | -0.50 [-0.75, -0.25]"),
     ],
 )
 def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({name: value for name, value in FIGURES.items() if name not in left_out}))
     assert main([str(path)]) == 0
-    lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "## run: mine in float32, prompts of 64 tokens"
     windows = "" if left_out else "24 windows of text, "
     counts = f"{windows}180 questions, seed 3"
@@ -48,7 +48,8 @@ def test_figures_without_a_table_are_refused(tmp_path, capsys):
         assert "run.json lacks figures" in capsys.readouterr().err
 
 
-ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef", "kl": 0.0123}
+ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef-dirty", "kl": 0.0123}
+ROW |= {"kept": [0.62, 0.49, 0.74], "prompt_tokens": 512, "questions": 180, "dtype": None}
 ROW |= {"speedup_2048": 1.5, "kinds": {"codes": 0.876}, "retrieved": 0.5, "lambada": None}
 
 
@@ -60,9 +61,10 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
     assert leaderboard.main(paths) == 0
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "| a | b | - | - | - | - | - | - | - | - | - | - | - |",
-        "| m | faster | 2.00x | - | - | - | - | - | - | - | - | - | - |",
-        "| m | p/q | 1.50x | - | 0.012 | 88 % | - | - | - | 50 % | - | two cores | 0123456 |",
+        f"| a | b |{' - |' * 14}",
+        f"| m | faster | 2.00x |{' - |' * 13}",
+        "| m | p/q | 1.50x | - | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | - | two cores"
+        " | 0123456-dirty |",
     ]
 
 
@@ -79,6 +81,9 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
         ({"retrieved": 53}, "retrieved is 53"),
         ({"kinds": {"codes": 2}}, "kinds.codes is 2"),
         ({"kinds": {"riddles": 1}}, "kinds is"),
+        ({"kept": [0.5]}, "kept is [0.5]"),
+        ({"kept": [0.5, 0.4, "high"]}, "kept is 'high'"),
+        ({"questions": 1.5}, "questions is 1.5"),
         ({"speed": 1.5}, "field 'speed'"),
     ],
 )
@@ -88,6 +93,29 @@ def test_a_row_that_is_wrong_is_refused(changed, says, tmp_path, capsys):
     assert leaderboard.main([str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and str(path) in err and err.count("\n") == 1
+
+
+def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    kinds = {"codes 512": (10, 0.5), "quotes-prose 512": (10, 0.2), "quotes-code 512": (30, 0.6), "facts 512": (9, 1.0)}
+    result = json.loads(json.dumps(FIGURES)) | {"commit": "0123456-dirty"}
+    result["retrieval"]["rows"]["half"]["kinds"] = {
+        name: {"questions": count, "exact": exact, "log_prob": -1.0} for name, (count, exact) in kinds.items()
+    }
+    path.write_text(json.dumps(result))
+    assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 0
+    out = capsys.readouterr().out
+    row = json.loads(out)
+    assert (row["kl"], row["retrieved"], row["kept"]) == (0.05, 0.5, [0.51, 0.41, 0.61])
+    assert row["kinds"] == {"codes": 0.5, "quotes": 0.5}
+    assert (row["windows"], row["questions"], row["seed"], row["dtype"]) == (24, 180, 3, "float32")
+    path.with_name("row.json").write_text(out)
+    assert leaderboard.main([str(path.with_name("row.json"))]) == 0
+    assert "| mine | half | - | - | 0.050 | 64 | 50 % |" in capsys.readouterr().out
+    for wrong, says in ((result, "it has full, half"), (result | {"text": {}}, "run.json lacks")):
+        path.write_text(json.dumps(wrong))
+        assert leaderboard.main(["--from", str(path), "--plan", "third"]) == 2
+        assert says in capsys.readouterr().err
 
 
 SPEEDUP = r"\d\.\d\dx( of \d\.\d\dx)?"  # measured, and its limit

@@ -26,6 +26,7 @@ from tools.common import (
     ROOT,
     check_plot,
     check_writable,
+    commit,
     exit_status,
     integers_in,
     machine,
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(words)
     args.command = shlex.join(["python", "-m", "tools.evaluate", *words])
+    if argv is not None:  # a script, which may have added methods, texts or tasks
+        args.command += f"  # called by {Path(sys.argv[0]).name}"
     return exit_status("evaluate", lambda: _evaluate_and_print(args))
 
 
@@ -193,6 +196,7 @@ def _settings(args, model: pop.Model, domains: dict[str, list[Path]], contenders
         "dtype": str(model.dtype).removeprefix("torch."),
         "machine": machine(model.device),
         "version": pop.__version__,
+        "commit": commit(),
         "seed": args.seed,
         "tokens": {"prompt": args.prompt_tokens, "continuation": args.continuation_tokens, "new": args.new_tokens},
         "text_files": {name: [path.name for path in paths] for name, paths in domains.items()},

@@ -120,6 +120,6 @@ def _baseline_contender(model: pop.Model, baseline: str, fraction: float, calibr
     windows = calibration_windows(model, calibration or builtin_texts(), **most)
     contender = BASELINES[name](model, share, windows)
     # In place: a subclass may have a state that a copy would lose.
-    contender.name = f"{name} {share:g}"
-    contender.method = f"{TITLES.get(name, name)}, {100 * share:.0f} %"
+    contender.name = baseline.replace(":", " ")
+    contender.method = contender.method or f"{TITLES.get(name, name)}, {100 * share:.0f} %"
     return contender

@@ -15,7 +15,6 @@ import torch
 import pop
 from pop.errors import InputError, MissingExtra
 from pop.generation.answers import end_ids
-from tools.common import exit_status
 
 SCHEMA = {
     "type": "object",
@@ -95,13 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME_OR_DIR")
     parser.add_argument("--schema", type=json.loads, default=SCHEMA, metavar="JSON", help="default: a city")
     args = parser.parse_args(argv)
-
-    def run():
+    try:
         model = pop.load(args.model)
         processor = JsonSchema(model, args.schema)
         print(model.generate(args.prompt, max_new_tokens=64, logits_processor=processor).text)
-
-    return exit_status("json_schema", run)
+    except pop.PopError as error:
+        print(f"json_schema: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

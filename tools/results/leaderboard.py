@@ -2,11 +2,15 @@
 
 python -m tools.results.leaderboard
 python -m tools.results.leaderboard mine.json
+python -m tools.results.leaderboard --from figures.json --plan smollm2-135m-third > mine.json
+
+The last one makes a file of the figures that `tools.evaluate --json` has written.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -18,27 +22,39 @@ from tools.common import exit_status
 PLANS = Path(__file__).parent / "plans"
 # What a row must say, and what it may. A figure that is null or missing is not known.
 NEEDED = ("model", "plan")
-TEXTS = (*NEEDED, "machine", "commit")
+TEXTS = (*NEEDED, "machine", "commit", "dtype")
 FIGURES = ("speedup_2048", "speedup_8192", "kl", "retrieved", "lambada")
+COUNTS = ("prompt_tokens", "windows", "questions", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
-HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", *KINDS, "all", "LAMBADA", "machine", "commit")
+FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
+HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", "after tokens", *KINDS, "all", "of full")
+HEADS += ("questions", "LAMBADA", "machine", "commit")
 
 
 def read_row(path: Path) -> dict:
     """A row. Raises InputError, which names the field, for a file that is none."""
     row = read_json(path, InputError)
     for name in row:
-        if name not in (*TEXTS, *FIGURES, "kinds"):
-            raise InputError(f"{path} has the field {name!r}; a row has {', '.join((*TEXTS, *FIGURES))}, kinds")
+        if name not in FIELDS:
+            raise InputError(f"{path} has the field {name!r}; a row has {', '.join(FIELDS)}")
     for name in TEXTS:
         value = row.get(name)
         is_text = isinstance(value, str) and value
         if not is_text and (name in NEEDED or value is not None):
             raise InputError(f"{path}: {name} is {value!r}; it must be a text that is not empty")
-    if row.get("commit") is not None and not re.fullmatch("[0-9a-f]{7,40}", row["commit"]):
+    if row.get("commit") is not None and not re.fullmatch("[0-9a-f]{7,40}(-dirty)?", row["commit"]):
         raise InputError(f"{path}: commit is {row['commit']!r}; it must be that of git, or null")
     for name in FIGURES:
         _check_figure(path, name, row.get(name), 1 if name in ("retrieved", "lambada") else 1000)
+    for name in COUNTS:
+        value = row.get(name)
+        if value is not None and (type(value) is not int or value < 0):
+            raise InputError(f"{path}: {name} is {value!r}; it must be an integer of at least 0, or null")
+    kept = row.get("kept")
+    if kept is not None and not (isinstance(kept, list) and len(kept) == 3):
+        raise InputError(f"{path}: kept is {kept!r:.80}; it must be a share, and the two ends of its interval")
+    for share in kept or ():
+        _check_figure(path, "kept", share, 1000)
     kinds = row.get("kinds", {})
     if not isinstance(kinds, dict) or not {*kinds} <= {*KINDS}:
         raise InputError(f"{path}: kinds is {kinds!r:.80}; it may have {', '.join(KINDS)}")
@@ -53,6 +69,54 @@ def _check_figure(path: Path, name: str, value, most: float) -> None:
         raise InputError(f"{path}: {name} is {value!r}; it must be a number from 0 to {most}, or null")
 
 
+def row_of(path: Path, plan: str) -> dict:
+    """A row of what tools.evaluate has measured of a plan. Raises InputError for files of others and other plans."""
+    result = read_json(path, InputError)
+    try:
+        machine = result["machine"]
+        domains = result["text"]
+        first = next(iter(domains.values()))  # all domains
+        answers = result["retrieval"]
+        if plan not in answers["rows"]:
+            raise InputError(f"{path} has no {plan!r}; it has {', '.join(answers['rows'])}")
+        figures = answers["rows"][plan]
+        share = figures["share"]
+        row = {
+            "model": Path(result["model"]).name,
+            "plan": plan,
+            "machine": f"{machine['device']}, {machine['threads']} threads",
+            "commit": result["commit"],
+            "dtype": result["dtype"],
+            "speedup_2048": None,
+            "speedup_8192": None,
+            "kl": round(first["rows"][plan].get("kl", {"value": 0})["value"], 3),
+            "retrieved": round(figures["exact"], 2),
+            "kept": share and [round(share[end], 2) for end in ("value", "low", "high")],
+            "kinds": _pooled(figures["kinds"]),
+            "prompt_tokens": result["tokens"]["prompt"],
+            "windows": first["windows"],
+            "questions": answers["questions"],
+            "seed": result["seed"],
+            "lambada": None,
+        }
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(
+            f"{path} lacks figures ({error!r}); write it with tools.evaluate --tasks text --json"
+        ) from None
+    return row
+
+
+def _pooled(figures: dict[str, dict]) -> dict[str, float]:
+    """The share of exact answers of each kind, over all its lengths and domains."""
+    shares = {}
+    for kind in KINDS:
+        found = [cell for name, cell in figures.items() if name.split()[0].partition("-")[0] == kind]
+        asked = sum(cell["questions"] for cell in found)
+        if asked:
+            shares[kind] = round(sum(cell["exact"] * cell["questions"] for cell in found) / asked, 2)
+    return shares
+
+
 def table(rows: list[dict]) -> str:
     """The rows as a table in Markdown, by model, the fastest first."""
     rows = sorted(rows, key=lambda row: (row["model"], -(row.get("speedup_2048") or 0), row["plan"]))
@@ -64,6 +128,9 @@ def _cells(row: dict) -> list[str]:
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value).replace("%", " %")
 
+    kept = row.get("kept")
+    of_full = "-" if kept is None else "{:.0%} [{:.0%}, {:.0%}]".format(*kept).replace("%", " %")
+
     kinds = row.get("kinds", {})
     return [
         row["model"],
@@ -71,21 +138,31 @@ def _cells(row: dict) -> list[str]:
         cell(row.get("speedup_2048"), "{:.2f}x"),
         cell(row.get("speedup_8192"), "{:.2f}x"),
         cell(row.get("kl"), "{:.3f}"),
+        cell(row.get("prompt_tokens"), "{}"),
         *(cell(kinds.get(kind), "{:.0%}") for kind in KINDS),
         cell(row.get("retrieved"), "{:.0%}"),
+        of_full,
+        cell(row.get("questions"), "{}"),
         cell(row.get("lambada"), "{:.1%}"),
         row.get("machine") or "-",
-        (row.get("commit") or "-")[:7],
+        re.sub("(?<=^.{7})[0-9a-f]*", "", row.get("commit") or "-"),
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.results.leaderboard", description=__doc__.splitlines()[0])
     parser.add_argument("files", help="rows; default: those of tools/results/plans", nargs="*", type=Path)
+    parser.add_argument("--from", help="written by tools.evaluate --json: print a row", dest="figures", type=Path)
+    parser.add_argument("--plan", help="the name of the plan in it (default)", default="default")
     args = parser.parse_args(argv)
-    return exit_status(
-        "leaderboard", lambda: print(table([*map(read_row, args.files or sorted(PLANS.glob("*.json")))]))
-    )
+
+    def work() -> None:
+        if args.figures:
+            print(json.dumps(row_of(args.figures, args.plan), indent=2))
+        else:
+            print(table([*map(read_row, args.files or sorted(PLANS.glob("*.json")))]))
+
+    return exit_status("leaderboard", work)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python -m tools.results.rows mine.json
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def section(path: str) -> str:
 def _section(title: str, result: dict) -> str:
     computer = result["machine"]
     versions = f"torch {computer['torch']}, Python {computer['python']}, pop {result['version']}"
+    if result.get("commit"):
+        versions += f" at {result['commit']}"
     first, *rows = summary_rows(result)
     if not rows:
         raise ValueError("text, retrieval or ttft")
@@ -72,7 +75,7 @@ def _counts(result: dict) -> str:
 
 
 def _row(cells) -> str:
-    return f"| {' | '.join(cell.replace('|', '/').replace('%', ' %') for cell in cells)} |"
+    return f"| {' | '.join(re.sub(r'(?<! )%', ' %', cell.replace('|', '/')) for cell in cells)} |"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import pop
 from pop.errors import CacheMemoryError, ContextOverflow, InputError
-from tools.serve.requests import Asked, Wrong
+from tools.serve.requests import CHAT, TEXT, Asked, Wrong
 from tools.serve.rows import Busy, Event
 
 
@@ -124,6 +124,8 @@ def error_object(error: Exception) -> tuple[int, dict]:
         status, message = 503, str(error)
     elif isinstance(error, pop.PopError):
         status, message = 400, str(error)
+        first = message.partition(" ")[0]
+        param = first if first in CHAT | TEXT else None  # the library's messages begin with the argument
         code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     return status, {"error": {"message": message[:500], "type": kind, "param": param, "code": code}}
