@@ -37,7 +37,7 @@ from pop_vllm.selection import select
 from pop_vllm.step import Kept, Step, own_metadata
 from pop_vllm.weights import check_weights
 
-MOST_KEPT = 64  # prompts in chunks whose states are kept; later ones displace those that were aborted or preempted
+MOST_KEPT = 2**17  # tokens whose states are kept; later prompts displace those that were aborted or preempted
 
 
 class Pruned:
@@ -56,6 +56,10 @@ class Pruned:
         self.use(os.environ["POP_PLAN"])
         self.is_tested = False
         runner_v1.install()
+        if get_tensor_model_parallel_rank() == 0:
+            name = os.environ["POP_PLAN"]
+            counts = len(self.plan.layers), len(self.model.layers), self.plan.full_depth_below
+            logger.info("pop: POP_PLAN is %s: %d of %d layers, for prompts of %d tokens or more", name, *counts)
 
     def get_model_state_cls(self):
         """The ModelState that runner V2 asks for. Where V1 runs, its module need not load."""
@@ -150,7 +154,7 @@ class Pruned:
         batch, block_tables = announced
         kept = [self._kept(name, end) for name, end in zip(batch.ids, batch.computed, strict=True)]
         step = Step(self.plan, batch, block_tables, self.attention, kept, len(positions))
-        if self.is_tested and self._is_plain(step):
+        if self._is_plain(step):
             self._count(step)
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         h = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
@@ -172,16 +176,14 @@ class Pruned:
             self.counts.add(int(step.batch.scheduled.sum()), step.num_pruned, step.rows_run)
 
     def _test(self, own: Tensor, announced, h: Tensor, positions: Tensor, context) -> None:
-        """Compare vLLM's own pass with the pruned one where every token is at full depth, on the first prompt."""
+        """Compare vLLM's own pass with the pruned one where every token is at full depth, on the first pruned step."""
         batch, block_tables = announced
         plan = dataclasses.replace(self.plan, full_depth_last=2**31 - 1)
         step = Step(plan, batch, block_tables, self.attention, [None] * len(batch.ids), len(positions))
         tokens = slice(int(batch.scheduled.sum()))
         check_equal(self.run(step, h, positions, context)[tokens], own[tokens])
         counts = len(plan.layers), len(self.model.layers)
-        logger.info(
-            "pop: without pruning, the first prompt equals vLLM's own pass; now pruning %d of %d layers", *counts
-        )
+        logger.info("pop: without pruning, a first step equals vLLM's own pass; now pruning %d of %d layers", *counts)
         self.is_tested = True
 
     def run(self, step: Step, h: Tensor, positions: Tensor, context) -> Tensor:
@@ -270,7 +272,7 @@ class Pruned:
             return
         for number in np.flatnonzero(step.continues):
             self.kept[step.batch.ids[number]] = step.keep(number)
-        while len(self.kept) > MOST_KEPT:
+        while len(self.kept) > 1 and sum(kept.end for kept in self.kept.values()) > MOST_KEPT:
             self.kept.pop(next(iter(self.kept)))
 
 

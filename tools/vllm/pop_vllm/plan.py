@@ -1,17 +1,27 @@
-"""What a request says of POP_PLAN."""
+"""What is refused before the weights load, and what a request says of POP_PLAN."""
 
 from functools import cache, wraps
 
 from pop import PlanError
+from pop_vllm.checks import check_architecture
 
 
 @cache
 def install() -> None:
-    """Refuse requests for other plans where they arrive, so that clients see why: one of vLLM's methods is wrapped."""
+    """Wrap two methods of vLLM's input processor, which exists before the engine.
+
+    It refuses models that cannot be pruned, and requests for other plans where they arrive, so that clients see why.
+    """
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
+    init = InputProcessor.__init__
     process = InputProcessor.process_inputs
+
+    @wraps(init)
+    def wrapped_init(self, vllm_config, *args, **kwargs):
+        check_architecture(vllm_config)
+        init(self, vllm_config, *args, **kwargs)
 
     @wraps(process)
     def wrapped(self, request_id, prompt, params, *args, **kwargs):
@@ -21,6 +31,7 @@ def install() -> None:
             raise VLLMValidationError(str(error), parameter="pop_plan") from None
         return process(self, request_id, prompt, params, *args, **kwargs)
 
+    InputProcessor.__init__ = wrapped_init
     InputProcessor.process_inputs = wrapped
 
 

@@ -12,7 +12,6 @@ from functools import cache, wraps
 import torch
 
 from pop import PrunePlan
-from pop_vllm.checks import check_architecture
 from pop_vllm.plan import may_prune
 
 
@@ -28,7 +27,6 @@ def install() -> None:
     @wraps(init)
     def wrapped_init(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        check_architecture(self.vllm_config)
         plan = PrunePlan.of(os.environ["POP_PLAN"], self.vllm_config.model_config.get_total_num_hidden_layers())
         limit_hits(self.kv_cache_manager, plan)
         self.pop_salt = sketch(plan)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm
-from pop_vllm import checks
+from pop_vllm import checks, plan
 from pop_vllm.plan import may_prune
 from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.engine.input_processor import InputProcessor
 
 from pop import PlanError, UnsupportedError
 
@@ -63,6 +64,9 @@ def test_other_models_and_versions_are_refused(monkeypatch):
     checks.check_architecture(config())
     with pytest.raises(UnsupportedError, match="MixtralForCausalLM"):
         checks.check_architecture(config(architecture="MixtralForCausalLM"))
+    plan.install()
+    with pytest.raises(UnsupportedError, match="MixtralForCausalLM"):  # before there is an engine
+        InputProcessor(config(architecture="MixtralForCausalLM"))
     monkeypatch.setattr(vllm, "__version__", "0.29.1")
     with pytest.raises(UnsupportedError, match="0.29.1"):
         checks.check_version()

@@ -8,6 +8,7 @@ import torch
 from engines import BLOCK, calibrated, error, prompts_of
 from pop_vllm.attention import RowAttention, without_graphs
 from pop_vllm.metrics import INTERVAL
+from pop_vllm.step import Kept
 from pop_vllm.weights import check_weights
 from prometheus_client import REGISTRY
 from vllm.config.compilation import CUDAGraphMode
@@ -135,12 +136,26 @@ def test_a_step_that_prunes_nothing_is_vllms_own(engine, monkeypatch):
         return run(step, *args)
 
     monkeypatch.setattr(engine.model, "run", noted)
-    monkeypatch.setattr(engine.model, "is_tested", True)
+    monkeypatch.setattr(engine.model, "is_tested", False)
     short, long = prompts_of((59, 130))
     engine.assert_equal(engine.generate([short]), [short], plan)
     assert ends == []
+    assert not engine.model.is_tested  # by a prompt that is not pruned
     engine.assert_equal(engine.generate([long]), [long], plan)
-    assert ends == [[50], [100], [130]]
+    assert engine.model.is_tested and ends == [[50], [50], [100], [130]]  # the test runs the first step once more
+
+
+@on_llama
+def test_states_of_prompts_that_never_end_are_displaced(engine, monkeypatch):
+    """And a long prompt keeps its own."""
+    engine.use(calibrated(engine, (3, 4, 5)))
+    monkeypatch.setattr("pop_vllm.model.MOST_KEPT", 100)
+    step = SimpleNamespace(continues=torch.ones(1).numpy(), batch=SimpleNamespace(ids=[""]))
+    for name, end in (("a", 60), ("b", 40), ("c", 30), ("d", 130), ("e", 1)):
+        step.batch.ids = [name]
+        step.keep = lambda number, end=end: Kept(end, [])
+        engine.model._keep_states(step)
+        assert [*engine.model.kept] == {"a": ["a"], "b": ["a", "b"], "c": ["b", "c"], "d": ["d"], "e": ["e"]}[name]
 
 
 @on_llama
