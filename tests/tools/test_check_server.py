@@ -1,0 +1,69 @@
+"""tools/check_server.py: a served plan against full depth, on questions that the tiny model can answer."""
+
+import pytest
+from support.serving import serving
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.calibration.questions import Question
+from tools import check_server
+
+pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_layers=6)
+
+
+def answerable(model, plan, lengths=(40, 90), count=4):
+    """Questions whose right answers are the full model's own, and how many of them a plan gets right."""
+    questions = {}
+    kept = {}
+    for length in lengths:
+        prompts = [[5 + (n * seed + seed) % 200 for n in range(length)] for seed in range(2, 2 + count)]
+        full = model.generate(prompts, max_new_tokens=3, plan="none")
+        pruned = model.generate(prompts, max_new_tokens=3, plan=plan)
+        questions[length] = [Question("own", p, a.tokens) for p, a in zip(prompts, full, strict=True)]
+        kept[length] = sum(a.text.strip() == b.text.strip() for a, b in zip(full, pruned, strict=True))
+    return questions, kept
+
+
+def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatch, capsys):
+    model = pop.load(folder, prune="0-5", compile=False)
+    questions, kept = answerable(model, "0-5")
+    assert 0 < sum(kept.values()) < 8
+    made = []
+
+    def make_questions(writer, kinds, lengths, per_kind):
+        made.append((lengths, per_kind, len(kinds)))
+        return questions
+
+    monkeypatch.setattr(check_server, "make_questions", make_questions)
+    with serving(model, key="secret") as (_, url):
+        words = [str(folder), "--server", "pop", "--url", url, "--lengths", "40,90", "--questions", "4"]
+        assert check_server.main([*words, "--key", "secret"]) == 0
+        out = capsys.readouterr().out
+        assert check_server.main(words) == 2
+        assert "answers 401" in capsys.readouterr().err
+    assert made[0] == ([40, 90], 4, 7)
+    cells = [f"{kept[length]} / 4 of 4" for length in (40, 90)]
+    line = next(line for line in out.splitlines() if line.startswith("own"))
+    assert line.split("  ")[0] == "own" and all(cell in line for cell in cells)
+    assert f"it keeps {sum(kept.values()) / 8:.0%}" in out
+
+
+def test_questions_come_from_the_tokenizer_alone(folder):
+    """Each kind at each length, in prompts of exactly that length."""
+    questions, tokenizer = check_server.questions_of(folder, [900, 1200], 1, seed=3)
+    assert [[len(question.prompt) for question in group] for group in questions.values()] == [[900] * 7, [1200] * 7]
+    assert {question.kind for question in questions[900]} >= {"codes", "brackets", "tool calls"}
+    assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
+
+
+def test_a_server_that_is_not_there_is_an_error_of_one_line(folder, capsys):
+    assert (
+        check_server.main([str(folder), "--url", "http://127.0.0.1:1/v1", "--lengths", "900", "--questions", "1"]) == 2
+    )
+    err = capsys.readouterr().err
+    assert "does not answer" in err and err.count("\n") == 1
