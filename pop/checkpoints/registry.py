@@ -135,7 +135,7 @@ def find_weights(name: str) -> Path:
         files = f"config.json, the safetensors files and tokenizer.json of the Hugging Face repository {entry.source}"
         step = f"run `pop download {name}`, or put {files} into {weights_folder() / entry.name}"
     folders = ", ".join(str(place / entry.name) for place in places())
-    raise WeightsNotFound(f"the weights of {name} are in none of {folders}; {step}")
+    raise WeightsNotFound(f"the weights of {name} are in none of {folders}, and not in Hugging Face's cache; {step}")
 
 
 def stored(entry: Entry) -> Path | None:

@@ -538,6 +538,12 @@ BAD = [  # path, body, status, and what the message or the code says
     ("/chat/completions", CHAT | {"messages": user("a" * 200_000)}, 400, " bytes"),
     ("/chat/completions", CHAT | {"temperature": float("nan")}, 400, "temperature"),
     ("/chat/completions", CHAT | {"max_new_tokens": 5}, 400, "near names are max_tokens"),
+    (
+        "/chat/completions",
+        CHAT | {"messages": user([{"type": "image_url", "image_url": {"url": "a"}}])},
+        400,
+        "text only",
+    ),
     ("/responses", {"model": "tiny", "input": "Hello", "max_new_tokens": 5}, 400, "max_output_tokens"),
     ("/responses", {"model": "tiny", "input": HELLO * 3000}, 400, "items"),
     ("/responses", {"model": "tiny", "input": "a" * 600}, 400, "context_length_exceeded"),
@@ -553,6 +559,21 @@ def test_a_wrong_request_gets_an_error_object(url, path, body, status, says):
     assert error["type"] == "invalid_request_error" and len(error["message"]) <= 500
     assert says in error["message"] or says in str(error["code"])
     assert "Traceback" not in error["message"] and ".py" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "param"),
+    [
+        ("/chat/completions", {"max_tokens": "x"}, "max_tokens"),
+        ("/chat/completions", {"temperature": -1}, "temperature"),
+        ("/completions", {"top_p": 2}, "top_p"),
+        ("/completions", {"top_k": 0.5}, "top_k"),
+        ("/completions", {"prompt": "a" * 600}, None),
+    ],
+)
+def test_an_error_names_its_argument(url, path, changes, param):
+    status, answer = ask(url, path, changed(path, changes))
+    assert status == 400 and answer["error"]["param"] == param, answer
 
 
 JUNK = [None, True, 0, -1, 10**30, 1.5, float("inf"), "", "\x00", "\ud800", "a" * 3000, [], {}, [[]], [None] * 3]

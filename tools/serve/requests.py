@@ -258,6 +258,8 @@ def _part(model: pop.Model, part: Any, urls: list[str]) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return part
+    if kind == "image_url" and "image" not in model.vision.marks:
+        raise Wrong("this model takes text only; leave out the images", param="messages")
     image = part.get("image_url") if kind == "image_url" else None
     if not isinstance(image, dict) or image.get("detail", "auto") not in (*PIXELS, None):
         raise Wrong("a part of a message must be a text or an image_url", param="messages")
