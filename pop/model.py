@@ -69,10 +69,13 @@ class Model(Runner):
         return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}{plan.judgement}>"
 
     @overload
+    def generate(self, prompt: str | list[int], **options) -> Generation: ...
+
+    @overload
     def generate(self, prompt: list[str] | list[list[int]], **options) -> list[Generation]: ...
 
     @overload
-    def generate(self, prompt, **options) -> Generation: ...
+    def generate(self, prompt, **options) -> Generation | list[Generation]: ...
 
     def generate(self, prompt, *, images=None, videos=None, plan=None, **options):
         """Continue a prompt, or a list of prompts as one batch, which returns a list.

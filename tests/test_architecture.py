@@ -107,7 +107,7 @@ def test_modules_that_other_code_imports():
 # and judges plans now. The hundredth above that is for small changes. Lower the bound when nodes go. Raise it for a
 # family of models or another feature that is worth its size, by as much as that takes, and give it a row in
 # tools/results/DECISIONS.md.
-NODES = 102_000
+NODES = 102_050
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 
 

@@ -4,15 +4,18 @@
     python -m tools.check_server smollm2-135m --server pop --questions 4      # tools.serve
 
 It reads a tokenizer and no weights. So it also judges a plan on a GPU, and on weights that the server has quantised. An
-answer is exact if the greedy text is the right one. Predictions are not compared, so there is no KL.
+answer is exact if the greedy text is the right one, but for spaces around it. Predictions are not compared: no KL.
+The exit status is 1 if the plan does not hold. Prompts that are too short for the plan show no difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -29,9 +32,16 @@ from pop.inputs.chat import chat_format
 from pop.system.progress import progress_bar
 from tools.common import exit_status, integers_in, table
 
-FULL_DEPTH = {"vllm": {"vllm_xargs": {"pop_plan": "none"}}, "pop": {"plan": "none"}}  # in a request
+# What a request says of its plan. "none" is full depth, and any other text is refused by a server that reads it.
+PLAN = {"vllm": lambda plan: {"vllm_xargs": {"pop_plan": plan}}, "pop": lambda plan: {"plan": plan}}
+LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that are asked without a proxy
 AT_ONCE = 4  # requests
 SECONDS = 600  # that an answer may take
+ROOM = 96  # tokens for an answer
+
+
+class Refused(InputError):
+    """The server refuses a request."""
 
 
 class Client:
@@ -45,27 +55,46 @@ class Client:
     def __init__(self, url: str, key: str | None = None):
         self.url = url.rstrip("/")
         self.key = key
-        self.model = self._asked("models")["data"][0]["id"]
+        is_local = urllib.parse.urlsplit(url).hostname in LOCAL
+        self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * is_local)
+        self.about = self._asked("models", read=lambda found: {"max_model_len": None} | found["data"][0])
 
     def answer(self, prompt: list[int], most: int, options: dict) -> str:
         """The text of at most `most` tokens after a prompt of token ids."""
-        fields = {"model": self.model, "prompt": prompt, "max_tokens": most, "temperature": 0}
-        return self._asked("completions", fields | options)["choices"][0]["text"]
+        fields = {"model": self.about["id"], "prompt": prompt, "max_tokens": most, "temperature": 0}
+        return self._asked("completions", fields | options, read=lambda found: found["choices"][0]["text"] + "")
 
-    def _asked(self, route: str, fields: dict | None = None) -> dict:
+    def check(self, lengths: list[int], plan_of) -> None:
+        """Raise InputError if the longest prompts do not fit, or if the server ignores the plan of a request."""
+        most = self.about["max_model_len"]
+        if most is not None and max(lengths) + ROOM > most:
+            raise InputError(
+                f"prompts of {max(lengths)} tokens and their answers exceed the server's {most}; --lengths"
+            )
+        try:
+            self.answer([0, 1, 2], 1, plan_of("?"))
+        except Refused:
+            return
+        raise InputError("the server ignores the plan of a request, so nothing can be compared; is --server right?")
+
+    def _asked(self, route: str, fields: dict | None = None, *, read):
+        """What `read` takes from the JSON of an answer."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         body = None if fields is None else json.dumps(fields).encode()
         try:
             request = urllib.request.Request(f"{self.url}/{route}", body, headers)
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                return json.load(response)
+            with self.opener.open(request, timeout=SECONDS) as response:
+                return read(json.load(response))
         except urllib.error.HTTPError as error:
             said = error.read(500).decode(errors="replace")
-            raise InputError(f"{self.url}/{route} answers {error.code}: {said}") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.url}/{route} does not answer ({error}); is the server there?") from None
+            kind = Refused if error.code in (400, 404, 422) else InputError
+            raise kind(f"{self.url}/{route} answers {error.code}: {said}") from None
+        except (LookupError, TypeError) as error:
+            raise InputError(f"{self.url}/{route} answers with other JSON than OpenAI's ({error!r})") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise InputError(f"{self.url}/{route} does not answer ({error!r}); is the server there?") from None
 
 
 def questions_of(folder, lengths: list[int], per_kind: int, seed: int) -> tuple[dict[int, list[Question]], object]:
@@ -97,7 +126,12 @@ def compare(client: Client, questions: dict[int, list[Question]], tokenizer, ful
 
 
 def report(verdict: Verdict) -> str:
-    """A row for each kind of question, a column for each length, and a sentence."""
+    """A row for each kind of question, a column for each length, and a sentence.
+
+    Raises InputError if nothing was right at full depth.
+    """
+    if not sum(cell[:, 1].sum() for cells in verdict.exact.values() for cell in cells.values()):
+        raise InputError("no answer at full depth is right; is this the tokenizer of the server's model?")
     lengths = list(next(iter(verdict.exact.values())))
     rows = [["exact answers, plan / full depth", *(f"{int(length):,} tokens" for length in lengths)]]
     for kind, cells in verdict.exact.items():
@@ -112,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="a folder with the tokenizer, or a name that `pop models` lists")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (%(default)s)")
     parser.add_argument("--key", help="the server's API key")
-    parser.add_argument("--server", choices=FULL_DEPTH, default="vllm", help="how it is asked for full depth (vllm)")
+    parser.add_argument("--server", choices=PLAN, default="vllm", help="how it is asked for full depth (vllm)")
     parser.add_argument(
         "--lengths", default="1024,4096", help="of the prompts, in tokens (%(default)s)", metavar="N,..."
     )
@@ -126,9 +160,13 @@ def main(argv: list[str] | None = None) -> int:
         check_count("--seed", args.seed, 0)
         questions, tokenizer = questions_of(find_folder(args.model), lengths, args.questions, args.seed)
         client = Client(args.url, args.key)
-        print(report(compare(client, questions, tokenizer, FULL_DEPTH[args.server])))
+        client.check(lengths, PLAN[args.server])
+        verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"))
+        print(report(verdict))
+        holds.append(verdict.holds)
 
-    return exit_status("check_server", work)
+    holds = []
+    return exit_status("check_server", work) or int(not holds[0])
 
 
 if __name__ == "__main__":

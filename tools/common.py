@@ -154,6 +154,8 @@ def machine(device: torch.device) -> dict:
 def commit() -> str | None:
     """The commit of this checkout, with "-dirty" after it if files differ from it. None outside of a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if not (ROOT / ".git").exists():
+        return None
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -369,7 +369,8 @@ static void multiply_tiles(const number *x, const number *w, number *out, long r
   const long tiles = (outs + O - 1) / O, groups = (rows + R - 1) / R;
 #pragma omp parallel for num_threads(threads)
   for (long first = 0; first < tiles; first += TILES) {
-    floats totals[TILES][MOST_ROWS / R] = {};
+    floats totals[TILES][MOST_ROWS / R];
+    for (long tile = 0; tile < TILES; tile++) std::fill_n(totals[tile], groups, ZERO);
     for (long begin = 0; begin < in; begin += PART)
       for (long tile = 0; tile < TILES; tile++)
         for (long group = 0; group < groups; group++) {

@@ -226,6 +226,7 @@ class Stream(Iterator[str]):
         (answer,) = self._batch.answers
         if answer.tokens and not answer.finish_reason:
             answer.finish_reason = "cancelled"
+            answer.text += answer.pending
             self.generation = self._batch.generation(0, self._began)
 
 

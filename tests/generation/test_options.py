@@ -83,6 +83,12 @@ def test_a_stream_ends_with_the_generation(model):
         assert list(cut) == [] and cut.generation.finish_reason == "cancelled"
         assert cut.generation.text.startswith(begun)
         assert 0 < len(cut.generation.tokens) == len(cut.generation.logprobs) < 12
+        held = stream(prompt, **options, stop=[f"{character}never" for character in {*expected.text}])
+        for _ in zip(range(3), held._steps, strict=False):  # the last character may begin a stop string
+            pass
+        (answer,) = held._batch.answers
+        held.close()
+        assert answer.pending and held.generation.text.endswith(answer.pending)
         unread = stream(prompt, **options)
         unread.close()
         assert list(unread) == [] and unread.generation is None

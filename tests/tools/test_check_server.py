@@ -1,11 +1,19 @@
 """tools/check_server.py: a served plan against full depth, on questions that the tiny model can answer."""
 
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
 import pytest
 from support.serving import serving
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.calibration.questions import Question
+from pop.calibration.verdict import Verdict
+from pop.errors import InputError
 from tools import check_server
 
 pytest.importorskip("uvicorn")
@@ -42,10 +50,14 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
     monkeypatch.setattr(check_server, "make_questions", make_questions)
     with serving(model, key="secret") as (_, url):
         words = [str(folder), "--server", "pop", "--url", url, "--lengths", "40,90", "--questions", "4"]
-        assert check_server.main([*words, "--key", "secret"]) == 0
+        assert check_server.main([*words, "--key", "secret"]) == 1  # the plan does not hold
         out = capsys.readouterr().out
-        assert check_server.main(words) == 2
-        assert "answers 401" in capsys.readouterr().err
+        for others, says in (
+            ([], "answers 401"),
+            (["--key", "secret", "--server", "vllm"], "vllm_xargs"),
+        ):
+            assert check_server.main([*words, *others]) == 2
+            assert says in capsys.readouterr().err
     assert made[0] == ([40, 90], 4, 7)
     cells = [f"{kept[length]} / 4 of 4" for length in (40, 90)]
     line = next(line for line in out.splitlines() if line.startswith("own"))
@@ -59,6 +71,48 @@ def test_questions_come_from_the_tokenizer_alone(folder):
     assert [[len(question.prompt) for question in group] for group in questions.values()] == [[900] * 7, [1200] * 7]
     assert {question.kind for question in questions[900]} >= {"codes", "brackets", "tool calls"}
     assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
+
+
+@pytest.mark.parametrize(
+    ("models", "completions", "says"),
+    [
+        ({}, {}, "other JSON"),
+        ({"data": []}, {}, "other JSON"),
+        ({"data": [{"id": "m"}]}, {}, "ignores the plan|other JSON"),
+        ({"data": [{"id": "m"}]}, {"choices": [{"text": None}]}, "other JSON"),
+        ({"data": [{"id": "m"}]}, {"choices": [{"text": "x"}]}, "ignores the plan"),
+        ({"data": [{"id": "m", "max_model_len": 930}]}, {"choices": [{"text": "x"}]}, "exceed the server's 930"),
+        (b"no JSON", {}, "does not answer"),
+    ],
+)
+def test_a_server_that_answers_otherwise_is_an_error_of_one_line(folder, models, completions, says, capsys):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self, answer=models):
+            body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET(completions)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = [str(folder), "--url", f"http://127.0.0.1:{server.server_port}/v1"]
+        status = check_server.main([*words, "--lengths", "900", "--questions", "1"])
+        server.shutdown()
+    err = capsys.readouterr().err
+    assert status == 2 and re.search(says, err) and err.count("\n") == 1
+
+
+def test_a_server_without_a_right_answer_does_not_pass():
+    exact = {"codes": {"900": np.array([[True, False], [False, False]])}}
+    with pytest.raises(InputError, match="tokenizer"):
+        check_server.report(Verdict({}, exact))
 
 
 def test_a_server_that_is_not_there_is_an_error_of_one_line(folder, capsys):

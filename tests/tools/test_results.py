@@ -82,6 +82,7 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
         ({"kinds": {"codes": 2}}, "kinds.codes is 2"),
         ({"kinds": {"riddles": 1}}, "kinds is"),
         ({"kept": [0.5]}, "kept is [0.5]"),
+        ({"kept": [1.0, None, None]}, "kept is [1.0, None"),
         ({"kept": [0.5, 0.4, "high"]}, "kept is 'high'"),
         ({"questions": 1.5}, "questions is 1.5"),
         ({"speed": 1.5}, "field 'speed'"),
@@ -112,6 +113,9 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     path.with_name("row.json").write_text(out)
     assert leaderboard.main([str(path.with_name("row.json"))]) == 0
     assert "| mine | half | - | - | 0.050 | 64 | 50 % |" in capsys.readouterr().out
+    result["retrieval"]["rows"]["half"]["share"] = {"value": 1.0, "low": None, "high": None}
+    path.write_text(json.dumps(result))
+    assert leaderboard.row_of(path, "half")["kept"] is None
     for wrong, says in ((result, "it has full, half"), (result | {"text": {}}, "run.json lacks")):
         path.write_text(json.dumps(wrong))
         assert leaderboard.main(["--from", str(path), "--plan", "third"]) == 2

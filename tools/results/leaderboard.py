@@ -51,7 +51,7 @@ def read_row(path: Path) -> dict:
         if value is not None and (type(value) is not int or value < 0):
             raise InputError(f"{path}: {name} is {value!r}; it must be an integer of at least 0, or null")
     kept = row.get("kept")
-    if kept is not None and not (isinstance(kept, list) and len(kept) == 3):
+    if kept is not None and not (isinstance(kept, list) and len(kept) == 3 and None not in kept):
         raise InputError(f"{path}: kept is {kept!r:.80}; it must be a share, and the two ends of its interval")
     for share in kept or ():
         _check_figure(path, "kept", share, 1000)
@@ -80,7 +80,6 @@ def row_of(path: Path, plan: str) -> dict:
         if plan not in answers["rows"]:
             raise InputError(f"{path} has no {plan!r}; it has {', '.join(answers['rows'])}")
         figures = answers["rows"][plan]
-        share = figures["share"]
         row = {
             "model": Path(result["model"]).name,
             "plan": plan,
@@ -91,7 +90,7 @@ def row_of(path: Path, plan: str) -> dict:
             "speedup_8192": None,
             "kl": round(first["rows"][plan].get("kl", {"value": 0})["value"], 3),
             "retrieved": round(figures["exact"], 2),
-            "kept": share and [round(share[end], 2) for end in ("value", "low", "high")],
+            "kept": _kept(figures["share"]),
             "kinds": _pooled(figures["kinds"]),
             "prompt_tokens": result["tokens"]["prompt"],
             "windows": first["windows"],
@@ -104,6 +103,13 @@ def row_of(path: Path, plan: str) -> dict:
             f"{path} lacks figures ({error!r}); write it with tools.evaluate --tasks text --json"
         ) from None
     return row
+
+
+def _kept(share: dict | None) -> list[float] | None:
+    """The share and its interval. None if the full model had too few exact answers for one."""
+    if share is None or share.get("low") is None:
+        return None
+    return [round(share[end], 2) for end in ("value", "low", "high")]
 
 
 def _pooled(figures: dict[str, dict]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is refused, and the test at the first prompt."""
+"""What is refused, and the test at the first step that prunes."""
 
 import torch
 from torch import Tensor

@@ -272,7 +272,7 @@ class Pruned:
             return
         for number in np.flatnonzero(step.continues):
             self.kept[step.batch.ids[number]] = step.keep(number)
-        while len(self.kept) > 1 and sum(kept.end for kept in self.kept.values()) > MOST_KEPT:
+        while len(self.kept) > 1 and sum(kept.size for kept in self.kept.values()) > MOST_KEPT:
             self.kept.pop(next(iter(self.kept)))
 
 

@@ -20,6 +20,11 @@ class Kept:
     selecting: list[Tensor] = field(default_factory=list)  # states [n, D] that entered the selecting layer, by chunk
     entering: list[Tensor] = field(default_factory=list)  # and the first pruned layer after it
 
+    @property
+    def size(self) -> int:
+        """How many tokens have states here."""
+        return 1 + sum(map(len, self.selecting))
+
 
 class Step:
     """The tokens of a step.

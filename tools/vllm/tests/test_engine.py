@@ -153,7 +153,7 @@ def test_states_of_prompts_that_never_end_are_displaced(engine, monkeypatch):
     step = SimpleNamespace(continues=torch.ones(1).numpy(), batch=SimpleNamespace(ids=[""]))
     for name, end in (("a", 60), ("b", 40), ("c", 30), ("d", 130), ("e", 1)):
         step.batch.ids = [name]
-        step.keep = lambda number, end=end: Kept(end, [])
+        step.keep = lambda number, end=end: Kept(end, [], [torch.zeros(end - 1, 2)])
         engine.model._keep_states(step)
         assert [*engine.model.kept] == {"a": ["a"], "b": ["a", "b"], "c": ["b", "c"], "d": ["d"], "e": ["e"]}[name]
 
