@@ -68,13 +68,14 @@ class Client:
         """Raise InputError if the longest prompts do not fit, or if the server ignores the plan of a request."""
         most = self.about["max_model_len"]
         if most is not None and max(lengths) + ROOM > most:
-            raise InputError(
-                f"prompts of {max(lengths)} tokens and their answers exceed the server's {most}; --lengths"
-            )
+            longest = f"prompts of {max(lengths)} tokens and their answers"
+            raise InputError(f"{longest} exceed the server's {most}; give shorter --lengths")
         try:
             self.answer([0, 1, 2], 1, plan_of("?"))
-        except Refused:
-            return
+        except Refused as error:
+            if "plan" in str(error):
+                return
+            raise
         raise InputError("the server ignores the plan of a request, so nothing can be compared; is --server right?")
 
     def _asked(self, route: str, fields: dict | None = None, *, read):
