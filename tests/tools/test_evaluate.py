@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +63,13 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_pat
         assert (chosen.name, chosen.plan) == (name, plan)
     assert [contender.name for contender in made[6:]] == ["shortgpt", "no-kv 0.4"]
     assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
+    assert [contender.method for contender in made[6:]] == ["ShortGPT, 20 %", "plain pruning without K and V, 40 %"]
+
+
+def test_an_own_method_keeps_its_description(tiny, monkeypatch):
+    monkeypatch.setitem(selection.BASELINES, "mine", lambda model, share, _: Contender("", model, PLAN, "every second"))
+    _, made = selection.make_contenders(tiny, ["none"], ["mine"])
+    assert (made.name, made.method) == ("mine", "every second")
 
 
 def test_calibrated_contenders_carry_corrections(tiny, tmp_path):
@@ -106,6 +115,8 @@ def test_one_run_prints_the_report_of_the_figures_in_json(run, tiny_folder, text
     pooled = result["text"]["all"]
     assert (pooled["windows"], pooled["continuation_tokens"]) == (6, 48)
     assert (result["model"], result["dtype"], result["seed"]) == (tiny_folder, "float32", 0)
+    assert result["command"].endswith(f"  # called by {Path(sys.argv[0]).name}")  # as a script that adds a method does
+    assert result["commit"] is None or re.fullmatch("[0-9a-f]{12}(-dirty)?", result["commit"])
     rows = ["full", "0.6", *selection.BASELINES]
     for part in (pooled["rows"], result["retrieval"]["rows"], result["ttft"], result["generation"]):
         assert list(part) == rows  # with retrieval, since text does not stand alone
