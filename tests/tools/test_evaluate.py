@@ -14,12 +14,12 @@ from support.plans import contents
 from support.tiny import random_model, tiny_config
 
 import pop
-from pop.calibration.questions import codes, make_questions
+from pop.calibration.questions import make_questions
 from tools.evaluate import __main__ as evaluate
 from tools.evaluate import report as evaluate_report
 from tools.evaluate import selection, tasks, text
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import Writer, documents, needle, quotes
+from tools.evaluate.questions import Writer, codes, documents, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import RULER
 

@@ -9,11 +9,12 @@ import torch
 from support.harness import naive_logits
 
 import pop
-from pop.calibration.questions import Question, codes, make_questions
+from pop.calibration.exercises import FORMS
+from pop.calibration.questions import Question, make_questions
 from pop.pruning import reference
 from tools.evaluate import baselines
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import CUE, QUOTED, Writer, documents, needle, quotes
+from tools.evaluate.questions import CUE, QUOTED, Writer, codes, documents, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import (
     HOPS,
@@ -40,6 +41,20 @@ def asked(writer, make, length=900, count=4):
     assert [len(question.prompt) for question in questions] == [length] * count
     decode = writer.model.tokenizer.decode
     return [(decode(question.prompt), decode(question.answer), question) for question in questions]
+
+
+def test_a_code_is_one_of_six_in_a_form_that_no_exercise_has(writer):
+    places = []
+    for prompt, answer, _ in asked(writer, codes, count=6):
+        facts = dict(re.findall(r"A label on the (\w+ \w+ \d) reads (\d{5})\.", prompt))
+        assert len(facts) == 6
+        name = re.search(r"What does the label on the (.*) read\?", prompt)[1]
+        assert answer == f" {facts[name]}"
+        assert prompt.endswith(f"\nAnswer: A label on the {name} reads")
+        places.append([*facts].index(name))
+        for form in FORMS:
+            assert form.format("label", name, facts[name]) not in prompt
+    assert places == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_needle_lies_at_its_depth(writer):

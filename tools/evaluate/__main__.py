@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import pop
-from pop.calibration.questions import Maker, codes, make_questions
+from pop.calibration.questions import Maker, make_questions
 from pop.errors import InputError, check_count
 from tools.common import (
     ROOT,
@@ -37,7 +37,7 @@ from tools.common import (
 )
 from tools.evaluate import tasks
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import Writer, documents, needle, quotes
+from tools.evaluate.questions import Writer, codes, documents, needle, quotes
 from tools.evaluate.report import plot, report
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import RULER

@@ -1,19 +1,21 @@
 """Questions that only the prompt can answer: codes, a needle, documents and quotations.
 
-`codes` is that of pop/calibration/questions.py, whose writer makes all prompts.
+`codes` says what the labels on six things read, and asks for one of them.
 `needle` hides one random number in a long text, and asks for it at the end.
 `documents` states facts about invented persons in several documents, and asks for one of them.
 `quotes-NAME` repeats the first tokens of a passage of the prompt, and asks for the rest. There is one kind for each
 domain of test text, so code is quoted as well as prose.
 
-ruler.py has more kinds. Every prompt has exactly the length that is asked for.
+Distillation trains on facts about words of the prompt (FORMS in pop/calibration/exercises.py), and on repeated
+passages. So no question here but `quotes` has the form of an exercise. ruler.py has more kinds. Every prompt has
+exactly the length that is asked for.
 """
 
 from __future__ import annotations
 
 import pop
 from pop.calibration import questions
-from pop.calibration.questions import Maker, Question, quote
+from pop.calibration.questions import CODES, COLOURS, THINGS, Maker, Question, quote
 
 DOCUMENTS = 8
 CUE = 8  # tokens of a quoted passage that the prompt repeats
@@ -56,6 +58,18 @@ class Writer(questions.Writer):
             answer += tokens
             counted += [True] * len(tokens)
         return answer, counted
+
+
+def codes(writer: Writer, length: int, depth: float) -> Question:
+    """The asked number is the one nearest to the depth."""
+    everything = [f"{colour} {thing} {n}" for colour in COLOURS for thing in THINGS for n in range(1, 6)]
+    names = writer.rng.sample(everything, CODES)
+    numbers = writer.numbers(CODES)
+    facts = [f"\nA label on the {name} reads {number}.\n" for name, number in zip(names, numbers, strict=True)]
+    asked = round(depth * (CODES - 1))
+    name = names[asked]
+    asking = f"\n\nQuestion: What does the label on the {name} read?\nAnswer: A label on the {name} reads"
+    return Question("codes", writer.prompt(length, facts, asking), writer.encode(f" {numbers[asked]}"))
 
 
 def needle(writer: Writer, length: int, depth: float) -> Question:
