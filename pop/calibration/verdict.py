@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def failures(self) -> list[str]:
-        """What is over a limit, and by how much. A share of answers is over it if its whole interval is."""
+        """What misses a limit, and by how much. A share of answers misses it if its whole interval is below it."""
         found = []
         everything = self._everything()
         if _keeps_too_few(everything):
@@ -69,12 +69,19 @@ class Verdict:
         return found
 
     @property
+    def unjudged(self) -> list[str]:
+        """The kinds of question of which the full model has too few exact answers at every length."""
+        return [kind for kind, by_length in self.exact.items() if not any(map(_is_enough, by_length.values()))]
+
+    @property
     def sentence(self) -> str:
         """Whether the plan holds, and otherwise what does not."""
         everything = self._everything()
         kept = "; the full model has no exact answer, so only the KL counts"
         if everything[:, 1].any():
             kept = f"; of all exact answers it keeps {_as_text(everything)}"
+        if self.holds and self.unjudged:
+            return f"The plan holds, but the full model has too few exact answers to judge {some(self.unjudged)}{kept}."
         if self.holds:
             return f"The plan holds at each length and for each kind of question{kept}."
         if _keeps_too_few(everything):
@@ -201,7 +208,7 @@ def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
     """Prompts of `length` tokens with their continuations, evenly spread over a text. It is repeated if need be."""
     size = length + CONTINUATION - len(head)
     text = text * -(-size // len(text))
-    count = max(1, min(8, WINDOWS // length, len(text) // size))
+    count = min(8, max(2, WINDOWS // length), len(text) // size)
     begins = [(len(text) - size) * number // max(1, count - 1) for number in range(count)]
     return [head + text[begin : begin + size] for begin in begins]
 
@@ -244,15 +251,20 @@ def _kept(exact: np.ndarray) -> list[float] | None:
     return [round(float(share), 4) for share in (plan / full, low, high)]
 
 
+def _is_enough(exact: np.ndarray) -> bool:
+    """Whether the full model has enough exact answers to judge a plan by them."""
+    return exact[:, 1].sum() >= FEWEST
+
+
 def _keeps_too_few(exact: np.ndarray) -> bool:
-    """Whether the whole interval is below the limit. Too few answers by the full model do not count."""
-    return exact[:, 1].sum() >= FEWEST and _kept(exact)[2] < LEAST_KEPT
+    """Whether the whole interval is below the limit."""
+    return _is_enough(exact) and _kept(exact)[2] < LEAST_KEPT
 
 
 def _counts(exact: np.ndarray) -> list[int | float]:
     """Exact answers by the plan and by the full model, questions, and the interval of what is kept if it counts."""
     counts = [*exact.sum(0).tolist(), len(exact)]
-    return counts if counts[1] < FEWEST else counts + _kept(exact)[1:]
+    return counts + _kept(exact)[1:] if _is_enough(exact) else counts
 
 
 def _as_text(exact: np.ndarray) -> str:

@@ -88,6 +88,13 @@ def test_built_in_texts_follow_a_text_that_is_shorter_than_a_prompt(model):
         assert len(windows) == (1 if length == 500 else 8)
 
 
+def test_a_long_prompt_has_two_windows(model, monkeypatch):
+    monkeypatch.setattr("pop.calibration.verdict.WINDOWS", 800)
+    ((_, windows, _),) = compared(model, None, [500], 1)
+    assert len(windows) == 2
+    assert windows[0] != windows[1]
+
+
 def test_without_texts_the_part_that_calibrate_leaves_is_compared(model):
     _, left = parted(default_texts(model))
     assert len(left) > 6
@@ -138,6 +145,7 @@ def test_the_limits(figures, holds):
     assert ("not hold" in verdict.sentence) != holds
     if not holds:
         assert ("KL at 256" if "kl" in figures else "codes at 256") in verdict.sentence
+    assert ("too few exact answers to judge codes" in verdict.sentence) == (figures.get("full", 12) < 3)
     assert ("no exact answer" in verdict.sentence) == (figures.get("full") == 0)
     assert verdict.sentence.count("of all exact answers") == (figures.get("full") != 0)
     assert verdict.sentence in str(verdict)
