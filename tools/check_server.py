@@ -2,6 +2,10 @@
 
     python -m tools.check_server weights/llama3.1-8b-instruct                 # vLLM with POP_PLAN
     python -m tools.check_server smollm2-135m --server pop --questions 4      # tools.serve
+    python -m tools.check_server smollm2-135m --server pop --cached           # each text is in the cache
+
+With --cached, the server has each prompt but for its last tokens, the question, before it gets the whole prompt. Then
+the plan cannot select tokens of the text for the question.
 
 It reads a tokenizer and no weights. So it also judges a plan on a GPU, and on weights that the server has quantised. An
 answer is exact if the greedy text is the right one, but for spaces around it. Predictions are not compared: no KL.
@@ -38,6 +42,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that are asked without a prox
 AT_ONCE = 4  # requests
 SECONDS = 600  # that an answer may take
 ROOM = 96  # tokens for an answer
+ASKED = 64  # tokens at the end of a prompt that are not in the cache: more than most questions have
 
 
 class Refused(InputError):
@@ -108,14 +113,23 @@ def questions_of(folder, lengths: list[int], per_kind: int, seed: int) -> tuple[
     return make_questions(Writer(model, text, head, seed), list(KINDS), lengths, per_kind), tokenizer
 
 
-def compare(client: Client, questions: dict[int, list[Question]], tokenizer, full_depth: dict) -> Verdict:
-    """Ask everything with the server's plan and at full depth. The verdict has no loss."""
+def compare(
+    client: Client, questions: dict[int, list[Question]], tokenizer, full_depth: dict, cached: bool = False
+) -> Verdict:
+    """Ask everything with the server's plan and at full depth. The verdict has no loss.
+
+    cached: Whether the server gets each prompt without its last tokens first.
+    """
     asked = [(length, question) for length, group in questions.items() for question in group]
 
     def marks(pair: tuple[int, Question]) -> list[bool]:
         _, question = pair
         wanted = tokenizer.decode(question.answer).strip()
-        answers = [client.answer(question.prompt, len(question.answer), options) for options in ({}, full_depth)]
+        answers = []
+        for options in ({}, full_depth):
+            if cached:
+                client.answer(question.prompt[:-ASKED], 1, options)
+            answers.append(client.answer(question.prompt, len(question.answer), options))
         return [answer.strip() == wanted for answer in answers]
 
     exact = {}
@@ -129,10 +143,12 @@ def compare(client: Client, questions: dict[int, list[Question]], tokenizer, ful
 def report(verdict: Verdict) -> str:
     """A row for each kind of question, a column for each length, and a sentence.
 
-    Raises InputError if nothing was right at full depth.
+    Raises InputError if nothing was right at full depth, or too little to judge a plan by it.
     """
     if not sum(cell[:, 1].sum() for cells in verdict.exact.values() for cell in cells.values()):
         raise InputError("no answer at full depth is right; is this the tokenizer of the server's model?")
+    if len(verdict.unjudged) == len(verdict.exact):
+        raise InputError("too few answers at full depth are right to judge any kind of question; give more --questions")
     lengths = list(next(iter(verdict.exact.values())))
     rows = [["exact answers, plan / full depth", *(f"{int(length):,} tokens" for length in lengths)]]
     for kind, cells in verdict.exact.items():
@@ -153,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--questions", type=int, default=12, help="of each kind at each length (12)", metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="decides the questions (0)", metavar="N")
+    parser.add_argument("--cached", action="store_true", help="ask about texts that the server has in its cache")
     args = parser.parse_args(argv)
 
     def work() -> None:
@@ -162,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         questions, tokenizer = questions_of(find_folder(args.model), lengths, args.questions, args.seed)
         client = Client(args.url, args.key)
         client.check(lengths, PLAN[args.server])
-        verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"))
+        verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"), args.cached)
         print(report(verdict))
         holds.append(verdict.holds)
 

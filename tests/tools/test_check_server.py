@@ -66,6 +66,24 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
     assert f"it keeps {sum(kept.values()) / 8:.0%}" in out
 
 
+def test_a_cached_text_is_sent_before_its_question(folder):
+    """With the plan and at full depth, since these share no cache."""
+    tokenizer = pop.load_tokenizer(folder)
+    sent = []
+
+    class Client:
+        def answer(self, prompt, most, options):
+            sent.append((len(prompt), most, options))
+            return "abc"
+
+    questions = {200: [Question("own", [5] * 200, tokenizer.encode("abc", bos=False))]}
+    for cached, expected in ((False, [(200, 3)]), (True, [(136, 1), (200, 3)])):
+        sent.clear()
+        verdict = check_server.compare(Client(), questions, tokenizer, {"plan": "none"}, cached)
+        assert verdict.exact["own"]["200"].tolist() == [[True, True]]
+        assert sent == [(*what, options) for options in ({}, {"plan": "none"}) for what in expected]
+
+
 def test_questions_come_from_the_tokenizer_alone(folder):
     """Each kind at each length, in prompts of exactly that length."""
     questions, tokenizer = check_server.questions_of(folder, [900, 1200], 1, seed=3)
@@ -113,6 +131,13 @@ def test_a_server_that_answers_otherwise_is_an_error_of_one_line(folder, models,
 def test_a_server_without_a_right_answer_does_not_pass():
     exact = {"codes": {"900": np.array([[True, False], [False, False]])}}
     with pytest.raises(InputError, match="tokenizer"):
+        check_server.report(Verdict({}, exact))
+
+
+def test_too_few_right_answers_judge_no_plan():
+    """Not even one that loses all of them."""
+    exact = {"codes": {"900": np.array([[False, True]] * 2)}, "sums": {"900": np.array([[True, True]] * 2)}}
+    with pytest.raises(InputError, match="give more --questions"):
         check_server.report(Verdict({}, exact))
 
 
