@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="a name that `pop models` lists, or a folder")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
-    plans = "as in pop.load: default, none, a share, or a plan's path; repeat it to name plans for requests"
+    plans = "as in pop.load: default, none, a share, a plan's path or name; repeat it to name plans for requests"
     parser.add_argument("--prune", action="append", help=plans)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")

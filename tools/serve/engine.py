@@ -105,6 +105,8 @@ class Engine:
             self.kept.touch(source)
         job.cached_tokens = n
         job.pruned_tokens = pruned_tokens(plan, end, n)
+        row.whole = source.whole[:n] if n else []
+        row.whole += plan.at_full_depth(torch.arange(n, end), end).tolist()
         # A cache with windows may share more tokens and not be usable. A separate cache keeps these for later prompts.
         shared = max((one.common(keys) for one in sources if one.floor), default=0)
         shared = shared if shared >= n + WORTH_KEEPING else 0
@@ -118,7 +120,7 @@ class Engine:
             part, lengths = padded([tokens[begin:cut]])
             row.logits = model.prefill_checked(part, row.cache, lengths, [fresh], plan, boundary=cut == end)
             if cut == shared:
-                self.kept.add(Filled.of(keys[:cut], row.cache, images, cut, job.plan))
+                self.kept.add(Filled.of(keys[:cut], row.cache, images, cut, row.whole, job.plan))
             if cut < end:
                 self._step()  # the others do not wait for all of a long prompt
             if job.cancelled:
@@ -185,7 +187,9 @@ class Engine:
         floor = 0
         if cache.has_windows:  # whose rings lack older tokens
             floor = max(0, held - self.model.chunk_size) + rerun(row.plan)  # `Filled.copy_to` goes back by as many more
-        return Filled.of((row.keys + row.answer.tokens)[:held], cache, row.images, floor, row.job.plan)
+        keys = (row.keys + row.answer.tokens)[:held]
+        whole = row.whole + [True] * len(row.answer.tokens)
+        return Filled.of(keys, cache, row.images, floor, whole, row.job.plan)
 
     def _regroup(self) -> None:
         """Give each row a place in the batch, with room for its next token. Without room, the cache is made anew."""

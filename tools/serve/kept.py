@@ -12,7 +12,7 @@ import pop
 from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError
 from pop.inputs.processors import Prepared
-from pop.runner import padded
+from pop.runner import FULL_DEPTH, padded
 
 MOST = 256  # caches, since each answer is compared with all of them
 
@@ -29,25 +29,32 @@ class Filled:
     cache: KVCache
     media: range  # from its first image's first placeholder to its last image's last one
     floor: int  # the fewest tokens to which it can be rewound
+    whole: list[bool]  # whether each token ran at full depth by its position
     plan: pop.PrunePlan | None  # of the job that has filled it. It serves only jobs with the same one
 
     @classmethod
-    def of(cls, keys: list[int | str], cache: KVCache, images: Sequence[range], floor: int, plan) -> Filled:
-        """images: where the prompt's images are, of which some may be after these keys."""
+    def of(
+        cls, keys: list[int | str], cache: KVCache, images: Sequence[range], floor: int, whole: list[bool], plan
+    ) -> Filled:
+        """images: where the prompt's images are, of which some may be after these keys. The same holds for `whole`."""
         held = [one for one in images if one.stop <= len(keys)]
-        return cls(keys, cache, range(held[0].start, held[-1].stop) if held else range(0), floor, plan)
+        media = range(held[0].start, held[-1].stop) if held else range(0)
+        return cls(keys, cache, media, floor, whole[: len(keys)], plan)
 
     def common(self, keys: list[int | str]) -> int:
         """How many first tokens a prompt has in common with it."""
         pairs = enumerate(zip(self.keys, keys, strict=False))
         return next((n for n, (mine, other) in pairs if mine != other), min(len(self.keys), len(keys)))
 
-    def usable(self, keys: list[int | str], most: int, again: int) -> int:
-        """How many first tokens of a prompt it can replace, at most `most`. Its images count together or not at all.
+    def usable(self, keys: list[int | str], last: int, again: int) -> int:
+        """How many first tokens of a prompt it can replace, but not all. Its images count together or not at all.
 
-        The last `again` of these tokens run again, unless these are all of its tokens. Those of an image cannot.
+        Those from `last` on have to be at full depth. The last `again` of the tokens run again, unless these are all of
+        its tokens. Those of an image cannot.
         """
-        n = min(self.common(keys), most)
+        n = min(self.common(keys), len(keys) - 1)
+        if not all(self.whole[last:n]):
+            n = last
         first = self.media.stop + 1  # the fewest tokens with all images
         if n < len(self.keys):
             first = self.media.stop + max(1, again)
@@ -56,7 +63,7 @@ class Filled:
         return n if n >= self.floor else 0
 
     def covers(self, other: Filled) -> bool:
-        """Whether it serves every prompt as well as the other."""
+        """Whether it serves every prompt that the other serves."""
         is_as_good = self.plan is other.plan and self.floor <= other.floor and self.media == other.media
         return is_as_good and self.keys[: len(other.keys)] == other.keys
 
@@ -73,7 +80,8 @@ class Filled:
                 view.lengths = torch.tensor([token])
                 cache.copy_from(view)
                 tokens, lengths = padded([[self.keys[token]]])
-                model.prefill_checked(tokens, cache, lengths, [()], plan, boundary=False)
+                depth = FULL_DEPTH if self.whole[token] else plan
+                model.prefill_checked(tokens, cache, lengths, [()], depth, boundary=False)
                 view.previous_hidden = cache.previous_hidden
             view.lengths = torch.tensor([n])
         cache.copy_from(view)
