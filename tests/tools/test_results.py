@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.goldens import GOLDENS
 from support.readme import READMES
 
-from tools.results import leaderboard
+from tools.evaluate.text import interval
+from tools.results import compare, leaderboard
 from tools.results.rows import main
 
 # Made-up figures, as tools.evaluate writes them.
@@ -48,8 +50,31 @@ def test_figures_without_a_table_are_refused(tmp_path, capsys):
         assert "run.json lacks figures" in capsys.readouterr().err
 
 
+def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
+    """A method that is better in every window is surely better, although the windows differ more than the methods."""
+    path = tmp_path / "run.json"
+    losses = np.linspace(0.1, 0.9, 8)
+    rows = {name: {"by_window": {"kl": [*losses + more]}} for name, more in (("a", 0.01), ("b", 0.0))}
+    exact = {"a": [1, 0, 1, 1, 0, 1], "b": [1, 1, 1, 1, 0, 1]}
+    answers = {name: {"by_question": {"exact": found, "log_prob": [-1.0] * 6}} for name, found in exact.items()}
+    result = {"text": {"all": {"rows": rows}}, "retrieval": {"rows": answers}, "contenders": {"a": {}, "b": {}}}
+    path.write_text(json.dumps(result))
+    assert compare.main([str(path), "a", "b"]) == 0
+    _, low, high = interval(np.array([0, -1, 0, 0, 0, 0])).values()
+    assert capsys.readouterr().out.splitlines() == [
+        "a minus b, with intervals of 95 %",
+        "KL, all, nats: +0.0100 [+0.0100, +0.0100]",
+        f"exact answers, share of the questions: -0.1667 [{low:+.4f}, {high:+.4f}]",
+        "log-probability of an answer, nats: +0.0000 [+0.0000, +0.0000]",
+    ]
+    for name, changed in (("c", result), ("b", result | {"text": {"all": {"rows": {}}}})):
+        path.write_text(json.dumps(changed))
+        assert compare.main([str(path), "a", name]) == 2
+        assert "it has the methods a, b" in capsys.readouterr().err
+
+
 ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef-dirty", "kl": 0.0123}
-ROW |= {"kept": [0.62, 0.49, 0.74], "prompt_tokens": 512, "questions": 180, "dtype": None}
+ROW |= {"kept": [0.62, 0.49, 0.74], "prompt_tokens": 512, "questions": 180, "question_tokens": 2048}
 ROW |= {"speedup_2048": 1.5, "kinds": {"codes": 0.876}, "retrieved": 0.5, "lambada": None}
 
 
@@ -61,9 +86,9 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
     assert leaderboard.main(paths) == 0
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"| a | b |{' - |' * 14}",
-        f"| m | faster | 2.00x |{' - |' * 13}",
-        "| m | p/q | 1.50x | - | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | - | two cores"
+        f"| a | b |{' - |' * 15}",
+        f"| m | faster | 2.00x |{' - |' * 14}",
+        "| m | p/q | 1.50x | - | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | 2048 | - | two cores"
         " | 0123456-dirty |",
     ]
 
@@ -98,7 +123,7 @@ def test_a_row_that_is_wrong_is_refused(changed, says, tmp_path, capsys):
 
 def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     path = tmp_path / "run.json"
-    kinds = {"codes 512": (10, 0.5), "quotes-prose 512": (10, 0.2), "quotes-code 512": (30, 0.6), "facts 512": (9, 1.0)}
+    kinds = {"codes 512": (10, 0.5), "quotes-prose 512": (10, 0.2), "quotes-code 512": (30, 0.6)}
     result = json.loads(json.dumps(FIGURES)) | {"commit": "0123456-dirty"}
     result["retrieval"]["rows"]["half"]["kinds"] = {
         name: {"questions": count, "exact": exact, "log_prob": -1.0} for name, (count, exact) in kinds.items()
@@ -110,6 +135,7 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     assert (row["kl"], row["retrieved"], row["kept"]) == (0.05, 0.5, [0.51, 0.41, 0.61])
     assert row["kinds"] == {"codes": 0.5, "quotes": 0.5}
     assert (row["windows"], row["questions"], row["seed"], row["dtype"]) == (24, 180, 3, "float32")
+    assert (row["question_tokens"], row["python"]) == (512, result["machine"]["python"])
     path.with_name("row.json").write_text(out)
     assert leaderboard.main([str(path.with_name("row.json"))]) == 0
     assert "| mine | half | - | - | 0.050 | 64 | 50 % |" in capsys.readouterr().out
@@ -120,6 +146,17 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
         path.write_text(json.dumps(wrong))
         assert leaderboard.main(["--from", str(path), "--plan", "third"]) == 2
         assert says in capsys.readouterr().err
+    for other in ("keys 512", "codes 1024"):  # another kind, and another length
+        cells = result["retrieval"]["rows"]["half"]["kinds"]
+        cells[other] = cells["codes 512"]
+        path.write_text(json.dumps(result))
+        assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 2
+        assert f"{other}; measure with" in capsys.readouterr().err
+        del cells[other]
+    path.write_text(json.dumps(result | {"unfinished": ["retrieval"]}))
+    for command in (leaderboard.main, ["--from", str(path)]), (main, [str(path)]):
+        assert command[0](command[1]) == 2
+        assert "unfinished, since retrieval" in capsys.readouterr().err
 
 
 SPEEDUP = r"\d\.\d\dx( of \d\.\d\dx)?"  # measured, and its limit

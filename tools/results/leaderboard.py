@@ -18,17 +18,18 @@ from pathlib import Path
 from pop.errors import InputError
 from pop.system.files import read_json
 from tools.common import exit_status
+from tools.results.rows import read_result
 
 PLANS = Path(__file__).parent / "plans"
 # What a row must say, and what it may. A figure that is null or missing is not known.
 NEEDED = ("model", "plan")
-TEXTS = (*NEEDED, "machine", "commit", "dtype")
+TEXTS = (*NEEDED, "machine", "commit", "dtype", "python")
 FIGURES = ("speedup_2048", "speedup_8192", "kl", "retrieved", "lambada")
-COUNTS = ("prompt_tokens", "windows", "questions", "seed")
+COUNTS = ("prompt_tokens", "windows", "questions", "question_tokens", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
 FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
 HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", "after tokens", *KINDS, "all", "of full")
-HEADS += ("questions", "LAMBADA", "machine", "commit")
+HEADS += ("questions", "of tokens", "LAMBADA", "machine", "commit")
 
 
 def read_row(path: Path) -> dict:
@@ -71,7 +72,7 @@ def _check_figure(path: Path, name: str, value, most: float) -> None:
 
 def row_of(path: Path, plan: str) -> dict:
     """A row of what tools.evaluate has measured of a plan. Raises InputError for files of others and other plans."""
-    result = read_json(path, InputError)
+    result = read_result(path)
     try:
         machine = result["machine"]
         domains = result["text"]
@@ -80,12 +81,18 @@ def row_of(path: Path, plan: str) -> dict:
         if plan not in answers["rows"]:
             raise InputError(f"{path} has no {plan!r}; it has {', '.join(answers['rows'])}")
         figures = answers["rows"][plan]
+        kinds = {kind_of(name) for name in figures["kinds"]}
+        lengths = {int(name.split()[1]) for name in figures["kinds"]}
+        if not kinds <= {*KINDS} or len(lengths) > 1:
+            asked = ", ".join(figures["kinds"])
+            raise InputError(f"{path} has the questions {asked}; measure with --tasks text,retrieval and one length")
         row = {
             "model": Path(result["model"]).name,
             "plan": plan,
             "machine": f"{machine['device']}, {machine['threads']} threads",
             "commit": result["commit"],
             "dtype": result["dtype"],
+            "python": machine["python"],
             "speedup_2048": None,
             "speedup_8192": None,
             "kl": round(first["rows"][plan].get("kl", {"value": 0})["value"], 3),
@@ -95,6 +102,7 @@ def row_of(path: Path, plan: str) -> dict:
             "prompt_tokens": result["tokens"]["prompt"],
             "windows": first["windows"],
             "questions": answers["questions"],
+            "question_tokens": min(lengths, default=None),
             "seed": result["seed"],
             "lambada": None,
         }
@@ -112,11 +120,16 @@ def _kept(share: dict | None) -> list[float] | None:
     return [round(share[end], 2) for end in ("value", "low", "high")]
 
 
+def kind_of(name: str) -> str:
+    """The kind in "quotes-prose 512", as tools.evaluate names the questions about a domain."""
+    return name.split()[0].partition("-")[0]
+
+
 def _pooled(figures: dict[str, dict]) -> dict[str, float]:
-    """The share of exact answers of each kind, over all its lengths and domains."""
+    """The share of exact answers of each kind, over all its domains."""
     shares = {}
     for kind in KINDS:
-        found = [cell for name, cell in figures.items() if name.split()[0].partition("-")[0] == kind]
+        found = [cell for name, cell in figures.items() if kind_of(name) == kind]
         asked = sum(cell["questions"] for cell in found)
         if asked:
             shares[kind] = round(sum(cell["exact"] * cell["questions"] for cell in found) / asked, 2)
@@ -149,6 +162,7 @@ def _cells(row: dict) -> list[str]:
         cell(row.get("retrieved"), "{:.0%}"),
         of_full,
         cell(row.get("questions"), "{}"),
+        cell(row.get("question_tokens"), "{}"),
         cell(row.get("lambada"), "{:.1%}"),
         row.get("machine") or "-",
         re.sub("(?<=^.{7})[0-9a-f]*", "", row.get("commit") or "-"),

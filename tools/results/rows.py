@@ -29,9 +29,20 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status("results", work)
 
 
+def read_result(path: str | Path) -> dict:
+    """What `tools.evaluate --json` has written. Raises InputError for a run that did not end."""
+    result = read_json(path, InputError)
+    unfinished = result.get("unfinished")
+    if unfinished:
+        raise InputError(
+            f"{path} is unfinished, since {', '.join(unfinished)} did not run to the end; run its command again"
+        )
+    return result
+
+
 def section(path: str) -> str:
     """A file's figures as a section of README.md. Raises InputError for other files."""
-    result = read_json(path, InputError)
+    result = read_result(path)
     try:
         return _section(Path(path).stem, result)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,0 +1,67 @@
+"""Compare two methods of one run with each other, where the tables compare each with the full model.
+
+python -m tools.evaluate --prune third --prune default --tasks text --json mine.json
+python -m tools.results.compare mine.json third default
+
+Both have seen the same windows and questions, so the differences are paired. An interval that covers 95 % misses the
+true value in one of twenty comparisons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+
+from pop.errors import InputError
+from tools.common import exit_status
+from tools.evaluate.text import interval
+from tools.results.rows import read_result
+
+
+def differences(path: str, first: str, second: str) -> dict[str, dict]:
+    """The first method's mean figures minus the second's: {figure: {"value", "low", "high"}}.
+
+    Raises InputError for a file or a method that lacks them.
+    """
+    result = read_result(path)
+    found = {}
+    try:
+        for domain, text in result["text"].items():
+            found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", (first, second))
+        answers = result["retrieval"]["rows"]
+        found["exact answers, share of the questions"] = _paired(answers, "by_question", "exact", (first, second))
+        found["log-probability of an answer, nats"] = _paired(answers, "by_question", "log_prob", (first, second))
+    except (KeyError, TypeError, AttributeError) as error:
+        names = ", ".join(result.get("contenders", ()))
+        advice = f"it has the methods {names}; write it with tools.evaluate --tasks text --json"
+        raise InputError(f"{path} lacks {error} for {first} or {second}; {advice}") from None
+    return found
+
+
+def _paired(rows: dict[str, dict], figures: str, name: str, methods: tuple[str, str]) -> dict:
+    first, second = (np.array(rows[method][figures][name]) for method in methods)
+    return interval(first - second)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.results.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="written by tools.evaluate --json")
+    parser.add_argument("first", help="a method, as a row of the tables is called")
+    parser.add_argument("second", help="another method")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        print(f"{args.first} minus {args.second}, with intervals of 95 %")
+        for name, figure in differences(args.file, args.first, args.second).items():
+            ends = "too few for an interval"
+            if figure["low"] is not None:
+                ends = f"[{figure['low']:+.4f}, {figure['high']:+.4f}]"
+            print(f"{name}: {figure['value']:+.4f} {ends}")
+
+    return exit_status("compare", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
