@@ -13,8 +13,10 @@ from pop.errors import (  # isort: skip
     PopError, TokenizerError, UnknownModel, UnsupportedError, WeightsNotFound,
 )  # fmt: skip
 from pop.generation.answers import Generation
+from pop.generation.batch import Stream
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
+from pop.generation.sampling import SamplingParams
 from pop.inputs.images import Image
 from pop.inputs.tokenizers import load_tokenizer
 from pop.inputs.video_files import Video
@@ -27,7 +29,7 @@ from pop.pruning.plan import PrunePlan
 __all__ = [
     "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation", "Corrections",
     "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
-    "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
+    "PlanError", "PopError", "Prefix", "PrunePlan", "SamplingParams", "Stream", "TokenizerError", "UnknownModel",
     "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "build", "calibrate", "check", "cost", "engine",
     "importance", "list_models", "load", "load_tokenizer", "parallel", "reference", "selection",
 ]  # fmt: skip

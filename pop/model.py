@@ -175,7 +175,7 @@ class Model(Runner):
         """Encode once what many prompts begin with; then call `prefix.generate(rest)`. Arguments as in `generate`."""
         return Prefix(self, prompt, images=images, videos=videos, plan=plan)
 
-    def score(self, context, continuation, *, images=None, videos=None, plan=None) -> float | list[float]:
+    def score(self, context, continuation, *, images=None, videos=None, plan=None):
         """log p(continuation | context): the natural logarithm, summed over the continuation's tokens.
 
         The context is pruned. Its last token and the continuation run at full depth, as decode would run them.

@@ -271,7 +271,8 @@ class Runner:
             found = corrections.tensors[name].shape[2]
             if found != size and corrections.rows is None:
                 detail = f"its tensor {name!r} is for {found} numbers, and not {size}"
-                raise PlanError(f"the plan is of another model: {detail}; calibrate again")
+                advice = "`pop plans` lists the plans that are here, and `pop calibrate` makes one"
+                raise PlanError(f"the plan {plan.name} is of another model: {detail}; {advice}")
         note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
         is_first = self.part is None or self.part.rank == 0
         if is_first and note and note not in self._notes:

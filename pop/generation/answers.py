@@ -14,7 +14,7 @@ from pop.inputs.chat import split_thoughts
 class Generation:
     """The model's answer to one prompt."""
 
-    text: str | None  # without end tokens and the stop string; None without a tokenizer
+    text: str  # without end tokens and the stop string; empty without a tokenizer
     tokens: list[int]  # the generated ids, without the end token
     prompt_tokens: int  # the length of the prompt, including a prefix or earlier turns
     ttft_s: float  # seconds from the call to the batch's first token, including tokenization
@@ -26,12 +26,12 @@ class Generation:
     @property
     def thoughts(self) -> str:
         """What the model wrote before </think>; "" without thoughts."""
-        return split_thoughts(self.text or "")[0]
+        return split_thoughts(self.text)[0]
 
     @property
-    def answer(self) -> str | None:
+    def answer(self) -> str:
         """The text after the thoughts."""
-        return self.text and split_thoughts(self.text)[1]
+        return split_thoughts(self.text)[1]
 
 
 class Answer:

@@ -100,7 +100,7 @@ class Batch:
         answer = self.answers[row]
         last = max(len(answer.tokens) - 1, 0)
         return Generation(
-            text=None if self.model.tokenizer is None else answer.text,
+            text=answer.text,
             tokens=answer.tokens,
             prompt_tokens=len(self.earlier_tokens) + len(self.prompts[row]),
             ttft_s=self.times[0] - began,

@@ -2,7 +2,6 @@
 
 import time
 
-from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream
 from pop.generation.sampling import sampling_params
 from pop.generation.scoring import score
@@ -42,7 +41,7 @@ class Prefix:
             self._cache = model.new_cache(1, cut)
             model.prefill_checked(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
 
-    def generate(self, rest, *, images=None, videos=None, **options) -> Generation | list[Generation]:
+    def generate(self, rest, *, images=None, videos=None, **options):
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
         Args:
@@ -57,7 +56,7 @@ class Prefix:
         began = time.perf_counter()
         return self._batch(rest, images, videos, options).stream(began)
 
-    def score(self, continuation) -> float | list[float]:
+    def score(self, continuation):
         """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list."""
         continuations, _, is_list = self.model.encode_batch(continuation, what="continuation", bos=False)
         contexts = [self._left_tokens]

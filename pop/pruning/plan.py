@@ -61,7 +61,7 @@ class PrunePlan:
         PlanError: A value is out of range, or values do not fit each other.
     """
 
-    layers: tuple[int, ...] = ()
+    layers: Sequence[int] = ()  # any integers; a sorted tuple in the plan
     full_depth_last: int = 1
     full_depth_first: int = 0
     corrections: Corrections | None = None
@@ -140,12 +140,11 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
-        kinds = (
-            "'third', 'none', a share of layers (0.5, or 1.0 for all), layers such as '10,12,19-29' ('9-9' for layer 9)"
-        )
+        kinds = "'default' (a model's own), 'third', 'none', a share of the layers (0.5, or 1.0 for all)"
+        layers = "layers such as '10,12,19-29' ('9-9' for layer 9)"
         ships = ", ".join(sorted(file.removesuffix(".plan") for file in os.listdir(SHIPPED)))
         saved = f"the path of a saved plan or of importance scores, the name of a plan that ships ({ships})"
-        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {saved}, or a PrunePlan")
+        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {layers}, {saved}, or a PrunePlan")
 
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, and raise PlanError otherwise."""

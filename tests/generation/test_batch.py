@@ -32,7 +32,7 @@ def test_greedy_generation_is_the_reference(model):
         for answers in (alone, model.generate(PROMPTS, max_new_tokens=6, plan=plan)):
             assert [answer.tokens for answer in answers] == expected
             assert [answer.prompt_tokens for answer in answers] == [3, 1, 30]
-            assert {(answer.text, answer.finish_reason) for answer in answers} == {(None, "length")}
+            assert {(answer.text, answer.finish_reason) for answer in answers} == {("", "length")}
 
 
 def test_prompts_come_as_lists_tensors_and_batches_of_either(model):
