@@ -70,7 +70,16 @@ class Embedding(layers.Embedding):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Like F.linear. x is [B, T, in], or [B, in] and [in] for one token a row."""
+    """Like F.linear. x is [B, T, in], or [B, in] and [in] for one token a row.
+
+    | x | product |
+    |---|---|
+    | several tokens, in WIDENED | in float32, some weights at a time; without gradients, few rows in kernels.cpp |
+    | several tokens, otherwise | torch's |
+    | one token a row, with gradients | torch's |
+    | one token, one row, compiled | `_fused_product`, which the compiler fuses with what is around it |
+    | one token a row, otherwise | `multiply_rows`: kernels.cpp, or the fastest of torch's |
+    """
     one_token = x.dim() < 3 or x.shape[-2] == 1
     is_plain = x.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
     if not is_plain or not (one_token or x.dtype in WIDENED):

@@ -252,7 +252,8 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
     minutes = max(1, round(passed * seconds / 60))
     gigabytes = needed_bytes(model, rank, steps, longest) / 1e9
     megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
-    work = f"about {minutes} min before a verdict, {gigabytes:.1f} GB beside the weights, a plan of {megabytes:.0f} MB"
+    takes = f"about {minutes:,} min at the machine's present speed"
+    work = f"{takes} before a verdict, {gigabytes:.1f} GB beside the weights, a plan of {megabytes:.0f} MB"
     print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {work}", file=sys.stderr)
 
 

@@ -86,7 +86,7 @@ class Writer:
     def cut(self, text: list[int], count: int) -> list[int]:
         """`count` consecutive tokens of `text` from a random place. After its end, the text begins again."""
         if count < 0:
-            raise InputError("the prompts are too short to hold their questions; ask for longer ones")
+            raise InputError(f"the prompts are too short to hold their questions; make them longer by {-count} tokens")
         begin = self.rng.randrange(len(text))
         return [text[(begin + index) % len(text)] for index in range(count)]
 
@@ -159,7 +159,7 @@ def quote(kind, writer, length, depth, text, asking, cue: int, quoted: int) -> Q
     text = writer.cut(text, length - len(writer.head) - len(asking) - cue)
     room = len(text) - cue - quoted
     if room < 0:
-        writer.cut(text, -1)
+        writer.cut(text, room)
     nearest = sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room)))
     for begin in nearest:
         passage = text[begin : begin + cue + quoted]

@@ -89,11 +89,11 @@ def fitted(
     is_copied = model.num_parameters >= SMALLEST and model.part is None
     module = working_copy(model) if is_copied else model.module
     solutions = []
-    before = PrunePlan(full_depth_first=plan.full_depth_first)  # the groups before the one that is fitted
+    solved = PrunePlan(full_depth_first=plan.full_depth_first)  # the groups before the one that is fitted
     for layers in groups:
         sums = Sums(model, layers)
         for batch in batches(windows):
-            accumulate(model, batch, plan.layers[0], before, sums, module)
+            accumulate(model, batch, plan.layers[0], solved, sums, module)
             step(total_size(batch))
         if not sums.count:
             raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
@@ -103,7 +103,7 @@ def fitted(
             if layers == groups[-1]:
                 yield dataclasses.replace(plan, corrections=corrections)
         solutions.append(solution)
-        before = dataclasses.replace(before, layers=corrections.layers, corrections=corrections)
+        solved = dataclasses.replace(solved, layers=corrections.layers, corrections=corrections)
         del sums  # they are large
 
 
@@ -212,7 +212,7 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
         layer = module.layers[index]
         if index in group:
             add(torch.cat(layer.projected(h), dim=-1), torch.cat(layer.projected(entering), dim=-1))
-        if sums.has_update or index < group[-1]:
+        if sums.has_update or index < group[-1]:  # only an update needs what the last layer makes of h
             h = run.layer(index, h)
     if sums.has_update:
         # The full model's h may have features of images from DeepStack. Add them here as well, so that they cancel.

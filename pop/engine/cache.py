@@ -131,8 +131,10 @@ class KVCache:
         """
         lengths = snapshot[0]
         if self.has_windows:
-            is_overwritten = (self.lengths - lengths > self.chunk_size) & (self.lengths > self.ring) & (lengths > 0)
-            if is_overwritten.any():
+            goes_far_back = self.lengths - lengths > self.chunk_size
+            has_wrapped = self.lengths > self.ring  # later tokens are in the slots of the first ones
+            keeps_some = lengths > 0
+            if (goes_far_back & has_wrapped & keeps_some).any():
                 advice = f"with sliding windows, it can go back by {self.chunk_size}; encode the tokens again"
                 raise InputError(f"the cache has {self.lengths.tolist()} tokens, not {lengths.tolist()}; {advice}")
         self.move_to(snapshot)
@@ -168,7 +170,8 @@ class KVCache:
         (device_rows,) = to_device([rows], self.device)
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory
-                slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)  # laid out as before
+                # The memory stays in the order of empty_slots, in which heads come before slots.
+                slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)
         self.move_to((self.lengths[rows], self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
         self.step = None
         self.passes = None

@@ -35,7 +35,7 @@ class Prompts(NamedTuple):
     full_depth: Tensor  # [B, T] bool: which tokens run at full depth by their position. True for padding.
     # Whether sizes go up in steps, with padding, so that prompts of all lengths have few sizes. Only for one chunk of
     # text in an empty cache.
-    has_steps: bool = False
+    has_stepped_sizes: bool = False
 
 
 class Selection(NamedTuple):
@@ -72,7 +72,7 @@ class Chunk(NamedTuple):
         """The part of prompts between `bounds`, to be appended to the cache. All padding where begin equals end."""
         begin, end = (edge[:, None] for edge in bounds)  # [B, 1] each
         C = int((end - begin).max())
-        if prompts.has_steps:
+        if prompts.has_stepped_sizes:
             C = min(stepped(C), cache.chunk_size, cache.max_seq_len)
         index = begin + torch.arange(C)  # [B, C]
         tokens = _tokens(cache, prompts, index, index < end)
@@ -124,11 +124,12 @@ class FullDepth(NamedTuple):
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
         C = tokens.valid.shape[1]
-        if prompts.has_steps:
+        if prompts.has_stepped_sizes:
             W = min(stepped(W), C)
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]
         if W == 0:
-            return cls(plan, {}, valid, valid, last_is_full)  # [B, 0], so there are no columns either
+            no_columns = valid.long()  # [B, 0]
+            return cls(plan, {}, no_columns, valid, last_is_full)
 
         windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans
         ends = cache.lengths + chunk.bounds[1]
@@ -137,6 +138,7 @@ class FullDepth(NamedTuple):
         held = dict(zip(windows, held, strict=True))
         if selection is not None:
             is_full[:, : selection.tokens.shape[1]] |= selection.tokens  # the columns after these are padding
+        # False comes before true, so the last W are the full-depth tokens, in order.
         columns = is_full.to(torch.uint8).argsort(dim=1, stable=True)[:, -W:]
         batch_rows = torch.arange(len(columns), device=cache.device)[:, None]
         attention = {}
@@ -197,16 +199,17 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
     if C == 1:
         return tables
     starts = tokens.positions[tokens.valid[:, 0], 0]  # of the rows with tokens
-    own_key = int(starts.max())
-    is_exact = bool((starts == own_key).all())
+    start = int(starts.max())
+    is_exact = bool((starts == start).all())
     look_ahead = 0
     if tokens.last_attended is not None:
         look_ahead = int((tokens.last_attended - tokens.positions).max())
         is_exact = False
     if window is None:
+        own_key = start
         held = _held_by_slot(ends, C, ring)
     else:  # the ring is not in the order of positions, which a band needs
-        own_key = min(own_key, before)
+        own_key = min(start, before)
         held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
         tables["key_slots"] = held % ring
     band = Band(own_key, before, look_ahead, is_exact)

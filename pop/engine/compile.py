@@ -124,6 +124,7 @@ class ReadyStages:
 
     def _warm_up_once(self, several: bool, plan: PrunePlan) -> None:
         """Compile what one row or several need, unless it is there: for all plans, or what one plan adds to that."""
+        # Code is compiled for the rank of corrections, and for a selection.
         forms = {plan.corrections and ("rank", plan.corrections.rank), plan.full_depth_selected > 0}
         kinds = set(self._kinds.values()) - {None}
         # torch compiles again for other numbers of threads.
@@ -252,7 +253,9 @@ class _CompiledStage:
 
     def warm_up(self, layer, h, *args):
         """Run the stage once to compile it. Layers with hooks are skipped, so no hook sees this call."""
-        if self.kinds.of(layer) is None and self.function is not stages.code:  # which calls no module
+        calls_modules = self.function is not stages.code
+        if calls_modules and self.kinds.of(layer) is None:
+            # Results of the right shape. Their values do not matter.
             return h[..., 0] if self.function is stages.received else h
         return self(layer, h, *args)
 
@@ -260,7 +263,10 @@ class _CompiledStage:
         kind = self.kinds.of(layer)
         one_token = h.shape[-2] == 1
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
-        is_rare = self.function is not stages.full_layer and one_token != (self.function is stages.head)
+        if self.function is stages.head:
+            is_rare = not one_token
+        else:
+            is_rare = one_token and self.function is not stages.full_layer
         if kind is None or is_rare:
             return self.function(layer, h, *args)
         key = kind, one_token, torch.get_num_threads()

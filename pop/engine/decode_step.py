@@ -39,7 +39,8 @@ class DecodeStep(LayerPass):
         self.rings = {window: cache.slots(window) for window in module.config.windows}
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
         self.tokens, self.positions, self.offsets = inputs.unbind()
-        self.snapshot: tuple[Tensor, Tensor] | None = None  # cache.lengths and rope_offsets as of now
+        # The cache.lengths and rope_offsets that are on the device now. None: unknown, as after `cache.move_to`.
+        self.snapshot: tuple[Tensor, Tensor] | None = None
         # It does not hold the step: that would be a cycle.
         self.replay = stages.replay and stages.replay(module, f"decode of {cache.batch_size} rows")
 

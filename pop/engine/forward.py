@@ -46,9 +46,9 @@ def prefill(
     full_depth = full_depth_tokens(cache, lengths, plan, boundary)
     is_one_chunk = full_depth.shape[1] <= min(chunk_size, cache.chunk_size)
     is_short = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
-    has_steps = is_short and images is TEXT and not cache.lengths.any()
-    prompts = Prompts(tokens, lengths, images, full_depth, has_steps)
-    call = Call(module, cache, plan, stages, replays=has_steps)
+    has_stepped_sizes = is_short and images is TEXT and not cache.lengths.any()
+    prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes)
+    call = Call(module, cache, plan, stages, replays=has_stepped_sizes)
     last = None  # [B, D], each row's h after the last layer, at its last token so far
     # A prompt that goes on selects nothing: its last token, which decides, comes later.
     for chunk, h in call.chunks(prompts, chunk_size, selects=boundary):
@@ -101,6 +101,7 @@ class Call:
         cache = self.cache
         chunk_size = min(chunk_size, cache.chunk_size)
         # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that it counts.
+        # `commit` makes the cache intact again.
         has_several = int(prompts.lengths.max()) > chunk_size
         cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
 

@@ -124,8 +124,8 @@ class LayerPass:
 class ReplayedPasses(LayerPass):
     """Passes on fixed memory, which `stages.replay` can repeat: one for each plan and each set of sizes.
 
-    They are for prompts of text that begin a sequence (`Prompts.has_steps`). Of these, plan and sizes are all that a
-    pass knows on the host.
+    They are for prompts of text that begin a sequence (`Prompts.has_stepped_sizes`). Of these, plan and sizes are all
+    that a pass knows on the host.
     """
 
     def __init__(self, module, cache: KVCache, stages: Stages):
@@ -137,7 +137,7 @@ class ReplayedPasses(LayerPass):
         inputs = chunk, full, h, previous
         tensors = _tensors(inputs)
         sizes = tuple(tensor.shape for tensor in tensors)
-        key = layers, full.plan.layers, full.plan.corrections, sizes
+        key = layers, full.plan.layers, full.plan.corrections, sizes  # corrections are equal only to themselves
         fixed, replay = self.kept.pop(key, None) or self._new(inputs)
         self.kept[key] = fixed, replay
         for memory, tensor in zip(_tensors(fixed), tensors, strict=True):
@@ -146,6 +146,7 @@ class ReplayedPasses(LayerPass):
 
     def _new(self, inputs: tuple) -> tuple:
         """Memory for such inputs, and a runner that uses the others' memory. If there are many, the oldest leaves."""
+        # Any of the others will do, because they all use the same memory.
         _, other = next(iter(self.kept.values()), (None, None))
         if len(self.kept) == MOST_REPLAYED:
             del self.kept[next(iter(self.kept))]

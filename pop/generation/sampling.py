@@ -41,7 +41,8 @@ class SamplingParams:
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             is_number = isinstance(value, Real) and not isinstance(value, bool)
-            if value is not DEFAULTS[name] and not (is_number and least <= value <= most):
+            is_default = value is DEFAULTS[name]  # which may be None
+            if not is_default and not (is_number and least <= value <= most):
                 raise InputError(f"{name} is {value!r}; it must be a number from {least} to {most}")
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise InputError(f"logits_processor is {self.logits_processor!r}; it must be a function, or None")

@@ -59,6 +59,7 @@ class ChatFormat:
         self._variables = tokenizer.template_variables
         self._places = vision.marks  # for each kind, what a template writes in its place
         self._template = jinja(template)
+        # As in "<|im_start|>user\n", _QUESTION, "<|im_end|>\n<|im_start|>assistant\n", _ANSWER, "<|im_end|>\n" ...
         text = self._write([_ASKED, _ANSWERED, _ASKED], add_generation_prompt=False)
         begun, answered, rest = text.partition(_ANSWER)
         if not answered:

@@ -35,6 +35,20 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
         masked.clear()
 
 
+def test_padding_attends_to_tokens_of_its_row():
+    """Even far behind a short row with a window, so that no softmax is empty."""
+    module = random_model(tiny_gemma3_config(windows=(3, None)))
+    cache = new_cache(module, 2)
+    lengths = torch.tensor([9, 2])
+    prompts = prompts_of(cache, lengths, NONE)
+    (bounds,) = chunk_bounds(prompts, 1000)
+    for at in Chunk.of(module, cache, prompts, bounds).attention.values():
+        first, last = at.spans.unbind(-1)  # [B, C] each
+        assert (first >= 0).all()
+        assert (first <= last).all()
+        assert (last < lengths[:, None]).all()
+
+
 def test_a_prompt_that_goes_on_is_not_short():
     cache = new_cache(random_model(tiny_config()), 3)
     cache.lengths[:] = torch.tensor([0, 0, 6])
