@@ -143,7 +143,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--longest", "tokens of the longest prompts", 4096)
     integer(add, "--questions", "questions of each kind and length", 12)
 
-    add = command("plans", "Print saved plans: how they were calibrated, their loss and their speedup.").add_argument
+    add = command("plans", "Print saved plans: what they keep, and for a FILE, how it was calibrated.").add_argument
     add("files", help="saved plans; default: list those that are here", nargs="*", metavar="FILE")
 
     command("models", "List the known models, how large they are, and where their weights are.")

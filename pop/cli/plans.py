@@ -19,7 +19,7 @@ UNITS = {"continuation": NATS, "repetition": NATS, "first": NATS, "copied": "{:.
 
 
 def plans(args) -> None:
-    """Print each plan and its record, or a line for each plan that is here.
+    """Print each plan and its record, or a line for each plan that is here, with what `--prune` takes for it.
 
     What a file holds is escaped, because its author can write anything.
     """
@@ -34,8 +34,9 @@ def plans(args) -> None:
     if args.files:
         return
     for path in plans_here():
+        ships = path.parent == Path(SHIPPED)
         try:
-            print(f"{path}: {describe(PrunePlan.load(path))}")
+            print(f"{path.stem if ships else path}: {describe(PrunePlan.load(path))}")
         except PopError as error:
             print(error)
 
