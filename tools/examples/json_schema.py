@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ class JsonSchema:
         tokenizer: what `tokenizer_of` has made for the model. It takes a second, so share it among schemas.
     """
 
-    def __init__(self, model: pop.Model, schema: dict, tokenizer=None):
+    def __init__(self, model: pop.Model, schema: dict[str, Any], tokenizer: Any = None):
         tokenizer = tokenizer or tokenizer_of(model)
         matcher = import_llguidance().LLMatcher
         self.start = matcher(tokenizer, matcher.grammar_from_json_schema(schema))
@@ -50,7 +51,7 @@ class JsonSchema:
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
-def import_llguidance():
+def import_llguidance() -> Any:
     """The package. Raises MissingExtra without it."""
     try:
         import llguidance
@@ -59,7 +60,7 @@ def import_llguidance():
     return llguidance
 
 
-def tokenizer_of(model: pop.Model):
+def tokenizer_of(model: pop.Model) -> Any:
     """A model's tokens as llguidance reads them."""
     package = import_llguidance()
     model.need_tokenizer("a JSON schema")
