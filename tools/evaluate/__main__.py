@@ -4,9 +4,10 @@
     python -m tools.evaluate --model DIR --text prose=a.txt,b.txt --text code=c.py --tasks text,ruler --json r.json
 
 The contenders differ in how they read the prompt. Everything after it runs at full depth, except in methods that make
-the whole model smaller. --prune takes none, default, third, a fraction of the layers, or the file of a saved plan.
-`calibrated:` before it calibrates the plan first. `:32` after it runs the last 32 prompt tokens at full depth,
-`:32:0.1` also a tenth of the others, which the plan selects, and `:32:0.1:18` lets layer 18 select them.
+the whole model smaller. --prune takes none, default, third, a fraction of the layers, layers such as 10,12,19-29, the
+file of a saved plan, or the name of one that ships. `calibrated:` before it calibrates the plan first. `:32` after it
+runs the last 32 prompt tokens at full depth, `:32:0.1` also a tenth of the others, which the plan selects, and
+`:32:0.1:18` lets layer 18 select them.
 tools/evaluate/README.md defines every figure.
 """
 
