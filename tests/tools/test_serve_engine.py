@@ -128,14 +128,14 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypat
 
     job = new_job(first)  # once more
     assert answer(engine, job)[: len(answered)] == answered
-    assert job.cached_tokens in (29, 0)
+    assert job.cached_tokens == (0 if windows and plan.corrections else 29)
     assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(first), plan))
 
     other = [*first[:29], *prompt(4, 6)]  # another question about the same text
     job = new_job(other)
     answer(engine, job)
     if not windows:
-        assert job.cached_tokens == 29
+        assert job.cached_tokens == 29  # the last ones of `first` are at full depth
         depth = torch.tensor(depths(plan, 30)[:29] + depths(plan, 33, 29))
         after_all, _ = reference.forward(model.module, torch.tensor(other), depth, plan)
         assert_close(logits[job][0], after_all[-1])
@@ -149,6 +149,25 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypat
         again = 2 if plan.corrections and cached and not windows else 0  # one more for each update of h
         assert sum(ran) == len(job.tokens) - cached + again
         assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(job.tokens), plan))
+
+    for length in (25, 2):  # beginnings of `first`, whose last tokens are pruned there
+        job = new_job(first[:length])
+        answer(engine, job)
+        if plan.layers and length == 25:
+            assert job.cached_tokens <= 25 - plan.full_depth_last
+        assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(job.tokens), plan))
+
+
+@pytest.mark.parametrize("name", ["none", "the paper's", "calibrated"])
+def test_what_continues_a_rewound_window_is_not_rewound_further(name, logits):
+    """The ring of a kept cache lacks old tokens, and so does the ring of a prompt that continues it."""
+    model = make("gemma3", PLANS[name])
+    engine = new_engine(model)
+    text = prompt(60, 5)
+    for tokens in (text[:30], [*text[:23], 1, 2, 3], [*text[:21], 9, 8, 7, 6, 5]):
+        job = new_job(tokens, max_new_tokens=1)
+        answer(engine, job)
+        assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(tokens), model.plan))
 
 
 @pytest.mark.parametrize("config", [tiny_gemma3_vl_config(), tiny_qwen3_vl_config()], ids=lambda config: config.family)

@@ -94,7 +94,7 @@ class Engine:
         keys = keys_of(tokens, job.media, images)
         row = Row(model, job, keys, images, self._new_cache(1, end))
         plan = row.plan
-        last = end - plan.full_depth_last
+        last = max(0, end - plan.full_depth_last)
         filled = [*self.kept.caches, *map(self._filled, self.rows)] if job.uses_kept else []
         sources = [one for one in filled if one.plan is job.plan]
         again = rerun(plan)
@@ -105,6 +105,7 @@ class Engine:
             self.kept.touch(source)
         job.cached_tokens = n
         job.pruned_tokens = pruned_tokens(plan, end, n)
+        row.floor = source.floor if n else 0
         row.whole = source.whole[:n] if n else []
         row.whole += plan.at_full_depth(torch.arange(n, end), end).tolist()
         # A cache with windows may share more tokens and not be usable. A separate cache keeps these for later prompts.
@@ -186,7 +187,8 @@ class Engine:
         held = int(cache.lengths[0])
         floor = 0
         if cache.has_windows:  # whose rings lack older tokens
-            floor = max(0, held - self.model.chunk_size) + rerun(row.plan)  # `Filled.copy_to` goes back by as many more
+            # `Filled.copy_to` goes back by as many more as run again.
+            floor = max(row.floor, held - self.model.chunk_size + rerun(row.plan))
         keys = (row.keys + row.answer.tokens)[:held]
         whole = row.whole + [True] * len(row.answer.tokens)
         return Filled.of(keys, cache, row.images, floor, whole, row.job.plan)

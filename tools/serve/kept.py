@@ -53,8 +53,7 @@ class Filled:
         its tokens. Those of an image cannot.
         """
         n = min(self.common(keys), len(keys) - 1)
-        if not all(self.whole[last:n]):
-            n = last
+        n = next((token for token in range(last, n) if not self.whole[token]), n)
         first = self.media.stop + 1  # the fewest tokens with all images
         if n < len(self.keys):
             first = self.media.stop + max(1, again)

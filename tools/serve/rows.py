@@ -65,6 +65,7 @@ class Row:
         self.job, self.keys, self.images = job, keys, images
         self.plan = model.resolve(job.plan)
         self.cache: KVCache | None = cache  # its own, until it joins the batch
+        self.floor = 0  # of the cache that it continues
         self.whole: list[bool] = []  # whether each token of the prompt is at full depth by its position
         self.place: int | None = None  # in the batch
         self.logits: torch.Tensor | None = None  # [1, V], of its next token
