@@ -5,7 +5,8 @@
     python -m tools.check_server smollm2-135m --server pop --cached           # each text is in the cache
 
 With --cached, the server has each prompt but for its last tokens, the question, before it gets the whole prompt. Then
-the plan cannot select tokens of the text for the question.
+the plan cannot select tokens of the text for the question. vLLM tells what it took from its cache only if it runs with
+--enable-prompt-tokens-details.
 
 It reads a tokenizer and no weights. So it also judges a plan on a GPU, and on weights that the server has quantised. An
 answer is exact if the greedy text is the right one, but for spaces around it. Predictions are not compared: no KL.
@@ -62,12 +63,21 @@ class Client:
         self.key = key
         is_local = urllib.parse.urlsplit(url).hostname in LOCAL
         self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * is_local)
+        self.reused: list[int] = []  # tokens of each prompt from the server's cache, if the server tells
         self.about = self._asked("models", read=lambda found: {"max_model_len": None} | found["data"][0])
 
     def answer(self, prompt: list[int], most: int, options: dict) -> str:
         """The text of at most `most` tokens after a prompt of token ids."""
         fields = {"model": self.about["id"], "prompt": prompt, "max_tokens": most, "temperature": 0}
-        return self._asked("completions", fields | options, read=lambda found: found["choices"][0]["text"] + "")
+        usage, text = self._asked(
+            "completions",
+            fields | options,
+            read=lambda found: ({} | (found.get("usage") or {}), found["choices"][0]["text"] + ""),
+        )
+        details = usage.get("prompt_tokens_details") or {}
+        if "cached_tokens" in details:
+            self.reused.append(details["cached_tokens"])
+        return text
 
     def check(self, lengths: list[int], plan_of) -> None:
         """Raise InputError if the longest prompts do not fit, or if the server ignores the plan of a request."""
@@ -143,12 +153,10 @@ def compare(
 def report(verdict: Verdict) -> str:
     """A row for each kind of question, a column for each length, and a sentence.
 
-    Raises InputError if nothing was right at full depth, or too little to judge a plan by it.
+    Raises InputError if nothing was right at full depth.
     """
     if not sum(cell[:, 1].sum() for cells in verdict.exact.values() for cell in cells.values()):
         raise InputError("no answer at full depth is right; is this the tokenizer of the server's model?")
-    if len(verdict.unjudged) == len(verdict.exact):
-        raise InputError("too few answers at full depth are right to judge any kind of question; give more --questions")
     lengths = list(next(iter(verdict.exact.values())))
     rows = [["exact answers, plan / full depth", *(f"{int(length):,} tokens" for length in lengths)]]
     for kind, cells in verdict.exact.items():
@@ -181,6 +189,14 @@ def main(argv: list[str] | None = None) -> int:
         client.check(lengths, PLAN[args.server])
         verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"), args.cached)
         print(report(verdict))
+        if verdict.holds and len(verdict.unjudged) == sum(map(len, verdict.exact.values())):
+            raise InputError(
+                "too few answers at full depth are right to judge a kind of question; give more --questions"
+            )
+        if args.cached and client.reused and not any(client.reused):
+            raise InputError(
+                "the server has taken no token from its cache, so no text was cached; does it keep caches?"
+            )
         holds.append(verdict.holds)
 
     holds = []

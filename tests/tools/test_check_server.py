@@ -134,11 +134,32 @@ def test_a_server_without_a_right_answer_does_not_pass():
         check_server.report(Verdict({}, exact))
 
 
-def test_too_few_right_answers_judge_no_plan():
-    """Not even one that loses all of them."""
-    exact = {"codes": {"900": np.array([[False, True]] * 2)}, "sums": {"900": np.array([[True, True]] * 2)}}
-    with pytest.raises(InputError, match="give more --questions"):
-        check_server.report(Verdict({}, exact))
+@pytest.mark.parametrize(
+    ("right", "reused", "status", "says"),
+    [
+        (2, [], 2, "give more --questions"),  # too few, even if the plan loses all of them
+        (3, [], 1, "does not hold"),
+        (3, [0, 0], 2, "has taken no token from its cache"),
+        (3, [0, 64], 1, "does not hold"),
+    ],
+)
+def test_answers_that_judge_nothing_do_not_pass(right, reused, status, says, folder, monkeypatch, capsys):
+    """A plan that loses all right answers, of a server that tells how many tokens it has taken from its cache."""
+
+    class Client:
+        def __init__(self, url, key):
+            self.reused = reused
+
+        def check(self, lengths, plan_of):
+            pass
+
+    exact = {"codes": {"900": np.array([[False, number < right] for number in range(3)])}}
+    monkeypatch.setattr(check_server, "Client", Client)
+    monkeypatch.setattr(check_server, "compare", lambda *args: Verdict({}, exact))
+    assert check_server.main([str(folder), "--lengths", "900", "--questions", "1", "--cached"]) == status
+    out, err = capsys.readouterr()
+    assert f"0 / {right} of 3" in out
+    assert says in (out + err).replace("\n", " ")
 
 
 def test_a_server_that_is_not_there_is_an_error_of_one_line(folder, capsys):
