@@ -70,8 +70,13 @@ class Verdict:
 
     @property
     def unjudged(self) -> list[str]:
-        """The kinds of question of which the full model has too few exact answers at every length."""
-        return [kind for kind, by_length in self.exact.items() if not any(map(_is_enough, by_length.values()))]
+        """The kinds of question, and the lengths, of which the full model has too few exact answers."""
+        return [
+            f"{kind} at {length} tokens"
+            for kind, by_length in self.exact.items()
+            for length, exact in by_length.items()
+            if not _is_enough(exact)
+        ]
 
     @property
     def sentence(self) -> str:
@@ -81,7 +86,7 @@ class Verdict:
         if everything[:, 1].any():
             kept = f"; of all exact answers it keeps {_as_text(everything)}"
         if self.holds and self.unjudged:
-            return f"The plan holds, but the full model has too few exact answers to judge {some(self.unjudged)}{kept}."
+            return f"The plan holds. Too few exact answers of the full model judge {some(self.unjudged)}{kept}."
         if self.holds:
             return f"The plan holds at each length and for each kind of question{kept}."
         if _keeps_too_few(everything):
