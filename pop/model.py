@@ -5,7 +5,7 @@ Prefill, decode and caches are in runner.py. The loop that answers is in pop/gen
 
 import time
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Generation
@@ -175,7 +175,7 @@ class Model(Runner):
         """Encode once what many prompts begin with; then call `prefix.generate(rest)`. Arguments as in `generate`."""
         return Prefix(self, prompt, images=images, videos=videos, plan=plan)
 
-    def score(self, context, continuation, *, images=None, videos=None, plan=None):
+    def score(self, context, continuation, *, images=None, videos=None, plan=None) -> Any:
         """log p(continuation | context): the natural logarithm, summed over the continuation's tokens.
 
         The context is pruned. Its last token and the continuation run at full depth, as decode would run them.

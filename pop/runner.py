@@ -272,7 +272,7 @@ class Runner:
             if found != size and corrections.rows is None:
                 detail = f"its tensor {name!r} is for {found} numbers, and not {size}"
                 advice = "`pop plans` lists the plans that are here, and `pop calibrate` makes one"
-                raise PlanError(f"the plan {plan.name} is of another model: {detail}; {advice}")
+                raise PlanError(f"{plan.name or 'the plan'} is of another model: {detail}; {advice}")
         note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
         is_first = self.part is None or self.part.rank == 0
         if is_first and note and note not in self._notes:

@@ -1,6 +1,7 @@
 """Prefixes: what many prompts begin with, encoded once."""
 
 import time
+from typing import Any
 
 from pop.generation.batch import Batch, Stream
 from pop.generation.sampling import sampling_params
@@ -41,7 +42,7 @@ class Prefix:
             self._cache = model.new_cache(1, cut)
             model.prefill_checked(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
 
-    def generate(self, rest, *, images=None, videos=None, **options):
+    def generate(self, rest, *, images=None, videos=None, **options) -> Any:
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
         Args:
@@ -56,7 +57,7 @@ class Prefix:
         began = time.perf_counter()
         return self._batch(rest, images, videos, options).stream(began)
 
-    def score(self, continuation):
+    def score(self, continuation) -> Any:
         """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list."""
         continuations, _, is_list = self.model.encode_batch(continuation, what="continuation", bos=False)
         contexts = [self._left_tokens]

@@ -140,11 +140,12 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
-        kinds = "'default' (a model's own), 'third', 'none', a share of the layers (0.5, or 1.0 for all)"
+        kinds = "'third', 'none', a share of the layers (0.5, or 1.0 for all)"
         layers = "layers such as '10,12,19-29' ('9-9' for layer 9)"
         ships = ", ".join(sorted(file.removesuffix(".plan") for file in os.listdir(SHIPPED)))
+        also = "; with a model also 'default'"
         saved = f"the path of a saved plan or of importance scores, the name of a plan that ships ({ships})"
-        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {layers}, {saved}, or a PrunePlan")
+        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {layers}, {saved}, or a PrunePlan{also}")
 
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, and raise PlanError otherwise."""

@@ -158,6 +158,12 @@ def test_the_seed_decides_and_short_prompts_are_refused(tiny, writer):
     for make in makers:
         with pytest.raises(pop.InputError, match="too short"):
             make_questions(writer, [make], [20], 1)
+    with pytest.raises(pop.InputError) as refused:
+        make_questions(writer, [needle], [20], 1)
+    missing = int(re.search(r"make them longer by (\d+) tokens", str(refused.value))[1])
+    make_questions(writer, [needle], [20 + missing], 1)  # its sentences are equally long
+    with pytest.raises(pop.InputError, match="too short"):
+        make_questions(writer, [needle], [19 + missing], 1)
 
 
 def naive_mark(model, plan, question):

@@ -25,6 +25,23 @@ def test_the_boundary_token_equals_that_of_the_full_model(skipped):
     torch.testing.assert_close(boundary, full)
 
 
+@pytest.mark.parametrize("dropped", [0, 3])
+def test_positions_go_on_if_the_keys_of_a_layer_are_dropped(dropped):
+    """Without its output, a layer's keys and values do not matter, but the position of the next token does."""
+    torch.manual_seed(0)
+    model = micro["Decoder"]()
+    torch.nn.init.zeros_(model.layers[dropped].output.weight)
+    prompts, _ = micro["examples"](3)
+    logits = []
+    for drops in (False, True):
+        cache = micro["new_cache"](3)
+        model(prompts[:, :-1], cache)
+        if drops:
+            cache[dropped] = cache[dropped][:, :0]
+        logits.append(model(prompts[:, -1:], cache))
+    torch.testing.assert_close(*logits)
+
+
 def test_it_fits_a_page():
     assert len(SCRIPT.read_text().splitlines()) <= 150
 

@@ -156,7 +156,7 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     path.write_text(json.dumps(result | {"unfinished": ["retrieval"]}))
     for command in (leaderboard.main, ["--from", str(path)]), (main, [str(path)]):
         assert command[0](command[1]) == 2
-        assert "unfinished, since retrieval" in capsys.readouterr().err
+        assert "unfinished: ['retrieval']" in capsys.readouterr().err
 
 
 SPEEDUP = r"\d\.\d\dx( of \d\.\d\dx)?"  # measured, and its limit

@@ -33,7 +33,7 @@ def differences(path: str, first: str, second: str) -> dict[str, dict]:
         answers = result["retrieval"]["rows"]
         found["exact answers, share of the questions"] = _paired(answers, "by_question", "exact", (first, second))
         found["log-probability of an answer, nats"] = _paired(answers, "by_question", "log_prob", (first, second))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(result.get("contenders", ()))
         advice = f"it has the methods {names}; write it with tools.evaluate --tasks text --json"
         raise InputError(f"{path} lacks {error} for {first} or {second}; {advice}") from None
@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
+        found = differences(args.file, args.first, args.second)
         print(f"{args.first} minus {args.second}, with intervals of 95 %")
-        for name, figure in differences(args.file, args.first, args.second).items():
+        for name, figure in found.items():
             ends = "too few for an interval"
             if figure["low"] is not None:
                 ends = f"[{figure['low']:+.4f}, {figure['high']:+.4f}]"

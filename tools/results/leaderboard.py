@@ -106,7 +106,7 @@ def row_of(path: Path, plan: str) -> dict:
             "seed": result["seed"],
             "lambada": None,
         }
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise InputError(
             f"{path} lacks figures ({error!r}); write it with tools.evaluate --tasks text --json"
         ) from None

@@ -34,9 +34,7 @@ def read_result(path: str | Path) -> dict:
     result = read_json(path, InputError)
     unfinished = result.get("unfinished")
     if unfinished:
-        raise InputError(
-            f"{path} is unfinished, since {', '.join(unfinished)} did not run to the end; run its command again"
-        )
+        raise InputError(f"{path} is unfinished: {unfinished} did not run to the end; run its command again")
     return result
 
 
