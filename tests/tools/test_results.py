@@ -13,6 +13,7 @@ from tools.evaluate.text import interval
 from tools.results import compare, leaderboard
 from tools.results.rows import main
 
+RESULTS = Path(leaderboard.__file__).parent
 # Made-up figures, as tools.evaluate writes them.
 FIGURES = json.loads((GOLDENS / "evaluate" / "run.json").read_bytes())
 
@@ -136,6 +137,9 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     assert row["kinds"] == {"codes": 0.5, "quotes": 0.5}
     assert (row["windows"], row["questions"], row["seed"], row["dtype"]) == (24, 180, 3, "float32")
     assert (row["question_tokens"], row["python"]) == (512, result["machine"]["python"])
+    assert row["speedup_2048"] is None  # it was measured for prompts of 64 tokens
+    path.write_text(json.dumps(result | {"tokens": {"prompt": 2048}}))
+    assert leaderboard.row_of(path, "half")["speedup_2048"] == 1.5
     path.with_name("row.json").write_text(out)
     assert leaderboard.main([str(path.with_name("row.json"))]) == 0
     assert "| mine | half | - | - | 0.050 | 64 | 50 % |" in capsys.readouterr().out
@@ -180,6 +184,27 @@ def rows(path: str) -> list[list[str]]:
     lines = re.findall(r"^\|(.+)\|$", READMES[path], re.M)
     table = [[re.sub(r" \[.*\]", "", cell).strip() for cell in line.split("|")] for line in lines]
     return [row[1:] for row in table]
+
+
+def test_the_tables_are_those_of_the_run():
+    """The first table of tools/results, its kinds of questions, and README's rows of the same plans."""
+    result = json.loads((RESULTS / "runs" / "smollm2-135m.json").read_bytes())
+    text, answers, ttft = result["text"]["all"]["rows"], result["retrieval"]["rows"], result["ttft"]
+    results = rows("tools/results/README.md")
+    kinds = [name.partition(" ")[0] for name in answers["full"]["kinds"]]
+    assert any(kinds == row[:-1] for row in results)
+    for name in [*ttft]:
+        shares = [cell["exact"] for cell in answers[name]["kinds"].values()]
+        assert [f"{share:.0%}".replace("%", " %") for share in [*shares, answers[name]["exact"]]] in results
+        if name == "full":
+            continue
+        speed = f"{ttft[name]['speedup']:.2f}x of {ttft[name]['limit']:.2f}x"
+        kl = f"{text[name]['kl']['value']:.3f}"
+        kept = f"{answers[name]['share']['value']:.0%}".replace("%", " %")
+        change = f"{text[name]['perplexity_change']['value']:+.1%}".replace("%", " %")
+        same = f"{text[name]['same']['value']:.1%}".replace("%", " %")
+        assert [speed, change, kl, same, f"{text[name]['kl_first']['value']:.3f}", kept] in results
+        assert name == "shortgpt 0.1" or [speed, kl, kept] in rows("README.md")
 
 
 def test_each_loss_of_the_readme_is_among_the_results():

@@ -153,7 +153,7 @@ def plot(result: dict, kind: str) -> bytes:
             panels[1].set_ylabel(f"exact answers to {retrieval['questions']} questions,\nof the full model's")
             panels[1].yaxis.set_major_formatter(PercentFormatter(1))
         computer = result["machine"]
-        speed = f"speedup of the time to first token, on {computer['device']} with {computer['threads']} threads"
+        speed = f"speedup of the time to first token,\non {computer['device']} with {computer['threads']} threads"
         panels[-1].set_xlabel(speed)
         where = f"{text['windows']} windows" + ("" if domain == "all" else f" of {domain}")
         prompt = result["tokens"]["prompt"]

@@ -106,6 +106,9 @@ def row_of(path: Path, plan: str) -> dict:
             "seed": result["seed"],
             "lambada": None,
         }
+        measured = f"speedup_{row['prompt_tokens']}"
+        if measured in FIGURES and "ttft" in result:
+            row[measured] = round(result["ttft"][plan]["speedup"], 2)
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise InputError(
             f"{path} lacks figures ({error!r}); write it with tools.evaluate --tasks text --json"
