@@ -133,7 +133,7 @@ def test_thoughts_are_apart_from_the_answer():
         ("Hm.\n</think>\n\nYes.", "Hm.", "Yes."),
         ("Yes.", "", "Yes."),
         ("<think>\n\n</think>\n\nYes.", "", "Yes."),
-        (None, "", None),
+        ("", "", ""),
     ):
         generation = Generation(text, [1], 1, 0.0, 0.0, "stop")
         assert (generation.thoughts, generation.answer) == (thoughts, answer)

@@ -332,7 +332,8 @@ def test_every_route_says_how_many_tokens_were_pruned_and_when_the_first_one_cam
         assert 0 < usage.time_to_first_token < 600
         pruned.append(getattr(usage, "prompt_tokens_details", None) or usage.input_tokens_details)
     assert [one.pruned_tokens for one in pruned[:3]] == [len(text) - 5, in_chat - 5, in_chat - 5]
-    assert pruned[3].cached_tokens + pruned[3].pruned_tokens == in_chat - 3  # the cache holds the first 2
+    # An earlier answer's cache has this prompt, with its last tokens at full depth. Only the boundary token runs again.
+    assert (pruned[3].cached_tokens, pruned[3].pruned_tokens) == (in_chat - 1, 0)
 
 
 @pytest.mark.parametrize("plan", [{"layers": (2, 3), "full_depth_selected": 0.3}, {}])
