@@ -69,14 +69,9 @@ class Client:
     def answer(self, prompt: list[int], most: int, options: dict) -> str:
         """The text of at most `most` tokens after a prompt of token ids."""
         fields = {"model": self.about["id"], "prompt": prompt, "max_tokens": most, "temperature": 0}
-        usage, text = self._asked(
-            "completions",
-            fields | options,
-            read=lambda found: ({} | (found.get("usage") or {}), found["choices"][0]["text"] + ""),
-        )
-        details = usage.get("prompt_tokens_details") or {}
-        if "cached_tokens" in details:
-            self.reused.append(details["cached_tokens"])
+        text, reused = self._asked("completions", fields | options, read=text_and_reused)
+        if reused is not None:
+            self.reused.append(reused)
         return text
 
     def check(self, lengths: list[int], plan_of) -> None:
@@ -107,10 +102,17 @@ class Client:
             said = error.read(500).decode(errors="replace")
             kind = Refused if error.code in (400, 404, 422) else InputError
             raise kind(f"{self.url}/{route} answers {error.code}: {said}") from None
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{self.url}/{route} answers with other JSON than OpenAI's ({error!r})") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise InputError(f"{self.url}/{route} does not answer ({error!r}); is the server there?") from None
+
+
+def text_and_reused(found: dict) -> tuple[str, int | None]:
+    """The text of an answer, and how many tokens of its prompt came from the server's cache, if the server tells."""
+    usage = found.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    return found["choices"][0]["text"] + "", details.get("cached_tokens")
 
 
 def questions_of(folder, lengths: list[int], per_kind: int, seed: int) -> tuple[dict[int, list[Question]], object]:

@@ -86,7 +86,7 @@ class Verdict:
         if everything[:, 1].any():
             kept = f"; of all exact answers it keeps {_as_text(everything)}"
         if self.holds and self.unjudged:
-            return f"The plan holds. Too few exact answers of the full model judge {some(self.unjudged)}{kept}."
+            return f"The plan holds, but the full model has too few exact answers to judge {some(self.unjudged)}{kept}."
         if self.holds:
             return f"The plan holds at each length and for each kind of question{kept}."
         if _keeps_too_few(everything):

@@ -66,6 +66,14 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
     assert f"it keeps {sum(kept.values()) / 8:.0%}" in out
 
 
+def test_a_server_may_tell_what_it_took_from_its_cache():
+    answer = {"choices": [{"text": "a"}]}
+    for usage in ({}, {"prompt_tokens_details": None}, None):
+        assert check_server.text_and_reused(answer | {"usage": usage}) == ("a", None)
+    told = {"prompt_tokens_details": {"cached_tokens": 64}}
+    assert check_server.text_and_reused(answer | {"usage": told}) == ("a", 64)
+
+
 def test_a_cached_text_is_sent_before_its_question(folder):
     """With the plan and at full depth, since these share no cache."""
     tokenizer = pop.load_tokenizer(folder)
@@ -99,6 +107,7 @@ def test_questions_come_from_the_tokenizer_alone(folder):
         ({"data": []}, {}, "other JSON"),
         ({"data": [{"id": "m"}]}, {}, "ignores the plan|other JSON"),
         ({"data": [{"id": "m"}]}, {"choices": [{"text": None}]}, "other JSON"),
+        ({"data": [{"id": "m"}]}, ["x"], "other JSON"),
         ({"data": [{"id": "m"}]}, {"choices": [{"text": "x"}]}, "ignores the plan"),
         ({"data": [{"id": "m", "max_model_len": 930}]}, {"choices": [{"text": "x"}]}, "exceed the server's 930"),
         (b"no JSON", {}, "does not answer"),
