@@ -246,8 +246,11 @@ CALLS = [[5, 12, 44, 3, 60, 8], [33, 2, 19, 7, 1, 50, 21, 4, 9, 30, 11], 9, [40,
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
-def test_after_a_failure_a_cache_works_or_is_refused(config):
-    model = pop.Model(random_model(config), config, chunk_size=4, plan=PrunePlan((1, 3, 4)))
+@pytest.mark.parametrize("selects", [False, True])
+def test_after_a_failure_a_cache_works_or_is_refused(config, selects):
+    """Slots of windows may be overwritten, and selected tokens of earlier prompts."""
+    fields = {"full_depth_selected": 0.4, "selecting_layer": 2} if selects else {}
+    model = pop.Model(random_model(config), config, chunk_size=4, plan=PrunePlan((1, 3, 4), **fields))
     done, refused = {}, 0
 
     def step(cache, tokens):
@@ -279,7 +282,8 @@ def test_after_a_failure_a_cache_works_or_is_refused(config):
             for number in range(len(CALLS)):
                 torch.testing.assert_close(step(cache, CALLS[number]), expected[number], msg=str(place))
         done.clear()
-    assert refused < POINTS // 2 if config.windows.count(None) < len(config.windows) else not refused
+    overwrites = selects or config.windows.count(None) < len(config.windows)
+    assert refused < POINTS // 2 if overwrites else not refused
 
 
 def test_after_a_failure_a_conversation_has_the_turn_or_not(tmp_path):

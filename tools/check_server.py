@@ -5,8 +5,8 @@
     python -m tools.check_server smollm2-135m --server pop --cached           # each text is in the cache
 
 With --cached, the server has each prompt but for its last tokens, the question, before it gets the whole prompt. Then
-the plan cannot select tokens of the text for the question. vLLM tells what it took from its cache only if it runs with
---enable-prompt-tokens-details.
+vLLM selects no tokens of the text for the question, and tools.serve does. vLLM tells what it took from its cache only
+if it runs with --enable-prompt-tokens-details.
 
 It reads a tokenizer and no weights. So it also judges a plan on a GPU, and on weights that the server has quantised. An
 answer is exact if the greedy text is the right one, but for spaces around it. Predictions are not compared: no KL.

@@ -27,6 +27,9 @@ class KVCache:
     lengths: The number of tokens in each row, [B] int64 on the CPU.
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
+    skipped: By slot, the selecting layer of the plan by which a token has skipped layers, or -1: [B, S + 1] int16, with
+        the fewest slots S. Later prompts may select such tokens (earlier.py).
+    entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     step, passes: The decode step and the passes that are replayed on this cache's tensors, if any.
     intact: False while a prefill of several chunks may overwrite slots of a ring, and after one that has failed.
@@ -71,6 +74,8 @@ class KVCache:
             self.values = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
             hidden = (config.num_layers, batch_size, config.hidden_size)
             self.previous_hidden = torch.zeros(hidden, dtype=dtype, device=device)
+            self.entered = torch.zeros(batch_size, self.ring + 1, config.hidden_size, dtype=dtype, device=device)
+            self.skipped = torch.full((batch_size, self.ring + 1), -1, dtype=torch.int16, device=device)
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
             raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
 
@@ -78,9 +83,10 @@ class KVCache:
     def size_in_bytes(
         config, batch_size: int, max_seq_len: int, dtype: torch.dtype, chunk_size: int = CHUNK_SIZE
     ) -> int:
-        """Bytes of keys and values, 2 B (S + 1) K E numbers a layer, and of the hidden states, L B D numbers."""
-        slots = sum(_slots(window, max_seq_len, chunk_size) + 1 for window in config.windows)
-        numbers = 2 * slots * config.num_kv_heads * config.head_dim + config.num_layers * config.hidden_size
+        """Bytes of keys and values, 2 B (S + 1) K E numbers a layer, and of hidden states, (L + S + 1) B D numbers."""
+        slots = [_slots(window, max_seq_len, chunk_size) + 1 for window in config.windows]
+        numbers = 2 * sum(slots) * config.num_kv_heads * config.head_dim
+        numbers += (config.num_layers + min(slots)) * config.hidden_size
         return batch_size * numbers * dtype.itemsize
 
     def check(
@@ -118,7 +124,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors on the device, as `size_in_bytes` counts them."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.previous_hidden))
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.previous_hidden, self.entered))
 
     def snapshot(self) -> Snapshot:
         """The current position of all rows: lengths, hidden states and offsets, none of which is changed in place."""
@@ -143,6 +149,12 @@ class KVCache:
         """Take the position of a snapshot, whose tokens are in the slots."""
         if self.step is not None:
             self.step.snapshot = None
+        lengths = snapshot[0]
+        if (lengths < self.lengths).any():
+            is_gone = torch.arange(self.ring + 1, device="cpu") >= lengths[:, None]
+            has_wrapped = self.lengths > self.ring  # so windows lack keys
+            (is_gone,) = to_device([is_gone | has_wrapped[:, None]], self.device)
+            self.skipped.masked_fill_(is_gone, -1)
         self.lengths, self.previous_hidden, self.rope_offsets = snapshot
 
     def reset(self) -> None:
@@ -155,14 +167,17 @@ class KVCache:
     def copy_from(self, other: KVCache) -> None:
         """Fill every row with the one row of `other`, a cache of the same model whose tokens fit into this one."""
         held = int(other.lengths[0])
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for target, source in zip(mine, theirs, strict=True):  # [B, S + 1, K, E] and [1, S' + 1, K, E]
+        self.skipped.fill_(-1)
+        states = [self.entered, self.skipped], [other.entered, other.skipped]
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values), states):
+            for target, source in zip(mine, theirs, strict=True):  # [B, S + 1, ...] and [1, S' + 1, ...]
                 slots = target.shape[1] - 1
                 other_slots = source.shape[1] - 1
                 latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
                 target[:, latest % slots] = source[:, latest % other_slots]
         B = self.batch_size
-        self.move_to((other.lengths.repeat(B), other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
+        self.lengths = other.lengths.repeat(B)
+        self.move_to((self.lengths, other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
 
     @torch.inference_mode(False)  # as above
     def keep_rows(self, rows: Tensor) -> None:
@@ -172,7 +187,10 @@ class KVCache:
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory
                 # The memory stays in the order of empty_slots, in which heads come before slots.
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)
-        self.move_to((self.lengths[rows], self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
+        self.entered = self.entered[device_rows]
+        self.skipped = self.skipped[device_rows]
+        self.lengths = self.lengths[rows]
+        self.move_to((self.lengths, self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
         self.step = None
         self.passes = None
 

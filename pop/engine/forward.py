@@ -16,12 +16,14 @@ from torch import Tensor
 
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
+from pop.engine.earlier import Earlier, attention_of, in_front, remember
 from pop.engine.layer_pass import LayerPass, replayed_passes
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, Images
 from pop.pruning.plan import PrunePlan
+from pop.system.memory import to_device
 
 
 @engine_modes()
@@ -75,7 +77,8 @@ def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
 class Call:
     """One call of prefill or extend: its chunks run through the layers of a module and fill a cache.
 
-    `hidden` [L, B, D] is the state of each row's latest token as it entered each layer. The cache gets it at the end.
+    `hidden` [L, B, D] is the state of each row's latest token as it entered each layer. `skipped` says which tokens a
+    later prompt may select. The cache gets both at the end.
     """
 
     def __init__(self, module, cache: KVCache, plan: PrunePlan, stages: Stages, replays: bool = False):
@@ -84,19 +87,23 @@ class Call:
         self.plan = plan
         self.stages = stages
         self.hidden = cache.previous_hidden
+        self.skipped = cache.skipped
         self.passes = replayed_passes(module, cache, stages) if replays else LayerPass(module, cache, stages)
 
     def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
         cache = self.cache
+        if self.skipped is not cache.skipped:
+            cache.intact = False  # between the two
         cache.restore((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
+        cache.skipped.copy_(self.skipped)
         cache.intact = True
 
     def chunks(self, prompts: Prompts, chunk_size: int, selects: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
         """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
 
         A plan that `selects` tokens needs the last token's state at the selecting layer. So all chunks run up to that
-        layer before the first one continues.
+        layer before the first one continues. It selects among the new tokens, and among earlier ones in the cache.
         """
         cache = self.cache
         chunk_size = min(chunk_size, cache.chunk_size)
@@ -106,14 +113,14 @@ class Call:
         cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
 
         chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, chunk_size))
-        others = (~prompts.full_depth).sum(1)  # [B]
-        counts = torch.tensor([self.plan.num_selected(number) for number in others.tolist()])
-        if selects and counts.any():
-            chunks = list(chunks)
-            entering = self.run_to_selecting_layer(prompts, chunks)
-            selected = self.select_tokens(prompts, entering, counts)
-            yield from self.run_from_selecting_layer(prompts, chunks, entering, Selection(selected, counts))
-            return
+        if self.plan.layers and self.plan.full_depth_selected:
+            earlier = Earlier.of(cache, self.plan.selects_at)
+            if not prompts.full_depth.all() or (selects and earlier.others.any()):
+                chunks = list(chunks)
+                entering = self.run_to_selecting_layer(prompts, chunks)
+                selection = self.select_tokens(prompts, entering, earlier, selects)
+                yield from self.run_from_selecting_layer(prompts, chunks, entering, selection)
+                return
         for chunk in chunks:
             full = FullDepth.of(cache, chunk, prompts, self.plan)
             layers = range(len(self.module.layers))
@@ -136,14 +143,41 @@ class Call:
             )
         return entering
 
-    def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:
-        """Which tokens of the prompts are selected, [B, T] bool on the device: counts [B] of each row."""
+    def select_tokens(self, prompts: Prompts, entering: Tensor, earlier: Earlier, selects: bool) -> Selection:
+        """Select tokens of the prompts, and run those of earlier ones that are selected as well."""
         cache = self.cache
+        plan = self.plan
         B, T = prompts.full_depth.shape
+        N = earlier.slots.shape[1]
         index = torch.arange(T).expand(B, -1)
         rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
-        inputs = (entering[:, :T], rotary, prompts.lengths, ~prompts.full_depth, counts)
-        return select(self.module, self.plan, *inputs, self.stages.received)
+        others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)
+        counts = torch.tensor([selects * plan.num_selected(number) for number in others.sum(1).tolist()])
+        received = earlier.received(cache, plan.selects_at) if N else self.stages.received
+        tokens = select(self.module, plan, entering[:, :T], rotary, prompts.lengths, others, counts, received)
+        self.skipped = cache.skipped.clone()
+        if earlier.others.any():
+            again = tokens[:, :N].cpu()
+            self.run_again(*in_front(earlier.slots, again))
+            counts = counts - again.sum(1)
+        remember(cache, self.skipped, prompts, entering, tokens[:, N:], plan.selects_at)
+        return Selection(tokens[:, N:], counts)
+
+    def run_again(self, positions: Tensor, valid: Tensor) -> None:
+        """Run tokens at positions [B, W] of the cache from the selecting layer on, those that are valid [B, W]."""
+        if not valid.any():
+            return
+        cache = self.cache
+        cache.intact = False
+        rows = torch.arange(len(positions), device=cache.device)[:, None]
+        pieces = positions.split(cache.chunk_size, dim=1), valid.split(cache.chunk_size, dim=1)
+        for at, is_valid in zip(*pieces, strict=True):
+            attention = attention_of(self.module, cache, at, is_valid)
+            slots, spare = to_device([at, at.where(is_valid, cache.ring)], cache.device)
+            f = cache.entered[rows, slots]  # [B, W, D]
+            for index in range(self.plan.selects_at, len(self.module.layers)):
+                f = self.passes.run_layer(index, f, attention)
+            self.skipped[rows, spare] = -1
 
     def run_from_selecting_layer(
         self, prompts: Prompts, chunks: list[Chunk], entering: Tensor, selection: Selection

@@ -7,6 +7,7 @@ and nothing waits for it. Shape letters: pop/models/layers.py; T is the number o
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pop.pruning.plan import SELECTING, PrunePlan
@@ -16,20 +17,38 @@ from pop.system.memory import to_device
 
 def received(layer, h, rope, lengths: Tensor) -> Tensor:
     """The attention [B, T] that the tokens of prompts h [B, T, D] of `lengths` [B] get from their last ones."""
-    rows = torch.arange(len(h), device=h.device)[:, None]
-    query = lengths[:, None] + torch.arange(-SELECTING, 0, device=h.device)  # [B, Q]
-    position = query.clamp(min=0)  # a short prompt has fewer queries
-    q = layer.queries_keys_values(h[rows, position], tuple(table[rows, position] for table in rope))[0]  # [B, Q, H, E]
     k = layer.keys_values(h, rope)[0]  # [B, T, K, E]
     key = torch.arange(h.shape[1], device=h.device)  # [T], of each row
+    q, query = last_queries(layer, h, rope, lengths)
     return attention_received(q, k, query, key, layer.scale)
+
+
+def received_by_all(earlier_k: Tensor, is_attended: Tensor, layer, h, rope, lengths: Tensor) -> Tensor:
+    """The same for earlier tokens with keys earlier_k [B, N, K, E], some attended [B, N], and prompts: [B, N + T]."""
+    T = h.shape[1]
+    N = earlier_k.shape[1]
+    k = torch.cat((earlier_k, layer.keys_values(h, rope)[0]), dim=1)  # [B, N + T, K, E]
+    key = torch.arange(N + T, device=h.device).where(F.pad(is_attended, (0, T), value=True), -1)  # [B, N + T]
+    q, query = last_queries(layer, h, rope, lengths)
+    query = torch.where(query < 0, query, query + N)
+    return attention_received(q, k, query, key, layer.scale)
+
+
+def last_queries(layer, h, rope, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries [B, Q, H, E] of prompts' last tokens, and their places [B, Q], negative where a prompt has fewer."""
+    rows = torch.arange(len(h), device=h.device)[:, None]
+    query = lengths[:, None] + torch.arange(-SELECTING, 0, device=h.device)
+    place = query.clamp(min=0)
+    q, _, _ = layer.queries_keys_values(h[rows, place], tuple(table[rows, place] for table in rope))
+    return q, query
 
 
 def select(module, plan: PrunePlan, h, rotary, lengths, others, counts, received: Callable = received) -> Tensor:
     """Select `counts` [B] of the tokens `others` [B, T] bool of prompts: [B, T] bool, on the device of h.
 
     h [B, T, D] enters the selecting layer. `rotary` are the rotary positions [B, T], or [3, B, T] by axis. These and
-    the prompts' `lengths` [B] are on the CPU.
+    the prompts' `lengths` [B] are on the CPU. If `received` also knows N earlier tokens, `others` and the result have
+    them too: [B, N + T].
     """
     rotary, lengths, others, counts = to_device([rotary, lengths, others, counts], h.device)
     layer = module.layers[plan.selects_at]

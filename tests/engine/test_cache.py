@@ -1,17 +1,19 @@
 """The KV cache: its size, and what remains of it after a reset, a rewind, a copy, and rows that leave."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import assert_close, cached_kv, cases, new_cache, prefill
+from support.cases import assert_close, by_position, cached_kv, cases, new_cache, prefill
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
 from pop import engine
 from pop.engine.cache import KVCache
+from pop.pruning.plan import PrunePlan
 
 
 def test_what_windows_save():
@@ -19,9 +21,10 @@ def test_what_windows_save():
     windows = tuple(1024 if layer % 6 else None for layer in range(1, 49))
     config = tiny_gemma3_config(windows=windows, hidden_size=3840, num_heads=16, num_kv_heads=8, head_dim=256)
     size = KVCache.size_in_bytes(config, 1, 32_768, torch.bfloat16)
-    everything = 2 * 48 * 32_769 * 8 * 256 * 2 + 48 * 3840 * 2
-    assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + 48 * 3840 * 2
-    assert round(1 - size / everything, 2) == 0.76
+    states = (48 + 3_072) * 3840 * 2
+    everything = 2 * 48 * 32_769 * 8 * 256 * 2 + states
+    assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + states
+    assert round(1 - size / everything, 2) == 0.75
 
 
 @given(cases())
@@ -41,8 +44,12 @@ def test_a_reset_cache_is_a_new_cache(case):
 
 @given(cases())
 def test_a_rewound_cache_continues_from_the_snapshot(case):
-    """With sliding windows, a cache may be rewound by as many tokens as a chunk has."""
+    """With sliding windows, a cache may be rewound by as many tokens as a chunk has.
+
+    Tokens that the next turn has selected stay at full depth.
+    """
     module, plan, tokens, lengths, chunk = case
+    plan = by_position(plan)
     _, cache = prefill(module, tokens, lengths, plan, chunk)
     count = min(chunk, 3)
     added = lengths.clamp(max=count)
@@ -55,6 +62,37 @@ def test_a_rewound_cache_continues_from_the_snapshot(case):
     assert all(torch.equal(now, before) for now, before in zip(cache.snapshot(), snapshot, strict=True))
     found, _ = prefill(module, tokens[:, :count], added, plan, chunk, cache)
     assert torch.equal(found, expected)
+
+
+@given(cases())
+def test_a_later_prompt_selects_among_the_tokens_of_a_copy(case):
+    """As it does in the cache itself, although the copy has more slots and rows, and held other tokens."""
+    module, plan, tokens, lengths, chunk = case
+    assume(plan.full_depth_selected and plan.layers)
+    _, cache = prefill(module, tokens[:1], lengths[:1], plan, chunk)
+    later = tokens[:1].flip(1)
+    count = torch.tensor([later.shape[1]])
+    copies = new_cache(module, 2, slots=100, chunk=chunk)
+    prefill(module, tokens[:1].repeat(2, 3), count.repeat(2) * 3, plan, chunk, copies)  # which the copy replaces
+    copies.copy_from(cache)
+    assert (copies.skipped[:, lengths[0] :] == -1).all()
+    expected, _ = prefill(module, later, count, plan, chunk, cache)
+    found, _ = prefill(module, later.repeat(2, 1), count.repeat(2), plan, chunk, copies)
+    assert_close(found, expected.repeat(2, 1))
+
+
+def test_a_later_prompt_selects_among_the_tokens_of_rows_that_stay():
+    module = random_model(tiny_config(), seed=3)
+    plan = PrunePlan((3, 4), full_depth_selected=0.3, selecting_layer=1)
+    tokens = torch.randint(module.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
+    _, cache = prefill(module, tokens, torch.tensor([20, 7, 15]), plan)
+    rows = torch.tensor([2, 0])
+    fewer = copy.deepcopy(cache)
+    fewer.keep_rows(rows)
+    later = tokens.flip(1)
+    expected, _ = prefill(module, later, torch.tensor([9, 9, 9]), plan, cache=cache)
+    found, _ = prefill(module, later[rows], torch.tensor([9, 9]), plan, cache=fewer)
+    assert_close(found, expected[rows])
 
 
 def test_a_rewind_to_tokens_that_are_overwritten_is_refused():

@@ -8,11 +8,12 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.cases import (
     NONE,
     assert_close,
+    batches,
     by_reference,
     cached_kv,
     cases,
@@ -23,6 +24,7 @@ from support.cases import (
     plans,
     prefill,
     prefill_with_choice,
+    random_corrections,
     stack_layers,
 )
 from support.naive_method import token_by_token
@@ -61,14 +63,16 @@ def test_prefill_and_decode_are_the_reference(case, steps, layer):
 def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
     """Prompt, answer, prompt, answer: each prompt has its own plan and attends what the others left in the cache.
 
-    Plans are plain, calibrated, or empty. Logits, K and V are those of running the tokens one by
-    one, where each token knows the plan of its turn only.
+    Plans are plain, calibrated, or empty. Logits, K and V are those of running the tokens one by one, where each token
+    knows the plan of its turn only. Before a turn, the tokens of earlier turns that it selects run once more.
     """
     rows = data.draw(st.integers(1, 2))
-    cache = new_cache(module, rows)
+    cache = new_cache(module, rows, chunk=data.draw(st.sampled_from([4, 1000])))
+    own = data.draw(plans(module.config))
     said = [torch.zeros(0, dtype=torch.int64) for _ in range(rows)]  # each row's tokens, [N]
     applied = [[] for _ in range(rows)]  # each token's plan, its turn's or NONE, and the layer that ends it
     predicted = [{} for _ in range(rows)]  # logits [V] by position
+    again = [{} for _ in range(rows)]  # by a turn's first position: the selecting layer, and earlier tokens
 
     def append(row, tokens, plans, logits):
         """Note a row's new tokens [M] and their plans; logits [R, V] are those at the last R of them."""
@@ -77,20 +81,32 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         predicted[row] |= zip(range(len(said[row]) - len(logits), len(said[row])), logits, strict=True)
 
     for _ in range(data.draw(st.integers(2, 4))):
-        plan = data.draw(st.one_of(st.just(NONE), plans(module.config)))
+        plan = data.draw(st.one_of(st.just(own), st.just(NONE), plans(module.config)))
         width, random = data.draw(st.integers(1, 8)), torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
         lengths = torch.tensor(data.draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows)))
         turn = torch.randint(module.config.vocab_size, (rows, width), generator=random)
         chunk = data.draw(st.sampled_from([1, 3, 1000]))
-        logits, _, chosen = prefill_with_choice(module, turn, lengths, plan, chunk, cache)
+        goes_on = data.draw(st.booleans())  # the next turn is the same prompt
+        if goes_on:
+            engine.prefill(module, turn, cache, lengths, plan, chunk, boundary=False)
+            logits = torch.zeros(rows, 0)
+            chosen = torch.zeros(rows, int(lengths.max()), dtype=torch.bool)
+        else:
+            logits, _, chosen = prefill_with_choice(module, turn, lengths, plan, chunk, cache)
         for row, m in enumerate(lengths.tolist()):
             held_before = len(said[row])
+            N = chosen.shape[1] - int(lengths.max())  # earlier tokens, up to the turn
+            earlier = [held_before - N + column for column in range(N) if chosen[row, column]]
+            if earlier:
+                again[row][held_before] = plan.selects_at, earlier
             full_depth = [held_before + i < plan.full_depth_first or i >= m - plan.full_depth_last for i in range(m)]
-            if held_before + m < plan.full_depth_below:
+            if goes_on:
+                full_depth = [held_before + i < plan.full_depth_first for i in range(m)]
+            elif held_before + m < plan.full_depth_below:
                 full_depth = [True] * m
-            ends = [plan.selects_at + 1 if selected else module.config.num_layers for selected in chosen[row, :m]]
+            ends = [plan.selects_at + 1 if selected else module.config.num_layers for selected in chosen[row, N:][:m]]
             used = [(NONE if full else plan, end) for full, end in zip(full_depth, ends, strict=True)]
-            append(row, turn[row, :m], used, logits[row : row + 1])
+            append(row, turn[row, :m], used, logits[row : row + 1][: not goes_on])
         answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)
         for step in answer.T:
             logits = engine.decode(module, step, cache)
@@ -99,9 +115,56 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
 
     for row in range(rows):
         assert cache.lengths[row] == len(said[row])
-        logits, kv = token_by_token(module, said[row], *zip(*applied[row], strict=True))
-        assert_close(torch.stack(list(predicted[row].values())), logits[list(predicted[row])])
+        logits, kv = token_by_token(module, said[row], *zip(*applied[row], strict=True), again[row])
+        for position, found in predicted[row].items():
+            assert_close(found, logits[position])
         assert_close(cached_kv(module, cache, row), in_windows(module, kv))
+
+
+@given(models(), st.data())
+def test_a_later_prompt_can_bring_all_earlier_tokens_to_full_depth(module, data):
+    """A plan that prunes no layer before the selecting one, and selects everything, leaves the full model's cache."""
+    num_layers = module.config.num_layers
+    assume(num_layers > 1)
+    first = data.draw(st.integers(1, num_layers - 1))
+    plan = PrunePlan(tuple(range(first, num_layers)), full_depth_selected=1.0)
+    tokens, lengths = data.draw(batches(module.config.vocab_size))
+    turn = tokens.flip(1)[:, :3]
+    added = torch.full_like(lengths, turn.shape[1])
+    chunk = data.draw(st.sampled_from([1, 5, 1000]))
+    caches = []
+    for one in (plan, NONE):
+        cache = new_cache(module, len(tokens), chunk=chunk)
+        engine.prefill(module, tokens, cache, lengths, one, chunk, boundary=False)
+        logits, _ = prefill(module, turn, added, one, chunk, cache)
+        caches.append((cache, logits))
+    (cache, logits), (full, expected) = caches
+    if not cache.has_windows or int((lengths + added).max()) <= cache.ring:
+        assert_close(logits, expected)
+        for row in range(len(tokens)):
+            assert_close(cached_kv(module, cache, row), cached_kv(module, full, row))
+            assert (cache.skipped == -1).all()
+
+
+def test_a_code_takes_the_state_of_a_token_before_it_that_runs_again(short_averages):
+    """The last token of a prompt that goes on is selected later. The next one, which is pruned, has it in its codes."""
+    module = random_model(tiny_config(num_layers=5), seed=1)
+    plan = PrunePlan((2, 4), 1, 1, random_corrections(module.config, (2, 4), 1), 0.5, selecting_layer=1)
+    for seed in range(99):
+        tokens = torch.randint(module.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(seed))
+        cache = new_cache(module, 1)
+        engine.prefill(module, tokens[:, :6], cache, torch.tensor([6]), plan, 99, boundary=False)
+        logits, _, chosen = prefill_with_choice(module, tokens[:, 6:], torch.tensor([6]), plan, cache=cache)
+        if chosen[0, 5] and not chosen[0, 6]:
+            break
+    else:
+        pytest.fail("no seed gives this choice")
+    earlier = chosen[0, :6].nonzero()[:, 0].tolist()
+    ends = [5] * 6 + [2 if selected else 5 for selected in chosen[0, 6:]]
+    plans_of_tokens = [NONE, *[plan] * 10, NONE]
+    expected, kv = token_by_token(module, tokens[0], plans_of_tokens, ends, {6: (1, earlier)})
+    assert_close(logits[0], expected[-1])
+    assert_close(cached_kv(module, cache, 0), kv)
 
 
 # Against itself

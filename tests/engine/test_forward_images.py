@@ -129,7 +129,8 @@ def test_images_are_the_references(case, before, steps, stages, accelerated):
     with recorded_choices() as choices:
         logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, stages, images)]
     logits = torch.stack(logits + [engine.decode(module, token, cache, stages) for token in answer.T], dim=1)
-    chosen = choices[0] if choices else torch.zeros(tokens.shape, dtype=torch.bool)
+    # Earlier tokens are at full depth, so only those of the prompts can be selected.
+    chosen = choices[0][:, -int(lengths.max()) :] if choices else torch.zeros(tokens.shape, dtype=torch.bool)
     for row, (n, m) in enumerate(zip(held_before, lengths.tolist(), strict=True)):
         whole = torch.cat((text[row, :n], tokens[row, :m], answer[row]))
         full_depth = reference.full_depth_tokens(n + m, len(whole), plan) | (torch.arange(len(whole)) < n)

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from support.cases import (
     NONE,
+    assert_close,
     batches,
     by_position,
     cached_kv,
     cases,
     new_cache,
     plain,
+    prefill,
     prefill_with_choice,
     recorded_choices,
 )
@@ -55,13 +57,15 @@ def selecting(plan, last_layer):
 def test_the_choice_is_the_references(case, later):
     """For any plan, batch, padding and chunks, in a first prompt and in a later one.
 
-    The last tokens of the later one choose among its own. What the cache holds counts neither as a choice nor in the
-    softmax.
+    The last tokens of the later one choose among its own, and among those of the first one that are not at full depth.
     """
     module, plan, tokens, lengths, chunk = case
     assume(module.config.num_layers > 1)
     plan = selecting(plan, module.config.num_layers - 1)
     _, cache, before = prefill_with_choice(module, tokens, lengths, plan, chunk)
+    first_ring = cache.ring
+    for row, n in enumerate(lengths.tolist()):
+        assert (cache.skipped[row, n:-1] == -1).all()
     (turn,), (m,) = later
     m = int(m)
     turn = turn.expand(len(tokens), -1)
@@ -74,10 +78,55 @@ def test_the_choice_is_the_references(case, later):
         assert not before[row, n:].any()
         whole = torch.cat((tokens[row, :n], turn[row, :m]))
         of_turn = reference.full_depth_tokens(n + m, n + m, plan)[n:]
-        earlier = F.pad(before[row, :n], (0, m))
+        others = torch.cat((~full_depth & ~before[row, :n], ~of_turn))
+        N = n if n <= first_ring and others[:n].any() else 0  # earlier tokens, unless a window has used slots again
+        if chosen.shape[1] == m:  # nothing was there to select
+            assert not others[n - N :].any()
+            continue
+        assert not chosen[row, : -m - N].any()
         full_depth = torch.cat((full_depth, of_turn))
-        scores = scores_at_selecting_layer(module, whole, full_depth, plan, earlier, begin=n)
-        assert_chosen(chosen[row, :m], scores, ~of_turn, plan)
+        earlier = F.pad(before[row, :n], (0, m))
+        scores = scores_at_selecting_layer(module, whole, full_depth, plan, earlier, begin=n - N, asking=m)
+        of_row = chosen[row, -m - N :]
+        assert_chosen(of_row, scores, others[n - N :], plan)
+
+
+def test_a_question_at_full_depth_selects_as_well():
+    """Of a text that was there before, but not of one that the cache has left by a rewind.
+
+    Another plan's tokens lack states of its selecting layer.
+    """
+    module = random_model(tiny_config(), seed=3)
+    plan = PrunePlan((3, 4), 9, full_depth_selected=0.5, selecting_layer=1)
+    text, question = torch.arange(30)[None], torch.arange(40, 45)[None]
+    for asked, expected in ((plan, 5), (dataclasses.replace(plan, selecting_layer=2), 0), (plain(plan), 0)):
+        _, cache = prefill(module, text.repeat(1, 2), torch.tensor([60]), plan)
+        cache.restore((torch.tensor([0]), *cache.snapshot()[1:]))
+        prefill(module, text, torch.tensor([30]), plan, cache=cache)
+        assert (cache.skipped >= 0).sum() == 11  # 21 tokens before the last 9, of which 10 are selected
+        prefill(module, question, torch.tensor([5]), asked, cache=cache)
+        assert (cache.skipped >= 0).sum() == 11 - expected
+
+
+@pytest.mark.parametrize("num_tokens, back", [(20, 0), (7, 1)])
+@pytest.mark.parametrize("chunk", [99, 2])
+def test_tokens_are_not_selected_again_once_a_window_has_reused_its_slots(chunk, num_tokens, back):
+    """Also if the cache then goes back to fewer tokens than slots. The window of 5 has 4 + chunk slots."""
+    config = tiny_gemma3_config()
+    module = random_model(config, seed=3)
+    layers = (config.num_layers - 2, config.num_layers - 1)
+    plan = PrunePlan(layers, full_depth_selected=0.5, selecting_layer=0)
+    cache = new_cache(module, 1, chunk=chunk)
+    prefill(module, torch.arange(num_tokens)[None], torch.tensor([num_tokens]), plan, chunk, cache)
+    cache.restore((torch.tensor([num_tokens - back]), *cache.snapshot()[1:]))
+    later = torch.arange(30, 42)
+    _, _, chosen = prefill_with_choice(module, later[None], torch.tensor([12]), plan, chunk, cache)
+    assert chosen[0, :-12].any() == (chunk == 99)
+    if chunk == 2:  # only the prompt's own tokens count
+        whole = torch.cat((torch.arange(num_tokens - back), later))
+        is_last = torch.arange(len(whole)) == len(whole) - 1
+        scores = scores_at_selecting_layer(module, whole, is_last, plan, begin=num_tokens - back, asking=12)
+        assert_chosen(chosen[0, -12:], scores, ~is_last[-12:], plan)
 
 
 def test_padding_neither_attends_nor_is_attended():
@@ -118,7 +167,7 @@ def test_without_a_boundary_nothing_is_selected(case):
     for cache, one in zip(caches, (plan, by_position(plan)), strict=True):
         engine.prefill(module, tokens, cache, lengths, one, chunk, boundary=False)
     for row in range(len(tokens)):
-        assert torch.equal(*(cached_kv(module, cache, row) for cache in caches))
+        assert_close(*(cached_kv(module, cache, row) for cache in caches))
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])

@@ -177,9 +177,18 @@ def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
 
 @contextmanager
 def recorded_choices(where=forward):
-    """A list of what the engine's prefills, or another file's passes, select meanwhile, each [B, T] bool."""
-    found, select = [], where.select
-    with patch.object(where, "select", lambda *args: found.append(select(*args)) or found[-1]):
+    """A list of what the engine's prefills, or another file's passes, select meanwhile, each [B, T] bool.
+
+    In a later prompt it is [B, N + T], with the last N tokens before the prompt.
+    """
+    found = []
+    select = where.select
+
+    def recorded(*args, **options):
+        found.append(select(*args, **options))
+        return found[-1]
+
+    with patch.object(where, "select", recorded):
         yield found
 
 
@@ -189,7 +198,7 @@ def by_position(plan):
 
 
 def prefill_with_choice(module, tokens, lengths, plan, chunk=1000, cache=None):
-    """As `prefill`, and also returns which tokens were selected, [B, T] bool.
+    """As `prefill`, and also returns which tokens were selected, [B, T] bool, or in a later prompt [B, N + T].
 
     Scores can be equal up to rounding, which then decides. So tests compare all else for the engine's choice.
     tests/engine/test_selection.py compares the choice.

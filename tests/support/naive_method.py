@@ -4,6 +4,7 @@ import torch
 
 from pop.models.layers import masked_attention
 from pop.pruning import reference
+from pop.pruning.plan import PrunePlan
 
 
 def attention(q, k, v, mask, scale):
@@ -16,7 +17,7 @@ def attention(q, k, v, mask, scale):
 
 
 @torch.no_grad()
-def token_by_token(module, tokens, plans, ends=None):
+def token_by_token(module, tokens, plans, ends=None, again=None):
     """Run tokens one after the other. Each token has a plan and skips its layers.
 
     Corrections take the state that entered the group of pruned layers at this token, and that of the token before it,
@@ -27,18 +28,22 @@ def token_by_token(module, tokens, plans, ends=None):
         tokens: [T] ids.
         plans: a plan for each token. A plan without layers stands for full depth.
         ends: the layer from which on each token runs at full depth. None: no layer.
+        again: by position, a layer and the positions of earlier tokens, in order. Before this token, these run at full
+            depth from that layer on. All tokens before it have run up to the layer by then, and it has too.
 
     Returns:
         logits [T, V], and K and V [2, L, T, K, E].
     """
-    kv = [[] for _ in module.layers]  # a list of (k, v), one a token, for each layer
-    entered = [[] for _ in module.layers]  # a list of h, one a token, for each layer
+    kv = [[None] * len(tokens) for _ in module.layers]  # a list of (k, v), one a token, for each layer
+    entered = [[None] * len(tokens) for _ in module.layers]  # a list of h, one a token, for each layer
     logits = []
-    for position, (plan, end) in enumerate(zip(plans, ends or [len(module.layers)] * len(plans), strict=True)):
-        h = module.embed(tokens[None, position : position + 1])
+    ends = ends or [len(module.layers)] * len(plans)
+
+    def run(position, plan, end, h, begin=0):
         rope = module.rope(torch.tensor([[position]]))
-        for index, layer in enumerate(module.layers):
-            entered[index].append(h)
+        for index, layer in list(enumerate(module.layers))[begin:]:
+            if begin == 0:  # codes keep the states of the first time
+                entered[index][position] = h
             q, k, v = layer.queries_keys_values(h, rope[layer.window])
             is_pruned = index in plan.layers and index < end
             if is_pruned and plan.corrections is not None:
@@ -46,41 +51,49 @@ def token_by_token(module, tokens, plans, ends=None):
                 while start - 1 in plan.layers and start > module.deepstack_layers:
                     start -= 1
                 eps = module.config.norm_eps
-                x, before = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in entered[start][-1:-3:-1])
+                states = entered[start][position], entered[start][position - 1]
+                x, before = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in states)
                 number = plan.layers.index(index)
                 group = sum(other - 1 not in plan.layers for other in plan.layers[: number + 1]) - 1
                 z = plan.corrections.shared[group] @ torch.cat((x, before), dim=-1)[0, 0]  # position 0 is never pruned
-                own = layer.projected(entered[start][-1])
+                own = layer.projected(entered[start][position])
                 weight = plan.corrections.weight[number]
                 k, v = layer.placed(own[0] + weight[0] @ z, own[1] + weight[1] @ z, rope[layer.window])
                 updates = [] if plan.corrections.update is None else plan.corrections.update
                 if index + 1 not in plan.layers and group < len(updates):
                     h = h + updates[group] @ z
-            kv[index].append((k, v))
+            kv[index][position] = (k, v)
             if not is_pruned:
-                keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
+                keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index][: position + 1], strict=True))
                 window = module.config.windows[index] or position + 1
                 keys, values = keys[:, -window:], values[:, -window:]
                 everything = torch.ones(1, 1, keys.shape[1], dtype=torch.bool)
                 h = h + layer.attention_update(masked_attention(q, keys, values, everything, layer.scale))
                 h = h + layer.mlp_update(h)
-        logits.append(module.head(h[0, 0]))
+        return module.head(h[0, 0])
+
+    for position, (plan, end) in enumerate(zip(plans, ends, strict=True)):
+        layer, earlier = (again or {}).get(position, (0, []))
+        for one in earlier:
+            run(one, PrunePlan.none(), 0, entered[layer][one], layer)
+        logits.append(run(position, plan, end, module.embed(tokens[None, position : position + 1])))
     kept = [[torch.cat(x, dim=1)[0] for x in zip(*pairs, strict=True)] for pairs in kv]  # [L][2] of [T, K, E]
     return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
 
 
-def selection_scores(layer, h, rope, begin=0, averaged=3):
+def selection_scores(layer, h, rope, begin=0, averaged=3, asking=16):
     """What decides which of the tokens `begin` and later a plan selects, token by token: [N].
 
     A token's score is the most attention that it, or on average the `averaged` tokens up to it, receive from any of the
-    last 16 tokens in any head. Tokens before `begin` do not count in the softmax, and lower the first averages.
+    last 16 tokens in any head, but only of the last `asking`, if those are fewer. Tokens before `begin` do not count in
+    the softmax, and lower the first averages.
 
     Args:
         layer: the selecting layer, which h [1, T, D] enters with a rotation.
     """
     q, k, _ = layer.queries_keys_values(h, rope)
     received = torch.zeros(h.shape[1] - begin)
-    for query in range(max(begin, h.shape[1] - 16), h.shape[1]):
+    for query in range(max(begin, h.shape[1] - min(16, asking)), h.shape[1]):
         for head in range(q.shape[2]):
             keys = k[0, begin : query + 1, head * k.shape[2] // q.shape[2]]
             weights = (keys @ q[0, query, head] * layer.scale).softmax(0)
@@ -89,9 +102,9 @@ def selection_scores(layer, h, rope, begin=0, averaged=3):
     return torch.stack(averages).detach()
 
 
-def scores_at_selecting_layer(module, tokens, full_depth, plan, chosen=None, begin=0):
+def scores_at_selecting_layer(module, tokens, full_depth, plan, chosen=None, begin=0, asking=16):
     """`selection_scores` of the state that reference.run_layers gives, for tokens [T] at full depth by position."""
     h, _ = reference.run_layers(module, tokens, full_depth, plan, selected=chosen, stop=plan.selects_at)
     layer = module.layers[plan.selects_at]
     rope = module.rope(torch.arange(len(tokens))[None])[layer.window]
-    return selection_scores(layer, h, rope, begin)
+    return selection_scores(layer, h, rope, begin, asking=asking)

@@ -141,5 +141,7 @@ def row_of(cache: KVCache, row: int) -> KVCache:
     """One row of a cache, as a cache of one row with the same memory."""
     view, rows = copy.copy(cache), slice(row, row + 1)
     view.keys, view.values = [keys[rows] for keys in cache.keys], [values[rows] for values in cache.values]
+    view.entered, view.skipped = cache.entered[rows], cache.skipped[rows]
+    view.lengths = cache.lengths[rows]
     view.move_to((cache.lengths[rows], cache.previous_hidden[:, rows], cache.rope_offsets[rows]))
     return view
