@@ -286,6 +286,25 @@ def test_after_a_failure_a_cache_works_or_is_refused(config, selects):
     assert refused < POINTS // 2 if overwrites else not refused
 
 
+@pytest.mark.parametrize("place", ["attention_of", "KVCache.restore"])
+def test_a_cache_is_refused_if_earlier_tokens_may_be_half_done(place, monkeypatch):
+    """While they run once more, and between the two steps that make the new tokens count."""
+    config = tiny_config()
+    plan = PrunePlan((3, 4), full_depth_selected=0.5, selecting_layer=1)
+    model = pop.Model(random_model(config), config, plan=plan)
+    cache = model.new_cache(1, 60)
+    model.prefill([list(range(40))], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pop.engine.forward.{place}", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.prefill([[1, 2]], cache)
+    for plan in (None, "none"):
+        with pytest.raises(pop.InputError, match="reset"):
+            model.prefill([[3]], cache, plan=plan)
+    cache.reset()
+    assert torch.equal(model.prefill([[3]], cache), model.prefill([[3]], model.new_cache(1, 60)))
+
+
 def test_after_a_failure_a_conversation_has_the_turn_or_not(tmp_path):
     model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
     options = {"max_new_tokens": 4}

@@ -9,7 +9,7 @@ States and logits of pruned tokens leave the model as NaN, because they predict 
 Nothing of transformers is subclassed or copied. The decoder and the pruned layers get another `forward` as an attribute
 of the instance. It hides the class's own until the context ends. A pruned layer computes K and V of all tokens from the
 state h that enters its group. Then its own forward runs on the full-depth rows f, with `Overwritten` as its cache. If
-the plan selects tokens, they join these rows at the selecting layer:
+the plan selects tokens, here only of the new ones, they join these rows at the selecting layer:
 
     h [B, T, D] ──► k, v of all tokens ─────────────────┐
     f [B, W, D] ──► the layer's own forward ──► k, v ──► written over them ──► cache ──► what f attends to

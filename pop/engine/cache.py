@@ -27,12 +27,12 @@ class KVCache:
     lengths: The number of tokens in each row, [B] int64 on the CPU.
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
-    skipped: By slot, the selecting layer of the plan by which a token has skipped layers, or -1: [B, S + 1] int16, with
-        the fewest slots S. Later prompts may select such tokens (earlier.py).
+    skipped: By slot, the selecting layer of the plan by which a token has skipped layers, or -1: [B, S + 1] int16.
+        Later prompts may select such tokens (earlier.py). If a layer has a window, S is 0 here, and no token is noted.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     step, passes: The decode step and the passes that are replayed on this cache's tensors, if any.
-    intact: False while a prefill of several chunks may overwrite slots of a ring, and after one that has failed.
+    intact: False while a prefill may overwrite slots of a ring or of earlier tokens, and after one that has failed.
 
     Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
     device lacks the memory.
@@ -74,8 +74,9 @@ class KVCache:
             self.values = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
             hidden = (config.num_layers, batch_size, config.hidden_size)
             self.previous_hidden = torch.zeros(hidden, dtype=dtype, device=device)
-            self.entered = torch.zeros(batch_size, self.ring + 1, config.hidden_size, dtype=dtype, device=device)
-            self.skipped = torch.full((batch_size, self.ring + 1), -1, dtype=torch.int16, device=device)
+            S = 0 if self.has_windows else max_seq_len
+            self.entered = torch.zeros(batch_size, S + 1, config.hidden_size, dtype=dtype, device=device)
+            self.skipped = torch.full((batch_size, S + 1), -1, dtype=torch.int16, device=device)
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
             raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
 
@@ -83,10 +84,13 @@ class KVCache:
     def size_in_bytes(
         config, batch_size: int, max_seq_len: int, dtype: torch.dtype, chunk_size: int = CHUNK_SIZE
     ) -> int:
-        """Bytes of keys and values, 2 B (S + 1) K E numbers a layer, and of hidden states, (L + S + 1) B D numbers."""
-        slots = [_slots(window, max_seq_len, chunk_size) + 1 for window in config.windows]
-        numbers = 2 * sum(slots) * config.num_kv_heads * config.head_dim
-        numbers += (config.num_layers + min(slots)) * config.hidden_size
+        """Bytes of keys and values, 2 B (S + 1) K E numbers a layer, and of hidden states, (L + S + 1) B D numbers.
+
+        With windows, these are (L + 1) B D.
+        """
+        slots = sum(_slots(window, max_seq_len, chunk_size) + 1 for window in config.windows)
+        states = config.num_layers + 1 + (0 if any(config.windows) else max_seq_len)
+        numbers = 2 * slots * config.num_kv_heads * config.head_dim + states * config.hidden_size
         return batch_size * numbers * dtype.itemsize
 
     def check(
@@ -123,7 +127,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors on the device, as `size_in_bytes` counts them."""
+        """Bytes of its keys, values and hidden states, as `size_in_bytes` counts them."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.previous_hidden, self.entered))
 
     def snapshot(self) -> Snapshot:
@@ -151,10 +155,9 @@ class KVCache:
             self.step.snapshot = None
         lengths = snapshot[0]
         if (lengths < self.lengths).any():
-            is_gone = torch.arange(self.ring + 1, device="cpu") >= lengths[:, None]
-            has_wrapped = self.lengths > self.ring  # so windows lack keys
-            (is_gone,) = to_device([is_gone | has_wrapped[:, None]], self.device)
-            self.skipped.masked_fill_(is_gone, -1)
+            (there,) = to_device([lengths], self.device)
+            slot = torch.arange(self.skipped.shape[1], device=self.device)
+            self.skipped.masked_fill_(slot >= there[:, None], -1)
         self.lengths, self.previous_hidden, self.rope_offsets = snapshot
 
     def reset(self) -> None:

@@ -4,7 +4,8 @@ A prompt selects the tokens that its end attends to. A later prompt about the sa
 cache keeps the state of each token that has skipped layers, as it entered the selecting layer. A later prompt selects
 among these tokens as well, and runs the selected ones from that layer on. Their new K and V replace the old ones.
 
-Only text is selected again, and with sliding windows only until their slots are used a second time.
+Only tokens are selected again whose rotary positions count tokens: text, but not after an image in Qwen3-VL. If a layer
+has a sliding window, none are, since the keys that they attend to may be gone.
 Shape letters: pop/models/layers.py; N is the number of earlier tokens.
 """
 
@@ -18,30 +19,30 @@ from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
-from pop.engine.chunks import ALL_KEYS, Prompts, Tokens, attention_metadata, held_by_slot
+from pop.engine.chunks import ALL_KEYS, Tokens, attention_metadata, held_by_slot
 from pop.engine.selection import received_by_all
-from pop.models.images import TEXT
 from pop.system.memory import to_device
 
 
 class Earlier(NamedTuple):
-    """The last N tokens of each row of a cache, in order. All tensors are on the CPU."""
+    """The last N tokens of each row of a cache, in order. All tensors are on the CPU. N is 0 if there are no others."""
 
     slots: Tensor  # [B, N]
     others: Tensor  # [B, N] bool, which of them have skipped layers from the selecting layer on
     is_attended: Tensor  # [B, N] bool, which count in the softmax: all of a row, if it has others
 
     @classmethod
-    def of(cls, cache: KVCache, selecting_layer: int) -> Earlier:
-        """Waits for the device, unless the cache is empty."""
-        N = min(int(cache.lengths.max()), cache.ring)
+    def of(cls, cache: KVCache, selecting_layer: int, selects: bool) -> Earlier:
+        """Those of a call that selects tokens or not. Waits for the device, unless there are surely none."""
+        N = int(cache.lengths.max()) if selects and not cache.has_windows else 0
         positions = cache.lengths[:, None] - N + torch.arange(N)
-        is_held = (positions >= 0) & (cache.lengths <= cache.ring)[:, None]
-        slots = positions.clamp(0, cache.ring)
-        if N == 0:
-            return cls(slots, is_held, is_held)
-        others = is_held & (cache.skipped.cpu().gather(1, slots) == selecting_layer)
-        return cls(slots, others, is_held & others.any(1, keepdim=True))
+        slots = positions.clamp(min=0)
+        others = positions >= 0
+        if N:
+            others &= cache.skipped.cpu().gather(1, slots) == selecting_layer
+        if not others.any():
+            return cls(slots[:, :0], others[:, :0], others[:, :0])
+        return cls(slots, others, (positions >= 0) & others.any(1, keepdim=True))
 
     def received(self, cache: KVCache, selecting_layer: int) -> partial:
         """As `received` of selection.py, for these tokens and a prompt."""
@@ -71,22 +72,23 @@ def attention_of(module, cache: KVCache, positions: Tensor, valid: Tensor) -> di
     return attention
 
 
-def remember(cache: KVCache, skipped: Tensor, prompts: Prompts, entering: Tensor, selected: Tensor, layer: int) -> None:
-    """Keep the states of prompts for later ones, and note in `skipped` which tokens those may select.
+def remember(cache: KVCache, entering: Tensor, rotary: Tensor, skips: Tensor, layer: int) -> Tensor:
+    """Keep the states of prompts for later ones. Returns what cache.skipped becomes once their logits exist.
 
     Args:
         cache: Of B rows.
-        skipped: What cache.skipped becomes once the logits of the prompts exist.
-        prompts: T tokens a row.
-        entering: [B, T + 1, D], entered the selecting layer.
-        selected: [B, T] bool, on the device.
+        entering: [B, T, D], entered the selecting layer.
+        rotary: The rotary positions, [B, T], or [3, B, T] by axis. On the CPU.
+        skips: Which of the T tokens are not at full depth, [B, T] bool on the device. False for padding.
         layer: The selecting layer.
     """
-    if prompts.images is not TEXT or cache.rope_offsets.any():
-        return
-    B, T = prompts.full_depth.shape
-    slots = (cache.lengths[:, None] + torch.arange(T)).clamp(max=cache.ring)  # padding is at full depth
-    slots, full_depth = to_device([slots, prompts.full_depth], cache.device)
+    B, T, _ = entering.shape
+    positions = cache.lengths[:, None] + torch.arange(T)
+    is_text = (rotary == positions).view(-1, B, T).all(0)
+    slots = positions.clamp(max=cache.skipped.shape[1] - 1)
+    slots, is_text = to_device([slots, is_text], cache.device)
     rows = torch.arange(B, device=cache.device)[:, None]
-    cache.entered[rows, slots] = entering[:, :T]
-    skipped[rows, slots] = torch.where(full_depth | selected, -1, layer).to(skipped.dtype)
+    cache.entered[rows, slots] = entering
+    skipped = cache.skipped.clone()
+    skipped[rows, slots] = torch.where(skips & is_text, layer, -1).to(skipped.dtype)
+    return skipped

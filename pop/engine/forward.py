@@ -88,6 +88,7 @@ class Call:
         self.stages = stages
         self.hidden = cache.previous_hidden
         self.skipped = cache.skipped
+        self.chunk_size = cache.chunk_size
         self.passes = replayed_passes(module, cache, stages) if replays else LayerPass(module, cache, stages)
 
     def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
@@ -107,6 +108,7 @@ class Call:
         """
         cache = self.cache
         chunk_size = min(chunk_size, cache.chunk_size)
+        self.chunk_size = chunk_size
         # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that it counts.
         # `commit` makes the cache intact again.
         has_several = int(prompts.lengths.max()) > chunk_size
@@ -114,8 +116,8 @@ class Call:
 
         chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, chunk_size))
         if self.plan.layers and self.plan.full_depth_selected:
-            earlier = Earlier.of(cache, self.plan.selects_at)
-            if not prompts.full_depth.all() or (selects and earlier.others.any()):
+            earlier = Earlier.of(cache, self.plan.selects_at, selects)
+            if not prompts.full_depth.all() or earlier.others.any():
                 chunks = list(chunks)
                 entering = self.run_to_selecting_layer(prompts, chunks)
                 selection = self.select_tokens(prompts, entering, earlier, selects)
@@ -154,13 +156,17 @@ class Call:
         others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)
         counts = torch.tensor([selects * plan.num_selected(number) for number in others.sum(1).tolist()])
         received = earlier.received(cache, plan.selects_at) if N else self.stages.received
-        tokens = select(self.module, plan, entering[:, :T], rotary, prompts.lengths, others, counts, received)
-        self.skipped = cache.skipped.clone()
-        if earlier.others.any():
+        entering = entering[:, :T]
+        inputs = entering, rotary, prompts.lengths, others, counts, received
+        (others,) = to_device([others], cache.device)
+        tokens = select(self.module, plan, *inputs) if counts.any() else torch.zeros_like(others)
+        skips = (others & ~tokens)[:, N:]
+        if plan.selects_at >= self.module.deepstack_layers:  # no features of images are added later
+            self.skipped = remember(cache, entering, rotary, skips, plan.selects_at)
+        if N:
             again = tokens[:, :N].cpu()
             self.run_again(*in_front(earlier.slots, again))
             counts = counts - again.sum(1)
-        remember(cache, self.skipped, prompts, entering, tokens[:, N:], plan.selects_at)
         return Selection(tokens[:, N:], counts)
 
     def run_again(self, positions: Tensor, valid: Tensor) -> None:
@@ -170,10 +176,10 @@ class Call:
         cache = self.cache
         cache.intact = False
         rows = torch.arange(len(positions), device=cache.device)[:, None]
-        pieces = positions.split(cache.chunk_size, dim=1), valid.split(cache.chunk_size, dim=1)
+        pieces = positions.split(self.chunk_size, dim=1), valid.split(self.chunk_size, dim=1)
         for at, is_valid in zip(*pieces, strict=True):
             attention = attention_of(self.module, cache, at, is_valid)
-            slots, spare = to_device([at, at.where(is_valid, cache.ring)], cache.device)
+            slots, spare = to_device([at, at.where(is_valid, cache.max_seq_len)], cache.device)
             f = cache.entered[rows, slots]  # [B, W, D]
             for index in range(self.plan.selects_at, len(self.module.layers)):
                 f = self.passes.run_layer(index, f, attention)

@@ -13,10 +13,13 @@ class Prefix:
     """The beginning of many prompts, made by `model.prefix`. No call changes it, so threads may share it.
 
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
-    both. They are only about those if the plan selects tokens and either keeps a layer after the pruned ones that
-    follow the selecting layer, or has a full_depth_last below 16; and after images. The last full_depth_last tokens of
-    a prefix may be at full depth, so they are encoded with each prompt. So is all of a prefix of fewer than
-    full_depth_below tokens. If an image or a video would be cut, all of it is encoded with each prompt.
+    both. If the plan selects tokens, this holds without sliding windows and images, and for plans that keep no layer
+    after the pruned ones that follow the selecting layer, with a full_depth_last of at least 16. Otherwise the answers
+    are about those.
+
+    The last full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. So is all of
+    a prefix of fewer than full_depth_below tokens. If an image or a video would be cut, all of it is encoded with each
+    prompt.
     """
 
     def __init__(self, model, prompt, *, images=None, videos=None, plan=None):

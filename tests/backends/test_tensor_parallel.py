@@ -112,7 +112,8 @@ def test_a_rank_holds_and_reads_its_part(ranks, folder):
         config = read_config(folder / name)
         held = 2 if name == "llama" and N == 2 else 1  # K/V heads of each rank
         slots = sum((40 if window is None else min(40, window - 1 + 2048)) + 1 for window in config.windows)
-        cache = 2 * 4 * (2 * slots * held * config.head_dim + config.num_layers * config.hidden_size)
+        states = config.num_layers + 1 + (0 if any(config.windows) else 40)
+        cache = 2 * 4 * (2 * slots * held * config.head_dim + states * config.hidden_size)
         expected = 0
         for key, weight in load_file(folder / name / "model.safetensors").items():
             vision = key.startswith(VISION)
