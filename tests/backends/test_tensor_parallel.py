@@ -314,7 +314,7 @@ def test_the_readmes_bytes_per_device(row, tmp_path):
     D, E, K, L = config.hidden_size, config.head_dim, config.num_kv_heads, config.num_layers
     norms, kv = (2 * L + 1) * D, L * 2 * D * K * E
     assert found == 2 * ((lookup(name).parameters - norms - kv) / devices + kv / min(devices, K) + norms)
-    assert short == 4 * L * E * max(1, K // devices) * 8193 + 2 * L * D
+    assert short == (4 * L * E * max(1, K // devices) + 2 * D) * 8193 + 2 * L * D
 
 
 def _of(name: str, rank: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
