@@ -133,7 +133,7 @@ class FullDepth(NamedTuple):
 
         windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans
         ends = cache.lengths + chunk.bounds[1]
-        held = [held_by_slot(ends, C, cache.slots(window)).to(torch.int32) for window in windows]
+        held = [_held_by_slot(ends, C, cache.slots(window)).to(torch.int32) for window in windows]
         is_full, valid, last_is_full, *held = to_device([is_full, valid, last_is_full, *held], cache.device)
         held = dict(zip(windows, held, strict=True))
         if selection is not None:
@@ -207,7 +207,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         is_exact = False
     if window is None:
         own_key = start
-        held = held_by_slot(ends, C, ring)
+        held = _held_by_slot(ends, C, ring)
     else:  # the ring is not in the order of positions, which a band needs
         own_key = min(start, before)
         held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
@@ -216,7 +216,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
     return tables | {"held": held.to(torch.int32), "band": torch.tensor(band)}
 
 
-def held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
+def _held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
     """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none.
 
     There are as many slots as columns, at least, if the ring has them.

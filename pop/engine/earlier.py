@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
-from pop.engine.chunks import ALL_KEYS, Tokens, attention_metadata, held_by_slot
+from pop.engine.chunks import ALL_KEYS, Tokens, attention_metadata
 from pop.engine.selection import received_by_all
 from pop.system.memory import to_device
 
@@ -54,22 +54,22 @@ class Earlier(NamedTuple):
 def in_front(tokens: Tensor, is_chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Those of tokens [B, N] that are chosen [B, N], in order, as [B, W]; and which of these are valid, [B, W].
 
-    A row with fewer ends with other tokens, which are not valid. W is at least 2, unless N is 1, since compiled code
-    takes one token for a decode step.
+    A row with fewer ends with other tokens, which are not valid.
     """
     counts = is_chosen.sum(1)
-    columns = is_chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : max(2, int(counts.max()))]
-    return tokens.gather(1, columns), torch.arange(columns.shape[1]) < counts[:, None]
+    W = int(counts.max())
+    columns = is_chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :W]
+    return tokens.gather(1, columns), torch.arange(W) < counts[:, None]
 
 
 def attention_of(module, cache: KVCache, positions: Tensor, valid: Tensor) -> dict[int | None, AttentionMetadata]:
-    """How text tokens at positions [B, W] of a cache attend to it, by the layers' window. Some are valid [B, W]."""
+    """How text tokens at positions [B, W] of a cache without windows attend to it. Some are valid [B, W]."""
     tokens = Tokens(None, positions, valid, rotary=positions, last_attended=None)
     attention = attention_metadata(module, cache, tokens, cache.lengths)
-    for window, metadata in attention.items():  # for consecutive tokens, which these are not
-        (held,) = to_device([held_by_slot(cache.lengths, 0, cache.slots(window)).to(torch.int32)], cache.device)
-        attention[window] = metadata._replace(held=held, key_slots=None, band=torch.tensor(ALL_KEYS))
-    return attention
+    if positions.shape[1] == 1:  # as in decode, without a band
+        return attention
+    # The tokens are not consecutive.
+    return {window: metadata._replace(band=torch.tensor(ALL_KEYS)) for window, metadata in attention.items()}
 
 
 def remember(cache: KVCache, entering: Tensor, rotary: Tensor, skips: Tensor, layer: int) -> Tensor:
@@ -85,7 +85,7 @@ def remember(cache: KVCache, entering: Tensor, rotary: Tensor, skips: Tensor, la
     B, T, _ = entering.shape
     positions = cache.lengths[:, None] + torch.arange(T)
     is_text = (rotary == positions).view(-1, B, T).all(0)
-    slots = positions.clamp(max=cache.skipped.shape[1] - 1)
+    slots = positions.clamp(max=cache.max_seq_len)
     slots, is_text = to_device([slots, is_text], cache.device)
     rows = torch.arange(B, device=cache.device)[:, None]
     cache.entered[rows, slots] = entering

@@ -50,10 +50,10 @@ def prefill(
     is_short = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
     has_stepped_sizes = is_short and images is TEXT and not cache.lengths.any()
     prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes)
-    call = Call(module, cache, plan, stages, replays=has_stepped_sizes)
+    call = Call(module, cache, plan, stages, chunk_size, replays=has_stepped_sizes)
     last = None  # [B, D], each row's h after the last layer, at its last token so far
     # A prompt that goes on selects nothing: its last token, which decides, comes later.
-    for chunk, h in call.chunks(prompts, chunk_size, selects=boundary):
+    for chunk, h in call.chunks(prompts, selects=boundary):
         latest = chunk.latest(h)
         last = latest if last is None else latest.where(chunk.has_tokens[:, None], last)  # all begin in the first
     logits = stages.head(module, last[:, None])[:, 0]  # [B, 1, D] as in decode, so one compiled head serves both
@@ -68,8 +68,8 @@ def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
     lengths = torch.full((B,), T)
     plan = PrunePlan.none()
     prompts = Prompts(tokens, lengths, TEXT, full_depth_tokens(cache, lengths, plan, True))
-    call = Call(module, cache, plan, stages)
-    logits = [stages.head(module, h) for _, h in call.chunks(prompts, T)]
+    call = Call(module, cache, plan, stages, T)
+    logits = [stages.head(module, h) for _, h in call.chunks(prompts)]
     call.commit(lengths)
     return torch.cat(logits, dim=1)
 
@@ -81,14 +81,14 @@ class Call:
     later prompt may select. The cache gets both at the end.
     """
 
-    def __init__(self, module, cache: KVCache, plan: PrunePlan, stages: Stages, replays: bool = False):
+    def __init__(self, module, cache: KVCache, plan: PrunePlan, stages: Stages, chunk_size: int, replays: bool = False):
         self.module = module
         self.cache = cache
         self.plan = plan
         self.stages = stages
         self.hidden = cache.previous_hidden
         self.skipped = cache.skipped
-        self.chunk_size = cache.chunk_size
+        self.chunk_size = min(chunk_size, cache.chunk_size)
         self.passes = replayed_passes(module, cache, stages) if replays else LayerPass(module, cache, stages)
 
     def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
@@ -100,21 +100,19 @@ class Call:
         cache.skipped.copy_(self.skipped)
         cache.intact = True
 
-    def chunks(self, prompts: Prompts, chunk_size: int, selects: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
+    def chunks(self, prompts: Prompts, selects: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
         """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
 
         A plan that `selects` tokens needs the last token's state at the selecting layer. So all chunks run up to that
         layer before the first one continues. It selects among the new tokens, and among earlier ones in the cache.
         """
         cache = self.cache
-        chunk_size = min(chunk_size, cache.chunk_size)
-        self.chunk_size = chunk_size
         # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that it counts.
         # `commit` makes the cache intact again.
-        has_several = int(prompts.lengths.max()) > chunk_size
+        has_several = int(prompts.lengths.max()) > self.chunk_size
         cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
 
-        chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, chunk_size))
+        chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, self.chunk_size))
         if self.plan.layers and self.plan.full_depth_selected:
             earlier = Earlier.of(cache, self.plan.selects_at, selects)
             if not prompts.full_depth.all() or earlier.others.any():
@@ -161,7 +159,9 @@ class Call:
         (others,) = to_device([others], cache.device)
         tokens = select(self.module, plan, *inputs) if counts.any() else torch.zeros_like(others)
         skips = (others & ~tokens)[:, N:]
-        if plan.selects_at >= self.module.deepstack_layers:  # no features of images are added later
+        has_features_later = plan.selects_at < self.module.deepstack_layers
+        has_look_ahead = prompts.images.last_attended(index) is not None
+        if not (cache.has_windows or has_features_later or has_look_ahead):
             self.skipped = remember(cache, entering, rotary, skips, plan.selects_at)
         if N:
             again = tokens[:, :N].cpu()

@@ -181,14 +181,8 @@ def recorded_choices(where=forward):
 
     In a later prompt it is [B, N + T], with the last N tokens before the prompt.
     """
-    found = []
-    select = where.select
-
-    def recorded(*args, **options):
-        found.append(select(*args, **options))
-        return found[-1]
-
-    with patch.object(where, "select", recorded):
+    found, select = [], where.select
+    with patch.object(where, "select", lambda *args: found.append(select(*args)) or found[-1]):
         yield found
 
 

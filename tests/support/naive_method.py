@@ -29,7 +29,7 @@ def token_by_token(module, tokens, plans, ends=None, again=None):
         plans: a plan for each token. A plan without layers stands for full depth.
         ends: the layer from which on each token runs at full depth. None: no layer.
         again: by position, a layer and the positions of earlier tokens, in order. Before this token, these run at full
-            depth from that layer on. All tokens before it have run up to the layer by then, and it has too.
+            depth from that layer on.
 
     Returns:
         logits [T, V], and K and V [2, L, T, K, E].
@@ -39,10 +39,10 @@ def token_by_token(module, tokens, plans, ends=None, again=None):
     logits = []
     ends = ends or [len(module.layers)] * len(plans)
 
-    def run(position, plan, end, h, begin=0):
+    def run(position, plan, end, h, begin=0, is_again=False):
         rope = module.rope(torch.tensor([[position]]))
         for index, layer in list(enumerate(module.layers))[begin:]:
-            if begin == 0:  # codes keep the states of the first time
+            if not is_again:  # codes keep the states of the first time
                 entered[index][position] = h
             q, k, v = layer.queries_keys_values(h, rope[layer.window])
             is_pruned = index in plan.layers and index < end
@@ -75,7 +75,7 @@ def token_by_token(module, tokens, plans, ends=None, again=None):
     for position, (plan, end) in enumerate(zip(plans, ends, strict=True)):
         layer, earlier = (again or {}).get(position, (0, []))
         for one in earlier:
-            run(one, PrunePlan.none(), 0, entered[layer][one], layer)
+            run(one, PrunePlan.none(), 0, entered[layer][one], layer, is_again=True)
         logits.append(run(position, plan, end, module.embed(tokens[None, position : position + 1])))
     kept = [[torch.cat(x, dim=1)[0] for x in zip(*pairs, strict=True)] for pairs in kv]  # [L][2] of [T, K, E]
     return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
