@@ -6,6 +6,9 @@ layer can write K and V without running, and a full-depth token can overwrite wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -28,7 +31,7 @@ class KVCache:
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
     skipped: By slot, the selecting layer of the plan by which a token has skipped layers, or -1: [B, S + 1] int16.
-        Later prompts may select such tokens (earlier.py). If a layer has a window, S is 0 here, and no token is noted.
+        Later prompts may select such tokens (earlier.py). S is 0 here until `hold_states`.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     step, passes: The decode step and the passes that are replayed on this cache's tensors, if any.
@@ -56,42 +59,58 @@ class KVCache:
         self.ring = min(self.slots(window) for window in config.windows)  # S of the layer with the fewest slots
         size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
-        wanted = f"a KV cache of {batch_size} x {max_seq_len} tokens takes {size:,} bytes"
-        advice = "ask for fewer rows or a smaller max_seq_len"
-        free = free_bytes(device)
-        if free is not None and size > free:
-            raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
-        self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
         self.intact = True
         self.step = None  # see decode_step.py
         self.passes = None  # see layer_pass.py
 
         slots = [self.slots(window) for window in config.windows]
-        try:
+        with _allocating("a KV cache", batch_size, max_seq_len, size, device):
+            self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+            self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
             # Zeros, and zeros again in `reset`: a masked slot has attention weight 0, but 0 * NaN is NaN.
             self.keys = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
             self.values = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
             hidden = (config.num_layers, batch_size, config.hidden_size)
             self.previous_hidden = torch.zeros(hidden, dtype=dtype, device=device)
-            S = 0 if self.has_windows else max_seq_len
-            self.entered = torch.zeros(batch_size, S + 1, config.hidden_size, dtype=dtype, device=device)
-            self.skipped = torch.full((batch_size, S + 1), -1, dtype=torch.int16, device=device)
-        except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
-            raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
+            self.entered, self.skipped = _no_states(self.previous_hidden, 0)
 
     @staticmethod
     def size_in_bytes(
-        config, batch_size: int, max_seq_len: int, dtype: torch.dtype, chunk_size: int = CHUNK_SIZE
+        config,
+        batch_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        chunk_size: int = CHUNK_SIZE,
+        states: bool = False,
     ) -> int:
-        """Bytes of keys and values, 2 B (S + 1) K E numbers a layer, and of hidden states, (L + S + 1) B D numbers.
+        """Bytes of keys and values, 2 B (S + 1) K E numbers a layer, and of hidden states, (L + 1) B D numbers.
 
-        With windows, these are (L + 1) B D.
+        With `states`, as after `hold_states`: without windows, another S B D.
         """
         slots = sum(_slots(window, max_seq_len, chunk_size) + 1 for window in config.windows)
-        states = config.num_layers + 1 + (0 if any(config.windows) else max_seq_len)
-        numbers = 2 * slots * config.num_kv_heads * config.head_dim + states * config.hidden_size
+        hidden = config.num_layers + 1
+        if states and not any(config.windows):
+            hidden += max_seq_len
+        numbers = 2 * slots * config.num_kv_heads * config.head_dim + hidden * config.hidden_size
         return batch_size * numbers * dtype.itemsize
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there is room for `entered` and `skipped`."""
+        return self.skipped.shape[1] > 1
+
+    @torch.inference_mode(False)  # as above
+    def hold_states(self) -> None:
+        """Make room for `entered` and `skipped`, if no layer has a window. The first plan that selects tokens does.
+
+        Raises CacheMemoryError if the device lacks the memory.
+        """
+        if self.has_states or self.has_windows:
+            return
+        hidden = self.previous_hidden
+        size = self.batch_size * self.max_seq_len * hidden[0, 0].nbytes
+        with _allocating("the states of a KV cache", self.batch_size, self.max_seq_len, size, self.device):
+            self.entered, self.skipped = _no_states(hidden, self.max_seq_len)
 
     def check(
         self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: Tensor, advice: str
@@ -170,6 +189,8 @@ class KVCache:
     def copy_from(self, other: KVCache) -> None:
         """Fill every row with the one row of `other`, a cache of the same model whose tokens fit into this one."""
         held = int(other.lengths[0])
+        if other.has_states:
+            self.hold_states()
         self.skipped.fill_(-1)
         states = [self.entered, self.skipped], [other.entered, other.skipped]
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values), states):
@@ -216,6 +237,26 @@ def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device:
     """
     shape = (batch_size, config.num_kv_heads, slots + 1, config.head_dim)
     return torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+
+
+def _no_states(hidden: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """`entered` and `skipped` of a cache whose previous_hidden is `hidden`, with room for states in S slots."""
+    B, D = hidden.shape[1:]
+    return hidden.new_zeros(B, slots + 1, D), hidden.new_full((B, slots + 1), -1, dtype=torch.int16)
+
+
+@contextmanager
+def _allocating(what: str, batch_size: int, max_seq_len: int, size: int, device: torch.device) -> Iterator[None]:
+    """Allocate `size` bytes in this block. Raises CacheMemoryError before or in it if the device lacks the memory."""
+    wanted = f"{what} of {batch_size} x {max_seq_len} tokens takes {size:,} bytes"
+    advice = "ask for fewer rows or a smaller max_seq_len"
+    free = free_bytes(device)
+    if free is not None and size > free:
+        raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
+    try:
+        yield
+    except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
+        raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
 
 
 def _slots(window: int | None, max_seq_len: int, chunk_size: int) -> int:

@@ -34,7 +34,7 @@ class Earlier(NamedTuple):
     @classmethod
     def of(cls, cache: KVCache, selecting_layer: int, selects: bool) -> Earlier:
         """Those of a call that selects tokens or not. Waits for the device, unless there are surely none."""
-        N = int(cache.lengths.max()) if selects and not cache.has_windows else 0
+        N = int(cache.lengths.max()) if selects and cache.has_states else 0
         positions = cache.lengths[:, None] - N + torch.arange(N)
         slots = positions.clamp(min=0)
         others = positions >= 0
@@ -86,6 +86,7 @@ def remember(cache: KVCache, entering: Tensor, rotary: Tensor, skips: Tensor, la
     positions = cache.lengths[:, None] + torch.arange(T)
     is_text = (rotary == positions).view(-1, B, T).all(0)
     slots = positions.clamp(max=cache.max_seq_len)
+    cache.hold_states()
     slots, is_text = to_device([slots, is_text], cache.device)
     rows = torch.arange(B, device=cache.device)[:, None]
     cache.entered[rows, slots] = entering

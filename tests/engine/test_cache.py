@@ -21,7 +21,7 @@ def test_what_windows_save():
     windows = tuple(1024 if layer % 6 else None for layer in range(1, 49))
     config = tiny_gemma3_config(windows=windows, hidden_size=3840, num_heads=16, num_kv_heads=8, head_dim=256)
     size = KVCache.size_in_bytes(config, 1, 32_768, torch.bfloat16)
-    everything = 2 * 48 * 32_769 * 8 * 256 * 2 + (48 + 32_769) * 3840 * 2
+    everything = 2 * 48 * 32_769 * 8 * 256 * 2 + (48 + 1) * 3840 * 2
     assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + (48 + 1) * 3840 * 2
     assert round(1 - size / everything, 2) == 0.76
 
@@ -79,6 +79,27 @@ def test_a_later_prompt_selects_among_the_tokens_of_a_copy(case):
     expected, _ = prefill(module, later, count, plan, chunk, cache)
     found, _ = prefill(module, later.repeat(2, 1), count.repeat(2), plan, chunk, copies)
     assert_close(found, expected.repeat(2, 1))
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])
+def test_a_cache_has_room_for_states_once_a_plan_selects(config):
+    model = pop.Model(random_model(config, seed=3), config)
+    cache = model.new_cache(2, 30)
+    plan = PrunePlan((3, 4), full_depth_selected=0.3, selecting_layer=1)
+    for one, states in ((by_position(plan), False), (plan, True)):
+        model.prefill([range(9), range(9)], cache, plan=one)
+        assert cache.nbytes == KVCache.size_in_bytes(config, 2, 30, model.dtype, states=states)
+    assert cache.has_states != any(config.windows)
+
+
+def test_states_that_do_not_fit_are_refused_before_the_cache_counts_tokens(monkeypatch):
+    config = tiny_config()
+    model = pop.Model(random_model(config, seed=3), config)
+    cache = model.new_cache(1, 30)
+    monkeypatch.setattr("pop.engine.cache.free_bytes", lambda device: 30 * 4 * config.hidden_size - 1)
+    with pytest.raises(pop.CacheMemoryError, match="states.*1 x 30 tokens"):
+        model.prefill([range(9)], cache, plan=PrunePlan((3, 4), full_depth_selected=0.3, selecting_layer=1))
+    assert cache.intact and cache.lengths.tolist() == [0]
 
 
 def test_a_later_prompt_selects_among_the_tokens_of_rows_that_stay():

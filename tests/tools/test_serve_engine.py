@@ -12,6 +12,7 @@ from support.tiny import random_model, tiny_gemma3_vl_config, tiny_qwen3_vl_conf
 from support.tiny_images import random_bytes
 
 import pop
+from pop.engine.cache import KVCache
 from pop.generation.sampling import SamplingParams
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
@@ -322,8 +323,30 @@ def test_a_row_is_a_source_for_others():
     assert_as_alone(model, *jobs)
 
 
+def test_rows_of_a_batch_select_among_a_kept_document(logits):
+    """What the document's tokens are remembered by goes into the batch, into kept caches, and out of them again."""
+    model = make("llama", pop.PrunePlan((3, 4), 2, full_depth_selected=0.3, selecting_layer=1))
+    engine = new_engine(model)
+    document = prompt(40, 1)
+    first = new_job([*document, *prompt(6, 2)])
+    answer(engine, first)
+    questions = [new_job([*document, *prompt(6, seed)]) for seed in (3, 4, 5)]
+    work(engine, questions)
+    for job in questions:
+        assert job.cached_tokens == 40
+        cache = model.new_cache(1, 64)
+        model.prefill([first.tokens], cache)
+        cache.restore((torch.tensor([40]), *cache.snapshot()[1:]))
+        others = int((cache.skipped >= 0).sum())
+        assert_close(logits[job][0], model.prefill([job.tokens[40:]], cache)[0])
+        assert int((cache.skipped >= 0).sum()) < others + 4  # so some of the document's were selected
+        for before, found in pairwise(logits[job]):
+            assert_close(found, model.decode([int(before.argmax())], cache)[0])
+
+
 def test_kept_caches_are_bounded_in_memory_and_number(paper, monkeypatch):
-    per_token = paper.new_cache(1, 101).nbytes - paper.new_cache(1, 100).nbytes
+    larger, smaller = (KVCache.size_in_bytes(paper.config, 1, n, paper.dtype, states=True) for n in (101, 100))
+    per_token = larger - smaller
     engine = new_engine(paper, kept_bytes=100 * per_token)
     for seed in range(4, 9):
         answer(engine, new_job(prompt(30, seed)))

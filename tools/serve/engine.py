@@ -237,11 +237,16 @@ class Engine:
         self.cache.move_to((lengths, hidden, offsets))
 
     def _new_cache(self, rows: int, tokens: int) -> KVCache:
-        """An empty cache, for which kept ones give way. It has room for more tokens, so that it is not soon full."""
+        """An empty cache, for which kept ones give way. It has room for more tokens, so that it is not soon full.
+
+        It holds states for later prompts, whatever its first prompt's plan, so that rows of all plans fit into it.
+        """
         size = min(size_of_cache(tokens), self.model.max_seq_len)
         while True:
             try:
-                return self.model.caches.take(self.model, rows, size)
+                cache = self.model.caches.take(self.model, rows, size)
+                cache.hold_states()
+                return cache
             except CacheMemoryError:
                 if not self.kept.caches:
                     raise

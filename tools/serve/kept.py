@@ -115,7 +115,7 @@ class Kept:
                 return self.touch(one)
         self.caches = [one for one in self.caches if not filled.covers(one)]
         tokens = len(filled.keys)
-        size = KVCache.size_in_bytes(model.config, 1, tokens, model.dtype, model.chunk_size)
+        size = KVCache.size_in_bytes(model.config, 1, tokens, model.dtype, model.chunk_size, states=True)
         if size > self.most_bytes:
             return
         del self.caches[MOST - 1 :]
