@@ -143,7 +143,7 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
     Best is what holds by its verdict, and of several the fastest. If none holds, it is the one with the fewest layers.
     """
     found = []
-    for path in Path(SHIPPED).glob("*.plan"):
+    for path in SHIPPED.glob("*.plan"):
         tensors, metadata = files.read_tensors(path, ["sketch"])  # the others are large
         layers = json.loads(metadata["pop_plan"])["layers"]
         if layers[-1] < len(model.sketch) and distance(model.sketch[layers], tensors["sketch"]) <= NEAR:

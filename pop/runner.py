@@ -3,7 +3,6 @@
 `pop.Model` is a runner with a tokenizer. pop/engine computes.
 """
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -279,7 +278,7 @@ class Runner:
             print(f"pop: {note}", file=sys.stderr, flush=True)
         self._notes.add(note)
         rows = None if self.part is None else self.part.kv_rows
-        return dataclasses.replace(plan, corrections=corrections.to(self.device, self.dtype, rows))
+        return plan.to(self.device, self.dtype, rows)
 
     def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
         """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""

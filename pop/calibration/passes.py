@@ -12,7 +12,6 @@ student. The h that enters the first pruned layer is the same in both, so both c
 """
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -83,11 +82,8 @@ class Pass:
         """
         full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], plan)  # [T]
         running = range(len(self.module.layers))[first_layer(plan) : end]
-        if plan.corrections is not None:
-            tensors = {name: tensor.to(h.dtype) for name, tensor in plan.corrections.tensors.items()}
-            plan = dataclasses.replace(plan, corrections=plan.corrections.replaced(tensors))
         rows = full_depth.expand(len(h), -1).to(h.device)  # [B, T]
-        for group in plan.groups(len(self.module.layers), self.module.deepstack_layers):
+        for group in plan.to(h.device, h.dtype).groups(len(self.module.layers), self.module.deepstack_layers):
             inside = [index for index in group.layers if index in running]
             if inside and group.is_pruned:
                 h = self._pruned_group(group, h, rows)

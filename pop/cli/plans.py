@@ -34,7 +34,7 @@ def plans(args) -> None:
     if args.files:
         return
     for path in plans_here():
-        ships = path.parent == Path(SHIPPED)
+        ships = path.parent == SHIPPED
         try:
             print(f"{path.stem if ships else path}: {describe(PrunePlan.load(path))}")
         except PopError as error:
@@ -47,7 +47,7 @@ def plans_here() -> list[Path]:
     for name in registry.MODELS:  # some may be in the cache of Hugging Face
         with contextlib.suppress(PopError):
             found |= set(registry.find_weights(name).glob("*.plan"))
-    return [*sorted(Path(SHIPPED).glob("*.plan")), *sorted(found)]
+    return [*sorted(SHIPPED.glob("*.plan")), *sorted(found)]
 
 
 def lines_of(name: str, value) -> list[str]:

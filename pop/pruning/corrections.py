@@ -95,7 +95,7 @@ class Corrections:
         for tensor in self.tensors.values():
             if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
                 raise PlanError("corrections are tensors of float32, bfloat16 or float16; calibrate again")
-            if tensor.dtype != self.weight.dtype or tensor.device != self.weight.device:
+            if (tensor.dtype, tensor.device) != (self.weight.dtype, self.weight.device):
                 raise PlanError("the corrections differ in dtype or device; calibrate again")
         shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if not self._fits(**shapes):

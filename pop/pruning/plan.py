@@ -10,8 +10,10 @@ import os
 import re
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
@@ -25,7 +27,8 @@ MOST_LAYERS = 10_000  # of a model
 MOST_TOKENS = 10_000_000  # of a prompt
 LAYERS = r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)+|\d{1,5}-\d{1,5}"  # one integer could be a share
 RECORD = 10_000  # the most characters of `about` as JSON
-SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
+SHIPPED = Path(__file__).parents[1] / "data" / "plans"  # where the plans are that ship with the package
+SHARES = {"none": 0.0, "third": 1 / 3}  # of the layers, by the words that stand for them
 COUNTS = {"full_depth_last": 1, "full_depth_first": 0, "full_depth_below": 0}  # fields, and the least of each
 
 
@@ -118,7 +121,7 @@ class PrunePlan:
         """Prune the deepest floor(num_layers * fraction) layers; 0 <= fraction <= 1."""
         num_layers = check_count("num_layers", num_layers, 0, MOST_LAYERS, PlanError)
         count = _floor(num_layers * _share("fraction", fraction, "the layers to prune"))
-        return cls(layers=tuple(range(num_layers - count, num_layers)))
+        return cls(range(num_layers - count, num_layers))
 
     @classmethod
     def of(cls, prune, num_layers: int) -> PrunePlan:
@@ -127,23 +130,21 @@ class PrunePlan:
         "third" stands for the deepest third of the layers, the paper's plan. As on the command line, "none" stands for
         None, and a number may be text. An integer other than 0 is refused: 1 could mean one layer or all layers.
         """
-        if isinstance(prune, str):
-            prune = _as_number(prune)
-        if prune is None or prune == "none":
-            return cls.none()
         if isinstance(prune, PrunePlan):
             return prune.check(num_layers)
-        if isinstance(prune, str) and prune == "third":
-            return cls.deepest(num_layers, 1 / 3)
+        if prune is None:
+            return cls.none()
+        if isinstance(prune, str):
+            prune = SHARES.get(prune, _as_number(prune))
         if isinstance(prune, float) or (type(prune) is int and prune == 0):
             return cls.deepest(num_layers, prune)
         if isinstance(prune, str) and re.fullmatch(LAYERS, prune):
             return cls(_indices(prune)).check(num_layers)
-        if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
-            return cls.load(path).check(num_layers)
+        if _saved(prune):
+            return cls.load(prune).check(num_layers)
         kinds = "'third', 'none', a share of the layers (0.5, or 1.0 for all)"
         layers = "layers such as '10,12,19-29' ('9-9' for layer 9)"
-        ships = ", ".join(sorted(file.removesuffix(".plan") for file in os.listdir(SHIPPED)))
+        ships = ", ".join(_shipped())
         also = "; with a model also 'default'"
         saved = f"the path of a saved plan or of importance scores, the name of a plan that ships ({ships})"
         raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {layers}, {saved}, or a PrunePlan{also}")
@@ -164,15 +165,7 @@ class PrunePlan:
         """
         count = check_count("count", count, 0, len(scores), PlanError)
         ranked = sorted(range(len(scores)), key=lambda layer: (float(scores[layer]), -layer))
-        return cls(layers=tuple(ranked[:count]), **fields)
-
-    @property
-    def kept(self) -> str:
-        """The interval of the share of the full model's exact answers that the plan keeps. Empty if it is unknown."""
-        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
-            _, low, high = self.about["verdict"]["kept"]
-            return f"{low:.0%} to {high:.0%}"
-        return ""
+        return cls(ranked[:count], **fields)
 
     @property
     def holds(self) -> bool:
@@ -184,10 +177,11 @@ class PrunePlan:
     @property
     def judgement(self) -> str:
         """What a line on the plan says of its verdict, after a comma. Empty if its record knows none."""
-        if not self.kept:
-            return ""
-        limits = "" if self.holds else ", but does not hold"
-        return f", keeps {self.kept} of pop check's answers{limits}"
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+            _, low, high = self.about["verdict"]["kept"]
+            limits = "" if self.holds else ", but does not hold"
+            return f", keeps {low:.0%} to {high:.0%} of pop check's answers{limits}"
+        return ""
 
     def speedup(self, model, prompt_tokens: int) -> float:
         """The most that a prefill of `prompt_tokens` tokens of text can gain: F(none) / F(plan), see cost.py.
@@ -199,9 +193,9 @@ class PrunePlan:
         """
         from pop.pruning.cost import speedup_limit  # here, because it imports this file
 
-        plan = self.check(model.config.num_layers)
+        self.check(model.config.num_layers)
         prompt_tokens = check_count("prompt_tokens", prompt_tokens, most=MOST_TOKENS)
-        return speedup_limit(model.config, prompt_tokens, plan)
+        return speedup_limit(model.config, prompt_tokens, self)
 
     @property
     def selects_at(self) -> int | None:
@@ -249,11 +243,15 @@ class PrunePlan:
             groups.append(Group(layers, is_pruned, corrections))
         return groups
 
+    def to(self, device: torch.device, dtype: torch.dtype, rows: list[int] | None = None) -> PrunePlan:
+        """The same plan, with corrections as `Corrections.to` gives them if it has any."""
+        if self.corrections is None:
+            return self
+        return dataclasses.replace(self, corrections=self.corrections.to(device, dtype, rows))
+
     def fields(self) -> dict:
-        """The plain values: all but the corrections and the record."""
-        compared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
-        del compared["corrections"]
-        return compared
+        """The plain values: all but the corrections, the record and the name."""
+        return {name: value for name, value in vars(self).items() if name not in ("corrections", "about", "name")}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write plan and version to a file, whole or not at all: JSON, or safetensors if it has corrections."""
@@ -275,28 +273,20 @@ class PrunePlan:
         Args:
             path: A file, or the name of a plan that ships with the package, such as "smollm2-135m-third".
         """
-        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path := _saved(path)):
+        file = _saved(path)
+        if file is None:
             raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
         try:
-            fields = _read(path)
-            name = some([os.path.basename(path)])
+            fields = _read(file)
+            name = some([os.path.basename(file)])
             if "prefill" in fields:
                 scores = fields["prefill"]
                 return cls.least_important(scores, len(scores) // 3, name=name)
             if "layers" not in fields:
                 raise PlanError("it names no layers")
             return cls(**fields, name=name)
-        except (
-            PlanError,
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
-            raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+            raise PlanError(f"{file} is not a pruning plan ({error}); write one with plan.save(path)") from None
 
 
 def _read(path: str | os.PathLike) -> dict:
@@ -306,8 +296,6 @@ def _read(path: str | os.PathLike) -> dict:
     except SafetensorError:  # a plan without corrections
         return files.read_json(path, PlanError)
     fields = json.loads(metadata["pop_plan"])
-    for name in tensors.keys() - {"weight", "shared", "update", "sketch"}:
-        raise PlanError(f"it has a tensor {name!r:.100}, and no corrections have one of this name; calibrate again")
     fields["corrections"] = Corrections(fields["layers"], **tensors)
     return fields
 
@@ -329,12 +317,17 @@ def _as_number(text: str) -> str | int | float:
     return text
 
 
-def _saved(path: str | os.PathLike) -> str:
-    """The path of a saved plan. A name without a file stands for a plan that ships with the package."""
-    shipped = os.path.join(SHIPPED, f"{path}.plan")
-    path = os.path.expanduser(path)
-    is_name = not os.path.isfile(path) and not os.path.dirname(path)
-    return shipped if is_name and os.path.isfile(shipped) else path
+def _saved(path) -> str | Path | None:
+    """The file of a saved plan. A name without a file stands for a plan that ships. None: there is neither."""
+    if not isinstance(path, (str, os.PathLike)):
+        return None
+    own = os.path.expanduser(path)
+    return own if os.path.isfile(own) else _shipped().get(str(path))
+
+
+def _shipped() -> dict[str, Path]:
+    """The plans that ship with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.plan"))}
 
 
 def _checked_layers(layers) -> tuple[int, ...]:

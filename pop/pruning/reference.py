@@ -15,8 +15,6 @@ Each token has one residual stream, so the method is one `torch.where`. The engi
 numbers without the wasted work, with a cache, in chunks and in ragged batches. The property tests hold it to this page.
 """
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,10 +94,8 @@ def groups_by_layer(module, plan: PrunePlan) -> list[Group]:
 
     Corrections of a calibrated plan are brought to the module's device and dtype.
     """
-    if plan.corrections is not None:
-        weight = next(module.parameters())
-        plan = dataclasses.replace(plan, corrections=plan.corrections.to(weight.device, weight.dtype))
-    groups = plan.groups(len(module.layers), module.deepstack_layers)
+    weight = next(module.parameters())
+    groups = plan.to(weight.device, weight.dtype).groups(len(module.layers), module.deepstack_layers)
     return [group for group in groups for _ in group.layers]
 
 

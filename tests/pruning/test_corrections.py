@@ -164,13 +164,5 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
         lambda: rewrite(about={"a": math.nan}),
         lambda: save_file(saved, path, metadata={"pop_plan": '"text"'}),
     ][broken]()
-    with pytest.raises(PlanError, match=str(path)):
+    with pytest.raises(PlanError, match=f"{path}.*'other'" if broken == 3 else str(path)):
         PrunePlan.load(path)
-
-
-def test_a_tensor_of_another_name_is_named(tmp_path):
-    """Corrections once had a bias."""
-    tensors = corrections().tensors | {"bias": torch.zeros(2, 2, 20), "sketch": SKETCH}
-    save_file(tensors, tmp_path / "plan", metadata={"pop_plan": json.dumps({"layers": [2, 3], "full_depth_first": 1})})
-    with pytest.raises(PlanError, match="'bias'.*calibrate again"):
-        PrunePlan.load(tmp_path / "plan")

@@ -70,10 +70,7 @@ class Pruned:
     def use(self, plan) -> None:
         """Prune by a plan from the next step on. Takes the values of POP_PLAN, or a pop.PrunePlan."""
         layers = self.model.layers
-        plan = PrunePlan.of(plan, len(layers))
-        if plan.corrections is not None:
-            corrections = plan.corrections.to(self.device, self.dtype, self._own_rows())
-            plan = dataclasses.replace(plan, corrections=corrections)
+        plan = PrunePlan.of(plan, len(layers)).to(self.device, self.dtype, self._own_rows())
         self.plan = plan
         self.groups = plan.groups(len(layers))
         self.selects_at = plan.selects_at if plan.full_depth_selected else None
