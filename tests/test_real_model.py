@@ -161,7 +161,7 @@ def test_selected_tokens_bring_answers_back(model):
     contenders = [Contender(name, model, plan) for name, plan in plans.items()]
     texts = {name: model.tokenizer.encode(read_text(files), bos=False) for name, files in read_domains([]).items()}
     writer = Writer(model, texts, seed=3)
-    questions = make_questions(writer, [codes, documents, quotes("speech")], [512], 2)
+    questions = {512: make_questions(writer, [codes, documents, quotes("speech")], 512, 2)}
     rows = evaluate_retrieval(contenders, questions)["rows"]
     nats = {name: row["difference"]["value"] for name, row in rows.items()}
     print(nats)

@@ -122,7 +122,8 @@ def questions_of(folder, lengths: list[int], per_kind: int, seed: int) -> tuple[
     _, texts = parted(builtin_texts() + python_texts())
     text = [token for text in texts for token in tokenizer.encode(text, bos=False)]
     head = [token for token in tokenizer.encode("a")[:1] if token == tokenizer.bos_id]
-    return make_questions(Writer(model, text, head, seed), list(KINDS), lengths, per_kind), tokenizer
+    writer = Writer(model, text, head, seed)
+    return {length: make_questions(writer, KINDS, length, per_kind) for length in lengths}, tokenizer
 
 
 def compare(
@@ -147,9 +148,9 @@ def compare(
     exact = {}
     with ThreadPoolExecutor(AT_ONCE) as pool, progress_bar("asking", len(asked), "questions") as step:
         for (length, question), pair in zip(asked, pool.map(marks, asked), strict=True):
-            exact.setdefault(question.kind, {}).setdefault(str(length), []).append(pair)
+            exact.setdefault((question.kind, length), []).append(pair)
             step(1)
-    return Verdict({}, {kind: {n: np.array(found) for n, found in cells.items()} for kind, cells in exact.items()})
+    return Verdict({}, {cell: np.array(found) for cell, found in exact.items()})
 
 
 def report(verdict: Verdict) -> str:
@@ -157,12 +158,14 @@ def report(verdict: Verdict) -> str:
 
     Raises InputError if nothing was right at full depth.
     """
-    if not sum(cell[:, 1].sum() for cells in verdict.exact.values() for cell in cells.values()):
+    if not sum(exact[:, 1].sum() for exact in verdict.exact.values()):
         raise InputError("no answer at full depth is right; is this the tokenizer of the server's model?")
-    lengths = list(next(iter(verdict.exact.values())))
-    rows = [["exact answers, plan / full depth", *(f"{int(length):,} tokens" for length in lengths)]]
-    for kind, cells in verdict.exact.items():
-        rows.append([kind, *("{} / {} of {}".format(*cell.sum(0), len(cell)) for cell in cells.values())])
+    lengths = list(dict.fromkeys(length for _, length in verdict.exact))
+    cells: dict[str, list[str]] = {}
+    for (kind, _), exact in verdict.exact.items():
+        cells.setdefault(kind, []).append("{} / {} of {}".format(*exact.sum(0), len(exact)))
+    rows = [["exact answers, plan / full depth", *(f"{length:,} tokens" for length in lengths)]]
+    rows += [[kind, *row] for kind, row in cells.items()]
     return f"{table(rows)}\n\n{verdict.sentence}\nKL is not compared."
 
 
@@ -191,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         client.check(lengths, PLAN[args.server])
         verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"), args.cached)
         print(report(verdict))
-        if verdict.holds and len(verdict.unjudged) == sum(map(len, verdict.exact.values())):
+        if verdict.holds and len(verdict.unjudged) == len(verdict.exact):
             raise InputError(
                 "too few answers at full depth are right to judge a kind of question; give more --questions"
             )

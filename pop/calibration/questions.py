@@ -13,7 +13,7 @@ A prompt has exactly the length that is asked for. What is not part of the quest
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -267,7 +267,6 @@ def _asked(
 KINDS: tuple[Maker, ...] = (codes, tables, quotations, edits, sums, brackets, tool_calls)
 
 
-def make_questions(writer: Writer, makers: list[Maker], lengths: list[int], per_kind: int) -> dict[int, list[Question]]:
-    """`per_kind` questions of each kind at each length, with answers from the beginning of the prompt to its end."""
-    depths = spread(per_kind)
-    return {length: [make(writer, length, depth) for make in makers for depth in depths] for length in lengths}
+def make_questions(writer: Writer, makers: Sequence[Maker], length: int, per_kind: int) -> list[Question]:
+    """`per_kind` questions of each kind, with answers from the beginning of the prompt to its end."""
+    return [make(writer, length, depth) for make in makers for depth in spread(per_kind)]

@@ -38,14 +38,14 @@ class Verdict:
     """What a plan keeps of the full model. `str` gives a table and a sentence.
 
     Args:
-        loss: By prompt length, as in "256": "kl", KL(full || plan) in nats a token; "first", that of the first token;
+        loss: By prompt length: "kl", KL(full || plan) in nats a token; "first", that of the first token;
             and "same", the share of tokens at which both models have the same likeliest token.
-        exact: By kind of question and prompt length: whether the answers by the plan and by the full model are exact,
-            [N, 2] bool.
+        exact: By kind of question and prompt length, as in ("codes", 512): whether the answers by the plan and by the
+            full model are exact, [N, 2] bool.
     """
 
-    loss: dict[str, dict[str, float]]
-    exact: dict[str, dict[str, np.ndarray]]
+    loss: dict[int, dict[str, float]]
+    exact: dict[tuple[str, int], np.ndarray]
 
     @property
     def holds(self) -> bool:
@@ -59,10 +59,9 @@ class Verdict:
         everything = self._everything()
         if _keeps_too_few(everything):
             found.append(f"of all exact answers it keeps {_as_text(everything)}")
-        for kind, by_length in self.exact.items():
-            for length, exact in by_length.items():
-                if _keeps_too_few(exact):
-                    found.append(f"{kind} at {length} tokens keep {_as_text(exact)}")
+        for (kind, length), exact in self.exact.items():
+            if _keeps_too_few(exact):
+                found.append(f"{kind} at {length} tokens keep {_as_text(exact)}")
         for length, figures in self.loss.items():
             if figures["kl"] > MOST_KL:
                 found.append(f"KL at {length} tokens is {figures['kl']:.3f}, above {MOST_KL}")
@@ -71,12 +70,8 @@ class Verdict:
     @property
     def unjudged(self) -> list[str]:
         """The kinds of question, and the lengths, of which the full model has too few exact answers."""
-        return [
-            f"{kind} at {length} tokens"
-            for kind, by_length in self.exact.items()
-            for length, exact in by_length.items()
-            if not _is_enough(exact)
-        ]
+        cells = self.exact.items()
+        return [f"{kind} at {length} tokens" for (kind, length), exact in cells if not _is_enough(exact)]
 
     @property
     def sentence(self) -> str:
@@ -94,15 +89,15 @@ class Verdict:
         return f"The plan does not hold: {some(self.failures, '; ')}{kept}."
 
     def record(self) -> dict:
-        """The verdict as JSON, for a plan's record."""
+        """The verdict for a plan's record. JSON makes texts of the lengths."""
+        answers = {}
+        for (kind, length), exact in self.exact.items():
+            answers.setdefault(kind, {})[length] = _counts(exact)
         return {
             "holds": self.holds,
             "sentence": self.sentence,
             "loss": self.loss,
-            "answers": {
-                kind: {length: _counts(exact) for length, exact in by_length.items()}
-                for kind, by_length in self.exact.items()
-            },
+            "answers": answers,
             "kept": _kept(self._everything()),
         }
 
@@ -110,7 +105,7 @@ class Verdict:
         return table(self.record())
 
     def _everything(self) -> np.ndarray:
-        return np.concatenate([exact for by_length in self.exact.values() for exact in by_length.values()])
+        return np.concatenate([*self.exact.values()])
 
 
 @own_dtypes_and_devices()
@@ -159,16 +154,15 @@ def check(
                 step(length)
             kl, same = torch.stack(differences, dim=1)  # [windows, C] each
             figures = {"kl": kl.mean(), "first": kl[:, 0].mean(), "same": same.mean()}
-            loss[str(length)] = {name: round(value.item(), 6) for name, value in figures.items()}
+            loss[length] = {name: round(value.item(), 6) for name, value in figures.items()}
             rows = max(1, TOKENS_AT_ONCE // length)
             for begin in range(0, len(asked), rows):
                 batch = asked[begin : begin + rows]
                 marks = zip(_exact(model, batch, plan), _exact(model, batch, FULL_DEPTH), strict=True)
                 for question, mark in zip(batch, marks, strict=True):
-                    exact.setdefault(question.kind, {}).setdefault(str(length), []).append(mark)
+                    exact.setdefault((question.kind, length), []).append(mark)
                 step(length * len(batch))
-    arrays = {kind: {n: np.array(marks) for n, marks in by_length.items()} for kind, by_length in exact.items()}
-    return Verdict(loss, arrays)
+    return Verdict(loss, {cell: np.array(marks) for cell, marks in exact.items()})
 
 
 def compared(
@@ -191,7 +185,7 @@ def compared(
     work = []
     for length in lengths:
         count = questions if length <= LONG else (questions + 1) // 2
-        asked = make_questions(writer, makers, [length], count)[length]
+        asked = make_questions(writer, makers, length, count)
         long_enough = text if len(text) >= length + CONTINUATION else text + more
         work.append((length, _windows(head, long_enough, length), asked))
     return work

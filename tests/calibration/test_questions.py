@@ -26,7 +26,7 @@ def writer(model):
 
 def asked(writer, make, count=6):
     """(prompt, answer) as text, of `count` questions."""
-    questions = make_questions(writer, [make], [LENGTH], count)[LENGTH]
+    questions = make_questions(writer, [make], LENGTH, count)
     assert [len(question.prompt) for question in questions] == [LENGTH] * count
     assert all(question.prompt[0] == 1 for question in questions)
     decode = writer.model.tokenizer.decode
@@ -96,7 +96,7 @@ def test_a_tool_call_has_the_form_of_the_chat_template(model, writer):
     pytest.importorskip("jinja2")
     talking = pop.Model(model.module, model.config, model.tokenizer, chat_format=TOOLS)
     writer.model = talking
-    for question in make_questions(writer, [tool_calls], [LENGTH], 3)[LENGTH]:
+    for question in make_questions(writer, [tool_calls], LENGTH, 3):
         assert len(question.prompt) == LENGTH
         decode = talking.tokenizer.decode
         prompt = decode(question.prompt, special=True)
@@ -112,14 +112,14 @@ def test_a_tool_call_has_the_form_of_the_chat_template(model, writer):
 def test_what_cannot_be_asked_is_refused(writer):
     for make in KINDS:
         with pytest.raises(pop.InputError, match="too short"):
-            make_questions(writer, [make], [20], 1)
+            make_questions(writer, [make], 20, 1)
     writer.filler = [7]
     with pytest.raises(pop.InputError, match="only repeats itself"):
         quotations(writer, LENGTH, 0.5)
 
 
 def test_the_selecting_layer_is_chosen_by_what_layers_find(model, writer):
-    questions = make_questions(writer, [codes, quotations], [LENGTH], 2)[LENGTH]
+    questions = make_questions(writer, [codes, quotations], LENGTH, 2)
     pairs = [(question.prompt, question.answer) for question in questions]
     scores = selecting_scores(model, pairs, 0.2, 100)
     assert scores.shape == (model.config.num_layers,)

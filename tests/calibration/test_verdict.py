@@ -13,7 +13,7 @@ from support.tiny_chat import write_chat_checkpoint
 import pop
 from pop.calibration.questions import KINDS, Writer, make_questions
 from pop.calibration.texts import default_texts, parted
-from pop.calibration.verdict import CONTINUATION, Verdict, compared
+from pop.calibration.verdict import CONTINUATION, Verdict, compared, table
 
 PLAN = pop.PrunePlan((2, 3, 4), full_depth_last=2)
 TEXT = " ".join(f"word{n} of line{n * n}" for n in range(80))
@@ -32,9 +32,8 @@ def verdict(model):
 def test_the_loss_is_that_of_the_reference(model, verdict):
     """The text has one window of each length. The longer one is cut to the context."""
     tokens = model.encode(TEXT)
-    assert [*verdict.loss] == ["700", str(1024 - CONTINUATION)]
+    assert [*verdict.loss] == [700, 1024 - CONTINUATION]
     for length, found in verdict.loss.items():
-        length = int(length)
         window = (tokens * 2)[: length + CONTINUATION]
         full, pruned = (
             naive_logits(model, plan, window[:length], window[length:]).double().log_softmax(-1)
@@ -48,23 +47,22 @@ def test_the_loss_is_that_of_the_reference(model, verdict):
 
 def test_every_kind_is_asked(model, verdict):
     kinds = [make.__name__.replace("_", " ") for make in KINDS]
-    assert [*verdict.exact] == kinds
-    assert all(exact.shape == (2, 2) for by_length in verdict.exact.values() for exact in by_length.values())
+    assert {*verdict.exact} == {(kind, length) for kind in kinds for length in verdict.loss}
+    assert all(exact.shape == (2, 2) for exact in verdict.exact.values())
 
 
 def test_an_answer_is_exact_if_each_token_is_the_likeliest(model, monkeypatch):
     """Only the full model finds a greedy answer by the full model. Both find none with a wrong last token."""
     writer = Writer(model, model.encode(TEXT), [], 0)
-    asked = make_questions(writer, [KINDS[0]], [500], 6)
+    asked = make_questions(writer, [KINDS[0]], 500, 6)
     full = []
-    for number, question in enumerate(asked[500]):
+    for number, question in enumerate(asked):
         answer = pop.reference.generate(model.module, torch.tensor(question.prompt), pop.PrunePlan.none(), 4)
         if number >= 4:
             answer[-1] = (answer[-1] + 1) % 259
         full.append(question._replace(answer=answer))
-    asked[500] = full
-    monkeypatch.setattr("pop.calibration.verdict.make_questions", lambda *args: asked)
-    exact = pop.check(model, PLAN, [TEXT], lengths=[500], questions=6, progress=False).exact["codes"]["500"]
+    monkeypatch.setattr("pop.calibration.verdict.make_questions", lambda *args: full)
+    exact = pop.check(model, PLAN, [TEXT], lengths=[500], questions=6, progress=False).exact["codes", 500]
     expected = [
         [
             naive_logits(model, plan, question.prompt, question.answer).argmax(-1).tolist() == question.answer
@@ -104,7 +102,7 @@ def test_without_texts_the_part_that_calibrate_leaves_is_compared(model):
 def test_a_length_that_the_plan_does_not_prune_is_left_out(model):
     """It would show no loss and no lost answer, whatever the plan is."""
     short = dataclasses.replace(PLAN, full_depth_below=650)
-    assert [*pop.check(model, short, [TEXT], lengths=(640, 700), questions=1, progress=False).loss] == ["700"]
+    assert [*pop.check(model, short, [TEXT], lengths=(640, 700), questions=1, progress=False).loss] == [700]
     with pytest.raises(pop.InputError, match="none of at least 650 tokens"):
         pop.check(model, short, [TEXT], lengths=(600, 640), questions=1, progress=False)
 
@@ -114,15 +112,15 @@ def test_without_a_tokenizer_quotations_are_left():
     model = pop.Model(random_model(config), config)
     text = np.random.default_rng(0).integers(0, 67, size=300).tolist()
     found = pop.check(model, 0.5, [text], lengths=[60], questions=2, progress=False)
-    assert [*found.exact] == ["quotations"]
-    assert found.loss["60"]["kl"] > 0
+    assert [*found.exact] == [("quotations", 60)]
+    assert found.loss[60]["kl"] > 0
 
 
 def made_up(kl=0.01, plan=12, full=12) -> Verdict:
     """A verdict on one kind with 12 questions, of which plan and full model answer the first ones."""
     number = np.arange(12)
     exact = np.stack((number < plan, number < full), axis=1)
-    return Verdict({"256": {"kl": kl, "first": 0.5, "same": 0.9}}, {"codes": {"256": exact}})
+    return Verdict({256: {"kl": kl, "first": 0.5, "same": 0.9}}, {("codes", 256): exact})
 
 
 @pytest.mark.parametrize(
@@ -155,11 +153,11 @@ def test_the_limits(figures, holds):
 def test_small_losses_of_all_kinds_add_up():
     """Each keeps 9 of 12 answers, which 12 questions alone do not prove to be fewer than 95 %."""
     number = np.arange(12)
-    kinds = {str(kind): {"256": np.stack((number < 9, number < 12), axis=1)} for kind in range(7)}
-    loss = {"256": {"kl": 0.01, "first": 0.01, "same": 0.9}}
+    kinds = {(str(kind), 256): np.stack((number < 9, number < 12), axis=1) for kind in range(7)}
+    loss = {256: {"kl": 0.01, "first": 0.01, "same": 0.9}}
     assert not Verdict(loss, kinds).holds
     assert Verdict(loss, kinds).sentence.startswith("The plan does not hold: of all exact answers it keeps 75% [")
-    assert Verdict(loss, {"0": kinds["0"]}).holds
+    assert Verdict(loss, {("0", 256): kinds["0", 256]}).holds
 
 
 def test_the_interval_is_that_of_a_ratio_of_means():
@@ -167,7 +165,7 @@ def test_the_interval_is_that_of_a_ratio_of_means():
     rng = np.random.default_rng(1)
     full = rng.random(1000) < 0.8
     plan = np.where(full, rng.random(1000) < 0.9, rng.random(1000) < 0.1)
-    value, low, high = Verdict({}, {"codes": {"256": np.stack((plan, full), axis=1)}}).record()["kept"]
+    value, low, high = Verdict({}, {("codes", 256): np.stack((plan, full), axis=1)}).record()["kept"]
     assert value == pytest.approx(plan.sum() / full.sum(), abs=1e-4)
     error = np.std(plan - value * full.astype(float)) / full.mean() / 1000**0.5
     assert (low, high) == pytest.approx((value - 1.96 * error, value + 1.96 * error), abs=0.1 * error)
@@ -176,10 +174,11 @@ def test_the_interval_is_that_of_a_ratio_of_means():
 def test_a_record_fits_into_a_plan(verdict):
     record = verdict.record()
     plan = pop.PrunePlan((1,), about={"verdict": record})
-    assert plan.about["verdict"] == record
+    assert plan.about["verdict"] == json.loads(json.dumps(record))
+    assert table(plan.about["verdict"]) == str(verdict)
     assert len(json.dumps(record)) < 5000
-    assert [*record["loss"]] == ["700", "928"]
-    assert record["answers"]["codes"]["700"] == [*map(int, verdict.exact["codes"]["700"].sum(0)), 2]
+    assert [*record["loss"]] == [700, 928]
+    assert record["answers"]["codes"][700] == [*map(int, verdict.exact["codes", 700].sum(0)), 2]
     assert record["kept"] is None  # random weights answer nothing
 
 

@@ -43,9 +43,9 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
     assert 0 < sum(kept.values()) < 8
     made = []
 
-    def make_questions(writer, kinds, lengths, per_kind):
-        made.append((lengths, per_kind, len(kinds)))
-        return questions
+    def make_questions(writer, kinds, length, per_kind):
+        made.append((length, per_kind, len(kinds)))
+        return questions[length]
 
     monkeypatch.setattr(check_server, "make_questions", make_questions)
     with serving(model, key="secret") as (_, url):
@@ -59,7 +59,7 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
             assert check_server.main([*words, *others]) == 2
             err = capsys.readouterr().err
             assert says in err and "asking" not in err  # known before the questions
-    assert made[0] == ([40, 90], 4, 7)
+    assert made[0] == (40, 4, 7)
     cells = [f"{kept[length]} / 4 of 4" for length in (40, 90)]
     line = next(line for line in out.splitlines() if line.startswith("own"))
     assert line.split("  ")[0] == "own" and all(cell in line for cell in cells)
@@ -88,7 +88,7 @@ def test_a_cached_text_is_sent_before_its_question(folder):
     for cached, expected in ((False, [(200, 3)]), (True, [(136, 1), (200, 3)])):
         sent.clear()
         verdict = check_server.compare(Client(), questions, tokenizer, {"plan": "none"}, cached)
-        assert verdict.exact["own"]["200"].tolist() == [[True, True]]
+        assert verdict.exact["own", 200].tolist() == [[True, True]]
         assert sent == [(*what, options) for options in ({}, {"plan": "none"}) for what in expected]
 
 
@@ -138,7 +138,7 @@ def test_a_server_that_answers_otherwise_is_an_error_of_one_line(folder, models,
 
 
 def test_a_server_without_a_right_answer_does_not_pass():
-    exact = {"codes": {"900": np.array([[True, False], [False, False]])}}
+    exact = {("codes", 900): np.array([[True, False], [False, False]])}
     with pytest.raises(InputError, match="tokenizer"):
         check_server.report(Verdict({}, exact))
 
@@ -162,7 +162,7 @@ def test_answers_that_judge_nothing_do_not_pass(right, reused, status, says, fol
         def check(self, lengths, plan_of):
             pass
 
-    exact = {"codes": {"900": np.array([[False, number < right] for number in range(3)])}}
+    exact = {("codes", 900): np.array([[False, number < right] for number in range(3)])}
     monkeypatch.setattr(check_server, "Client", Client)
     monkeypatch.setattr(check_server, "compare", lambda *args: Verdict({}, exact))
     assert check_server.main([str(folder), "--lengths", "900", "--questions", "1", "--cached"]) == status

@@ -136,7 +136,7 @@ def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder,
     assert result["text"] == text.evaluate_text(made, {"a": windows}, 32, seed=3)
     assert result["generation"] == tasks.evaluate_generation(made, [window[:32] for window in windows], 3)
     makers = [codes, needle, documents, quotes("a"), *RULER]
-    questions = make_questions(Writer(model, {"a": tokens}, 3), makers, [800], 1)
+    questions = {800: make_questions(Writer(model, {"a": tokens}, 3), makers, 800, 1)}
     assert result["retrieval"] == evaluate_retrieval(made, questions, seed=3)
 
 

@@ -37,7 +37,7 @@ def writer(tiny):
 
 def asked(writer, make, length=900, count=4):
     """(prompt, answer) as text, of `count` questions that have the asked length."""
-    questions = make_questions(writer, [make], [length], count)[length]
+    questions = make_questions(writer, [make], length, count)
     assert [len(question.prompt) for question in questions] == [length] * count
     decode = writer.model.tokenizer.decode
     return [(decode(question.prompt), decode(question.answer), question) for question in questions]
@@ -90,7 +90,7 @@ def test_a_quotation_is_the_only_passage_that_follows_its_cue(tiny):
     rng = np.random.default_rng(0)
     phrases = rng.integers(40, 120, size=(16, 12))
     writer = Writer(tiny, {"code": phrases[rng.integers(16, size=80)].flatten().tolist()}, 0)
-    for question in make_questions(writer, [quotes("code")], [500], 40)[500]:
+    for question in make_questions(writer, [quotes("code")], 500, 40):
         prompt, cue = question.prompt, question.prompt[-CUE:]
         places = [at + CUE for at in range(len(prompt) - CUE) if prompt[at : at + CUE] == cue]
         assert places and all(prompt[at : at + QUOTED] == question.answer for at in places)
@@ -152,18 +152,18 @@ def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
 def test_the_seed_decides_and_short_prompts_are_refused(tiny, writer):
     again, other = (Writer(tiny, writer.texts, seed) for seed in (0, 1))
     makers = [codes, needle, documents, quotes("code"), *RULER]
-    first, second, third = (make_questions(w, makers, [900, 1000], 2) for w in (writer, again, other))
+    first, second, third = (make_questions(w, makers, 900, 2) for w in (writer, again, other))
     assert first == second and first != third
-    assert {length: len(group) for length, group in first.items()} == dict.fromkeys([900, 1000], 2 * len(makers))
+    assert len(first) == 2 * len(makers)
     for make in makers:
         with pytest.raises(pop.InputError, match="too short"):
-            make_questions(writer, [make], [20], 1)
+            make_questions(writer, [make], 20, 1)
     with pytest.raises(pop.InputError) as refused:
-        make_questions(writer, [needle], [20], 1)
+        make_questions(writer, [needle], 20, 1)
     missing = int(re.search(r"make them longer by (\d+) tokens", str(refused.value))[1])
-    make_questions(writer, [needle], [20 + missing], 1)  # its sentences are equally long
+    make_questions(writer, [needle], 20 + missing, 1)  # its sentences are equally long
     with pytest.raises(pop.InputError, match="too short"):
-        make_questions(writer, [needle], [19 + missing], 1)
+        make_questions(writer, [needle], 19 + missing, 1)
 
 
 def naive_mark(model, plan, question):

@@ -105,7 +105,8 @@ def run(args) -> dict:
     makers = _makers(args.tasks, encoded)
     questions = {}
     if makers:
-        questions = make_questions(Writer(model, encoded, args.seed), makers, args.lengths, args.questions)
+        writer = Writer(model, encoded, args.seed)
+        questions = {length: make_questions(writer, makers, length, args.questions) for length in args.lengths}
     progress("making the contenders")
     contenders = make_contenders(
         model,

@@ -36,8 +36,8 @@ def run(args) -> tuple[pop.PrunePlan, dict[str, torch.Tensor]]:
     writer = Writer(model, encoded, args.seed)
     makers = [codes, documents, *map(quotes, encoded)]
     by_kind: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for questions in make_questions(writer, makers, lengths, count).values():
-        for question in questions:
+    for length in lengths:
+        for question in make_questions(writer, makers, length, count):
             by_kind.setdefault(question.kind, []).append((question.prompt, question.answer))
     found = {}
     step = Countdown("lookup, kind of question", len(by_kind))
