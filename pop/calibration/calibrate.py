@@ -108,14 +108,14 @@ def calibrate(
     given = _given(model, plan)
     width = model.config.hidden_size
     rank = max(1, width // 2) if rank is None else check_count("rank", rank, most=2 * width)
-    seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
+    seed = check_count("seed", seed, least=0)
     longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)
     if model.part is not None and (steps or decides):
         needed = "give a PrunePlan, and steps=0, or load the model in one process"
         raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
+    size = plan_numbers(model, rank) * model.dtype.itemsize
     if resume is not None:
-        size = plan_numbers(model, rank) * model.dtype.itemsize
         files.check_writable(resume, "the run's progress", InputError, size)
     if given is None:
         search.check_speedup(model, speedup, rank)
@@ -138,9 +138,10 @@ def calibrate(
     keep = functools.partial(_keep, resume, run)
     plan = _unfinished(resume, run)
     begin = 0 if plan is None else plan.about["steps"]
-    check_memory(model, rank, steps, longest)
+    needed = needed_bytes(model, rank, steps, longest)
+    check_memory(model.device, needed)
     if progress:
-        _announce(model, windows, judged, rank, steps, longest)
+        _announce(model, windows, judged, steps, needed, size)
     judge = Judge(model, judged)
     if plan is None:
         if not decides:
@@ -222,19 +223,19 @@ def needed_bytes(model, rank: int, steps: int, longest: int) -> int:
     return copy + max(sums, trained) + states + logits
 
 
-def check_memory(model, rank: int, steps: int, longest: int) -> None:
-    """Raise CacheMemoryError if the device lacks the memory to calibrate."""
-    needed = needed_bytes(model, rank, steps, longest)
-    free = free_bytes(model.device)
+def check_memory(device: torch.device, needed: int) -> None:
+    """Raise CacheMemoryError if the device lacks the `needed` bytes to calibrate."""
+    free = free_bytes(device)
     if free is not None and needed > free:
         lacks = f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free"
         advice = "give a smaller rank or longest, load the model in bfloat16, or take a larger machine"
         raise CacheMemoryError(f"{lacks}; {advice}")
 
 
-def _announce(model, windows: list[Window], judged: list[Window], rank: int, steps: int, longest: int) -> None:
+def _announce(model, windows: list[Window], judged: list[Window], steps: int, needed: int, size: int) -> None:
     """Say on stderr what the work will take, from the time of the fastest of two passes.
 
+    needed, size: Bytes of memory, and of the plan.
     A first pass warms up, and shows that the model's numbers are finite.
     """
     tokens = max(windows, key=size_of)[0][:1024]
@@ -242,18 +243,16 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
     check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
     seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=2)) / len(tokens)
     num_tokens = total_size(windows)
-    needed = tokens_needed(model)
-    if num_tokens < needed:
-        print(f"a fit of this width can use {needed:,} tokens; more texts would improve it", file=sys.stderr)
+    useful = tokens_needed(model)
+    if num_tokens < useful:
+        print(f"a fit of this width can use {useful:,} tokens; more texts would improve it", file=sys.stderr)
     # Tokens through the whole model, about. The judge sees each plan of the search, each lambda and each check.
     judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
-    passed = 4 * min(num_tokens, needed) + 3 * steps * min(TOKENS, num_tokens)
+    passed = 4 * min(num_tokens, useful) + 3 * steps * min(TOKENS, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
-    gigabytes = needed_bytes(model, rank, steps, longest) / 1e9
-    megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
     takes = f"about {minutes:,} min at the machine's present speed"
-    work = f"{takes} before a verdict, {gigabytes:.1f} GB beside the weights, a plan of {megabytes:.0f} MB"
+    work = f"{takes} before a verdict, {needed / 1e9:.1f} GB beside the weights, a plan of {size / 1e6:.0f} MB"
     print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {work}", file=sys.stderr)
 
 
@@ -296,6 +295,5 @@ def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:
     loss = {name: max(0.0, round(value, 6)) for name, value in judge.losses(plan)._asdict().items()}
     lengths = sorted({min(length, model.config.max_positions) for length in LENGTHS})
     limits = {f"{length} tokens": round(plan.speedup(model, length), 3) for length in lengths}
-    record = {"model": model.name, "version": __version__, **about}
-    record |= {"loss": loss, "speedup_limit": limits}
+    record = {"model": model.name, "version": __version__, **about, "loss": loss, "speedup_limit": limits}
     return dataclasses.replace(plan, about=record)

@@ -63,7 +63,7 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     for tokens, _ in choose(long_enough, count, rng):
         text = excerpt(tokens, size, rng, model.config.bos_id)
         row = _lookup(model, kind, text[:cut], size - cut, [], rng)
-        rows.append(text if row is None else row)
+        rows.append(row or text)
     return Exercise(torch.tensor(rows), cut, [[]] * count)
 
 
@@ -73,7 +73,7 @@ def _with_images(model, kind: str, tokens: list[int], media: list[Prepared], rng
     cut = max(len(tokens) - CONTINUATION, *(image.stop for image in images))
     length = min(CONTINUATION, model.max_seq_len - cut)
     row = _lookup(model, kind, tokens[:cut], length, images, rng)
-    return Exercise(torch.tensor([tokens if row is None else row]), cut, [media])
+    return Exercise(torch.tensor([row or tokens]), cut, [media])
 
 
 def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int] | None:

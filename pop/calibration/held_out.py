@@ -8,8 +8,8 @@ it, because the full model copies such a passage almost surely, whatever the tex
            by the plan             ┊           at full depth
 """
 
-import math
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -111,15 +111,13 @@ class Judge:
 
     def best(self, plans: Iterable[PrunePlan]) -> PrunePlan:
         """The plan with the least loss. Raises InputError if a loss is not finite."""
-        best = None
-        least = math.inf
-        for plan in plans:
-            loss = self.losses(plan).mean
-            check_finite(torch.tensor(loss), "predictions on the texts")
-            if loss < least:
-                best = plan
-                least = loss
-        return best
+
+        def loss(plan: PrunePlan) -> float:
+            mean = self.losses(plan).mean
+            check_finite(torch.tensor(mean), "predictions on the texts")
+            return mean
+
+        return min(plans, key=loss)
 
     def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:
         """As Case.full, by a plan."""
@@ -145,7 +143,7 @@ def hold_out(windows: list[Window], longest: int) -> tuple[list[Window], list[Wi
     judged = []
     for prompt in (*LENGTHS, longest) * ROUNDS:
         size = min(prompt + CONTINUATION, longest)
-        number = next((number for number, window in enumerate(left) if size_of(window) >= size), len(left) - 1)
+        number = min(bisect_left(left, size, key=size_of), len(left) - 1)  # of the shortest window of that size
         tokens, media = left[number]
         if judged and len(tokens) > room:
             continue

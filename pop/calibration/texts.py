@@ -5,7 +5,6 @@ import math
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.resources import files
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -29,8 +28,8 @@ Window = tuple[list[int], list[Prepared]]  # token ids, and the images and video
 
 def builtin_texts() -> list[str]:
     """The texts that come with the package: public-domain English of five kinds, and some Python."""
-    folder = files("pop").joinpath("data", "calibration")
-    return [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda file: file.name)]
+    folder = Path(__file__).parents[1] / "data" / "calibration"
+    return [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())]
 
 
 def default_texts(model) -> list[str]:
