@@ -112,8 +112,10 @@ def calibrate(
     longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)
     if model.part is not None and (steps or decides):
-        needed = "give a PrunePlan, and steps=0, or load the model in one process"
-        raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
+        raise UnsupportedError(
+            "several processes share the model, which can only fit corrections then; "
+            "give a PrunePlan, and steps=0, or load the model in one process"
+        )
     size = plan_numbers(model, rank) * model.dtype.itemsize
     if resume is not None:
         files.check_writable(resume, "the run's progress", InputError, size)
@@ -133,8 +135,7 @@ def calibrate(
         "steps": steps,
         "seed": seed,
     }
-    asked = (given, decides, speedup)
-    run = _identity(model, asked, [windows, judged], about)
+    run = _identity(model, (given, decides, speedup), [windows, judged], about)
     keep = functools.partial(_keep, resume, run)
     plan = _unfinished(resume, run)
     begin = 0 if plan is None else plan.about["steps"]
@@ -171,8 +172,10 @@ def _given(model, plan) -> PrunePlan | None:
     if not plan.layers:
         raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
     if any({index, index + 1} <= {*plan.layers} for index in range(model.module.deepstack_layers)):
-        problem = "between which DeepStack adds features of images"
-        raise PlanError(f"the plan prunes the layers {plan.layers}, {problem}; prune one of these layers only")
+        raise PlanError(
+            f"the plan prunes the layers {plan.layers}, between which DeepStack adds features of images; "
+            "prune one of these layers only"
+        )
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None, name="")
 
 
@@ -186,8 +189,10 @@ def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], 
         size = max(SHORTEST, total_size(windows) // WINDOWS)
         windows = text_windows(model, texts, images, videos, min(longest, size))
     if len(windows) < 2:
-        needed = f"calibration needs two windows of at least {SHORTEST} tokens, but the texts have {len(windows)}"
-        raise InputError(f"{needed}; give longer texts, or more of them")
+        raise InputError(
+            f"calibration needs two windows of at least {SHORTEST} tokens, but the texts have {len(windows)}; "
+            "give longer texts, or more of them"
+        )
     return windows, len(texts)
 
 
@@ -227,9 +232,10 @@ def check_memory(device: torch.device, needed: int) -> None:
     """Raise CacheMemoryError if the device lacks the `needed` bytes to calibrate."""
     free = free_bytes(device)
     if free is not None and needed > free:
-        lacks = f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free"
-        advice = "give a smaller rank or longest, load the model in bfloat16, or take a larger machine"
-        raise CacheMemoryError(f"{lacks}; {advice}")
+        raise CacheMemoryError(
+            f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free; "
+            "give a smaller rank or longest, load the model in bfloat16, or take a larger machine"
+        )
 
 
 def _announce(model, windows: list[Window], judged: list[Window], steps: int, needed: int, size: int) -> None:
@@ -251,9 +257,12 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     passed = 4 * min(num_tokens, useful) + 3 * steps * min(TOKENS, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
-    takes = f"about {minutes:,} min at the machine's present speed"
-    work = f"{takes} before a verdict, {needed / 1e9:.1f} GB beside the weights, a plan of {size / 1e6:.0f} MB"
-    print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {work}", file=sys.stderr)
+    print(
+        f"calibrating on {num_tokens:,} tokens, with {steps} steps: "
+        f"about {minutes:,} min at the machine's present speed before a verdict, "
+        f"{needed / 1e9:.1f} GB beside the weights, a plan of {size / 1e6:.0f} MB",
+        file=sys.stderr,
+    )
 
 
 # ---- The work ----
@@ -286,8 +295,10 @@ def _unfinished(path, run: str) -> PrunePlan | None:
         plan = PrunePlan.load(path)
         if plan.about.get("run") == run:
             return dataclasses.replace(plan, name="")
-    problem = "does not hold the progress of a run of the same model, plan, texts, options and version"
-    raise InputError(f"{path} {problem}; give another path, or remove the file to start anew")
+    raise InputError(
+        f"{path} does not hold the progress of a run of the same model, plan, texts, options and version; "
+        "give another path, or remove the file to start anew"
+    )
 
 
 def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:

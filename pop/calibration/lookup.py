@@ -51,6 +51,8 @@ def selecting_scores(model, pairs: Sequence[tuple[list[int], list[int]]], share:
     rows = [found_by_layer(model, *pair, share, last) for pair in pairs]
     found = [row for row in rows if row is not None]
     if not found:
-        lacks = f"no prompt holds its answer before its last {last} tokens"
-        raise InputError(f"{lacks}; give a smaller last, or prompts with the answers")
+        raise InputError(
+            f"no prompt holds its answer before its last {last} tokens; "
+            "give a smaller last, or prompts with the answers"
+        )
     return torch.stack(found).mean(0)

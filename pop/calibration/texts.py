@@ -76,12 +76,14 @@ def as_list(values, name: str = "texts", of: str = "strings or of lists of token
     return list(values)
 
 
-def parted(texts: Iterable) -> tuple[list, list]:
+def parted(texts: list) -> tuple[list, list]:
     """Split each text, a string or token ids, into the part that calibration sees, and the rest for the verdict."""
-    texts = as_list(texts)
-    cuts = [int(len(text) * FITTED) for text in texts]
-    fitted = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
-    rest = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
+    fitted = []
+    rest = []
+    for text in texts:
+        cut = int(len(text) * FITTED)
+        fitted.append(text[:cut])
+        rest.append(text[cut:])
     return fitted, rest
 
 

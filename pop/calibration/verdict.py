@@ -173,8 +173,9 @@ def compared(
     lengths = {min(check_count("a length", length, SHORTEST), most) for length in lengths}
     lengths = sorted(length for length in lengths if length >= least)
     if not lengths:
-        shortest = max(least, SHORTEST)
-        raise InputError(f"lengths has none of at least {shortest} tokens, so nothing is compared; give a longer one")
+        raise InputError(
+            f"lengths has none of at least {max(least, SHORTEST)} tokens, so nothing is compared; give a longer one"
+        )
     head, text = _joined(model, texts)
     more = []  # follows a text that is shorter than a prompt
     if model.tokenizer is not None and len(text) < lengths[-1] + CONTINUATION:

@@ -97,15 +97,16 @@ class Corrections:
                 raise PlanError("corrections are tensors of float32, bfloat16 or float16; calibrate again")
             if (tensor.dtype, tensor.device) != (self.weight.dtype, self.weight.device):
                 raise PlanError("the corrections differ in dtype or device; calibrate again")
+            if not tensor.isfinite().all():
+                raise PlanError(
+                    f"the corrections are not finite in {tensor.dtype}; calibrate again, or use another dtype"
+                )
         shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if not self._fits(**shapes):
             raise PlanError(f"the corrections of {len(self.layers)} layers have the shapes {shapes}; calibrate again")
         shape = (len(self.layers), 2, NUMBERS)
         if (self.sketch.shape, self.sketch.dtype) != (shape, torch.float32):
             raise PlanError(f"the corrections need a sketch of their layers' weights, {shape} float32; calibrate again")
-        if not all(tensor.isfinite().all() for tensor in self.tensors.values()):
-            advice = "calibrate again, or use another dtype"
-            raise PlanError(f"the corrections are not finite in {self.weight.dtype}; {advice}")
 
     def _fits(self, weight: list[int], shared: list[int], update: list[int] | None = None) -> bool:
         if len(weight) != 4 or len(shared) != 3 or weight[:2] != [len(self.layers), 2]:

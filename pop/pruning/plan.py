@@ -93,11 +93,15 @@ class PrunePlan:
     def _check_selecting_layer(self) -> None:
         layer = self.selecting_layer
         if layer is not None and (layer in self.layers or layer > max(self.layers, default=-1)):
-            wanted = "it must be a kept layer with pruned ones after it"
-            raise PlanError(f"selecting_layer is {layer}; {wanted}, and the plan prunes {self.layers}")
+            raise PlanError(
+                f"selecting_layer is {layer}; it must be a kept layer with pruned ones after it, "
+                f"and the plan prunes {self.layers}"
+            )
         if self.full_depth_selected and self.selects_at == -1:
-            problem = "no layer before the first pruned one can select tokens"
-            raise PlanError(f"full_depth_selected is {self.full_depth_selected}, but {problem}; keep layer 0")
+            raise PlanError(
+                f"full_depth_selected is {self.full_depth_selected}, "
+                "but no layer before the first pruned one can select tokens; keep layer 0"
+            )
 
     def _check_corrections(self) -> None:
         corrections = self.corrections
@@ -106,8 +110,10 @@ class PrunePlan:
         if not isinstance(corrections, Corrections):
             raise PlanError(f"corrections is a {type(corrections).__name__}; pop.calibrate makes Corrections")
         if corrections.layers != self.layers:
-            fitted = f"its corrections are for {corrections.layers}; calibrate again"
-            raise PlanError(f"the plan prunes the layers {self.layers}, but {fitted}")
+            raise PlanError(
+                f"the plan prunes the layers {self.layers}, but its corrections are for {corrections.layers}; "
+                "calibrate again"
+            )
         if self.full_depth_first < 1:
             raise PlanError("full_depth_first is 0, but corrections are not fitted to the first token; give 1")
 
@@ -142,12 +148,11 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if _saved(prune):
             return cls.load(prune).check(num_layers)
-        kinds = "'third', 'none', a share of the layers (0.5, or 1.0 for all)"
-        layers = "layers such as '10,12,19-29' ('9-9' for layer 9)"
-        ships = ", ".join(_shipped())
-        also = "; with a model also 'default'"
-        saved = f"the path of a saved plan or of importance scores, the name of a plan that ships ({ships})"
-        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {layers}, {saved}, or a PrunePlan{also}")
+        raise PlanError(
+            f"the plan is {prune!r:.200}; it must be 'third', 'none', a share of the layers (0.5, or 1.0 for all), "
+            "layers such as '10,12,19-29' ('9-9' for layer 9), the path of a saved plan or of importance scores, "
+            f"the name of a plan that ships ({', '.join(_shipped())}), or a PrunePlan; with a model also 'default'"
+        )
 
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, and raise PlanError otherwise."""

@@ -56,8 +56,10 @@ def check_distance(distance: float, name: str) -> str:
     """
     plan = name or "the plan"
     if not distance <= NEAR:
-        advice = "run `pop calibrate` for these, or give another plan"
-        raise PlanError(f"{plan} was calibrated for other weights ({distance:.0%} apart); {advice}")
+        raise PlanError(
+            f"{plan} was calibrated for other weights ({distance:.0%} apart); "
+            "run `pop calibrate` for these, or give another plan"
+        )
     if distance <= EQUAL:
         return ""
     return f"{plan} was calibrated for weights {distance:.1%} from these; `pop check` measures what it keeps"
