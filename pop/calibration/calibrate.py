@@ -122,11 +122,14 @@ def calibrate(
     if given is None:
         search.check_speedup(model, speedup, rank)
 
-    windows, num_texts = _windows(model, texts, images, videos, longest)
+    if texts is None:
+        texts, _ = parted(default_texts(model))
+    texts = as_list(texts)
+    windows = _windows(model, texts, images, videos, longest)
     random.Random(seed).shuffle(windows)
     windows, judged = hold_out(windows, longest)
     about = {
-        "texts": num_texts,
+        "texts": len(texts),
         "windows": len(windows),
         "held_out": len(judged),
         "longest": longest,
@@ -179,11 +182,8 @@ def _given(model, plan) -> PrunePlan | None:
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None, name="")
 
 
-def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], int]:
-    """Windows of the texts, and the number of texts."""
-    if texts is None:
-        texts = parted(default_texts(model))[0]
-    texts = as_list(texts)
+def _windows(model, texts: list, images, videos, longest: int) -> list[Window]:
+    """The texts in windows: many, even if the texts are short."""
     windows = text_windows(model, texts, images, videos, longest)
     if len(windows) < WINDOWS:
         size = max(SHORTEST, total_size(windows) // WINDOWS)
@@ -193,7 +193,7 @@ def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], 
             f"calibration needs two windows of at least {SHORTEST} tokens, but the texts have {len(windows)}; "
             "give longer texts, or more of them"
         )
-    return windows, len(texts)
+    return windows
 
 
 def _identity(model, asked, texts: list[list[Window]], about: dict) -> str:

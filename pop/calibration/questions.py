@@ -170,8 +170,8 @@ def quote(kind, writer, length, depth, text, asking, cue: int, quoted: int) -> Q
 
 def _is_clear(text: list[int], passage: list[int], cue: int) -> bool:
     """Whether the passage follows its cue wherever `text` has the cue."""
-    same = [at for at, token in enumerate(text) if token == passage[0] and text[at : at + cue] == passage[:cue]]
-    return all(text[at : at + len(passage)] == passage for at in same)
+    places = [at for at in range(len(text)) if text[at : at + cue] == passage[:cue]]
+    return all(text[at : at + len(passage)] == passage for at in places)
 
 
 def edits(writer: Writer, length: int, depth: float) -> Question:
@@ -244,7 +244,7 @@ def _chat_call(model, task: str, arguments: dict) -> tuple[list[int], list[int],
         return None
     if called[: len(prompt)] != prompt:
         return None
-    begin = next(n for n, pair in enumerate(zip(prompt, other, strict=False)) if len({*pair}) == 2)
+    begin = [one == another for one, another in zip(prompt, other, strict=False)].index(False)
     answer = takewhile(lambda token: token not in form.end_ids, called[len(prompt) :])
     return prompt[:begin], prompt[begin:], list(answer)
 

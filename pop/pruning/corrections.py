@@ -14,6 +14,7 @@ layers would have added to h. A z_t approximates that.
 
 from __future__ import annotations
 
+from bisect import bisect
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -109,14 +110,14 @@ class Corrections:
             raise PlanError(f"the corrections need a sketch of their layers' weights, {shape} float32; calibrate again")
 
     def _fits(self, weight: list[int], shared: list[int], update: list[int] | None = None) -> bool:
-        if len(weight) != 4 or len(shared) != 3 or weight[:2] != [len(self.layers), 2]:
+        """Whether the shapes are those that the class states."""
+        if len(weight) != 4 or len(shared) != 3:
             return False
-        num_groups, rank, inputs = shared
-        if rank != weight[3] or num_groups != len(self._firsts) or inputs % 2:
-            return False
-        if update is None:
-            return num_groups == 1
-        return update[1:] == [inputs // 2, rank] and update[0] > 0 and num_groups - 1 <= update[0] <= num_groups
+        num_groups = len(self._firsts)
+        rank = weight[3]
+        D = shared[2] // 2
+        updates = [[count, D, rank] if count else None for count in (num_groups - 1, num_groups)]
+        return weight[:2] == [len(self.layers), 2] and shared == [num_groups, rank, 2 * D] and update in updates
 
     @property
     def _firsts(self) -> list[int]:
@@ -138,7 +139,7 @@ class Corrections:
     def group(self, layers: range) -> GroupCorrections:
         """The corrections of consecutive pruned layers, all of a group or its part between DeepStack features."""
         first = self.layers.index(layers[0])
-        number = sum(start <= first for start in self._firsts) - 1  # of the group
+        number = bisect(self._firsts, first) - 1  # of the group
         own = slice(first, first + len(layers))
         ends = layers[-1] + 1 not in self.layers
         has_update = self.update is not None and ends and number < len(self.update)

@@ -51,7 +51,7 @@ def run_layers(
         full_depth: The tokens that run every layer, [T] bool.
         plan: Says which layers the other tokens skip.
         images: What images bring to the prompt. Tokens after the prompt are text.
-        selected: The tokens that skip only the pruned layers before plan.selects_at, [T] bool. None: no token.
+        selected: The prompt's tokens that skip only the pruned layers before plan.selects_at, [N] bool. None: no token.
         stop: The first layer that does not run. None: all layers run.
 
     Returns:
@@ -71,7 +71,7 @@ def run_layers(
         rope = ropes[layer.window]
         skips = ~full_depth & group.is_pruned  # [T]
         if selected is not None and index > plan.selects_at:
-            skips = skips & ~selected
+            skips[: len(selected)] &= ~selected
         if index == group.layers[0]:
             z = code(layer, group, h)  # None, unless the plan is calibrated
 
@@ -123,7 +123,7 @@ def generate(module, prompt: Tensor, plan: PrunePlan, count: int, images: Images
     tokens = prompt
     for _ in range(count):
         full_depth = full_depth_tokens(len(prompt), len(tokens), plan)
-        logits, _ = forward(module, tokens, full_depth, plan, images, extended(selected, len(tokens)))
+        logits, _ = forward(module, tokens, full_depth, plan, images, selected)
         tokens = torch.cat((tokens, logits[-1].argmax()[None]))
     return tokens[len(prompt) :].tolist()
 
@@ -199,8 +199,3 @@ def attention_scores(module, prompt: Tensor, plan: PrunePlan, images: Images = T
     weights = products.masked_fill(later, -torch.inf).softmax(-1)
     received = weights[:, -SELECTING:].amax((0, 1))  # [N]
     return F.avg_pool1d(F.pad(received[None], (POOLED - 1, 0)), POOLED, stride=1)[0].cpu()
-
-
-def extended(selected: Tensor | None, num_tokens: int) -> Tensor | None:
-    """The selected tokens of a prompt, followed by generated tokens, up to `num_tokens`."""
-    return None if selected is None else F.pad(selected, (0, num_tokens - len(selected)))

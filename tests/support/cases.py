@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from support.tiny import (
     random_model,
@@ -205,7 +204,7 @@ def prefill_with_choice(module, tokens, lengths, plan, chunk=1000, cache=None):
 def by_reference(module, tokens, plan, n, chosen, images=TEXT):
     """The reference's logits [T, V], K and V for a prompt of n tokens [T], of which `chosen` [N] were selected."""
     full_depth = reference.full_depth_tokens(n, len(tokens), plan)
-    return with_chosen(module, tokens, full_depth, plan, F.pad(chosen[:n], (0, len(tokens) - n)), images)
+    return with_chosen(module, tokens, full_depth, plan, chosen[:n], images)
 
 
 def turns_by_reference(module, plan, turns, images=TEXT):
@@ -223,7 +222,7 @@ def turns_by_reference(module, plan, turns, images=TEXT):
 def hidden_by_reference(module, tokens, plan, n, chosen, layer):
     """The h [T, D] of the same tokens, as it enters a layer."""
     full_depth = reference.full_depth_tokens(n, len(tokens), plan)
-    chosen = F.pad(chosen[:n], (0, len(tokens) - n)) if chosen.any() else None
+    chosen = chosen[:n] if chosen.any() else None
     return reference.run_layers(module, tokens, full_depth, plan, selected=chosen, stop=layer)[0][0]
 
 

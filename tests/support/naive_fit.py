@@ -157,7 +157,7 @@ def naive_gradients(module, plan, rows, chosen, cut, images=None):
     losses = []
     for row, selected, shown in zip(rows, chosen, images or repeat(TEXT, len(rows)), strict=True):
         full_depth = reference.full_depth_tokens(cut, len(row), plan)
-        selected = reference.extended(selected, len(row)) if selected.any() else None
+        selected = selected if selected.any() else None
         full, _ = run_layers(module, row, full_depth, PrunePlan.none(), shown)
         pruned, _ = run_layers(module, row, full_depth, plan, shown, selected)
         losses.append(kl(*(module.head(h[0, cut - 1 :]) for h in (full, pruned))))

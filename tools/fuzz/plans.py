@@ -51,6 +51,6 @@ def reference_logits(model: pop.Model, prompt: torch.Tensor, later: torch.Tensor
     """Likewise of one row, [1 + N, V], by the reference."""
     tokens = torch.cat((prompt, later))
     full_depth = reference.full_depth_tokens(len(prompt), len(tokens), plan)
-    selected = reference.extended(reference.selected_tokens(model.module, prompt, plan), len(tokens))
+    selected = reference.selected_tokens(model.module, prompt, plan)
     logits, _ = reference.forward(model.module, tokens, full_depth, plan, selected=selected)
     return logits[len(prompt) - 1 :]

@@ -131,7 +131,6 @@ class Reference:
         tokens = torch.tensor(prompt + answer[:-1])
         full_depth = reference.full_depth_tokens(len(prompt), len(tokens), plan)
         full_depth[list(also)] = True
-        selected = reference.extended(selected, len(tokens))
         logits, _ = reference.forward(module, tokens, full_depth, plan, selected=selected)
         return logits[len(prompt) - 1 :].log_softmax(-1)
 
