@@ -57,7 +57,7 @@ def check_speedup(model, speedup: float, rank: int) -> None:
         raise InputError(f"speedup is {speedup:g}, but this model allows at most {limit:.2f}; ask for less")
 
 
-def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int, step: Callable = int) -> PrunePlan:
+def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int, step: Callable) -> PrunePlan:
     """The plan, without corrections, that loses least of those whose limit at 2,048 tokens is at least `speedup`.
 
     Args:
@@ -151,7 +151,7 @@ def layers_apart(needed: Tensor, count: int, tail: int, deepstack_layers: int = 
     if tail > 1 and first < deepstack_layers:
         return None
     chosen: set[int] = set()
-    for index in sorted(range(1, first - 1), key=lambda index: needed[index].item()):
+    for index in sorted(range(1, first - 1), key=lambda index: needed[index]):
         most = 1 if index <= deepstack_layers else 2
         if len(chosen) < count - tail and _run(chosen, index) <= most:
             chosen.add(index)
@@ -180,7 +180,7 @@ def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan
     total = round(FULL_DEPTH * _prompt(model))
     if not allowed:
         return PrunePlan(layers, full_depth_first=1, full_depth_last=max(1, total))
-    selecting = max(allowed, key=lambda index: lookups[index].item())
+    selecting = max(allowed, key=lambda index: lookups[index])
     last = max(1, min(LAST, total))
     selected = round((total - last) / (_prompt(model) - last), 4)
     return PrunePlan(

@@ -174,6 +174,3 @@ class Corrections:
 
     def __repr__(self) -> str:
         return f"Corrections(layers={len(self.layers)}, rank={self.rank})"
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_copy": None}

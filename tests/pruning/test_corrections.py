@@ -60,7 +60,6 @@ def test_features_between_pruned_layers_split_their_group_and_not_its_correction
 
 def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     corrected = random_corrections(tiny_config(), (1, 3), -1)
-    pickled = len(pickle.dumps(corrected))
     assert corrected.to(CPU, torch.float32) is corrected
     part = corrected.to(CPU, torch.bfloat16, [4, 1])
     assert torch.equal(part.weight, corrected.weight[:, :, [4, 1]].bfloat16())
@@ -74,7 +73,6 @@ def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     assert again.layers == corrected.layers and torch.equal(again.sketch, corrected.sketch)
     for name, tensor in corrected.tensors.items():
         assert torch.equal(again.tensors[name], tensor)
-    assert len(pickle.dumps(corrected)) == pickled  # without the copy
 
 
 def test_plans_with_corrections_are_equal_if_they_share_them():
