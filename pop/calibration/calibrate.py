@@ -107,7 +107,7 @@ def calibrate(
     decides = not isinstance(plan, PrunePlan)  # the tokens at full depth, and the layers if they are not given
     given = _given(model, plan)
     width = model.config.hidden_size
-    rank = max(1, width // 2) if rank is None else check_count("rank", rank, most=2 * width)
+    rank = width // 2 if rank is None else check_count("rank", rank, most=2 * width)
     seed = check_count("seed", seed, least=0)
     longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)

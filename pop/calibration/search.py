@@ -179,9 +179,9 @@ def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan
     allowed = [index for index in range(max(layers)) if index not in layers]  # kept, with pruned layers after them
     total = round(FULL_DEPTH * _prompt(model))
     if not allowed:
-        return PrunePlan(layers, full_depth_first=1, full_depth_last=max(1, total))
+        return PrunePlan(layers, full_depth_first=1, full_depth_last=total)
     selecting = max(allowed, key=lambda index: lookups[index])
-    last = max(1, min(LAST, total))
+    last = min(LAST, total)
     selected = round((total - last) / (_prompt(model) - last), 4)
     return PrunePlan(
         layers, full_depth_first=1, full_depth_last=last, full_depth_selected=selected, selecting_layer=selecting
