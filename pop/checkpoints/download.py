@@ -136,15 +136,13 @@ def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool
     for path in folder.iterdir():
         if path.name not in files:  # another commit has it
             path.unlink()
-    total = sum(file.size for file in files.values())
-    present = sum(path.stat().st_size for path in folder.iterdir())
+    missing = sum(file.size for file in files.values()) - sum(path.stat().st_size for path in folder.iterdir())
     free = shutil.disk_usage(folder).free
-    if total - present > free:
-        lacks = f"{label} needs {(total - present) / 1e9:,.1f} GB more, and {folder} has {free / 1e9:,.1f} GB left"
+    if missing > free:
+        lacks = f"{label} needs {missing / 1e9:,.1f} GB more, and {folder} has {free / 1e9:,.1f} GB left"
         raise DownloadError(f"{lacks}; make room, or set POP_WEIGHTS to a folder on another disk")
     stop = threading.Event()
-    with progress_bar(label, total, "B", progress) as step, ThreadPoolExecutor(THREADS) as pool:
-        step(present)
+    with progress_bar(label, missing, progress) as step, ThreadPoolExecutor(THREADS) as pool:
         try:
             list(pool.map(lambda name: _fetch(files[name], folder / name, step, stop), files))
         finally:
