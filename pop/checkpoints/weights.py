@@ -123,20 +123,17 @@ class _Piece:
     """A stored tensor, and the part of a parameter that it fills."""
 
     parameter: str
-    shape: tuple[int, ...]  # of the tensor, unless it is transposed
     fills: tuple[slice, ...]  # of the whole parameter
     file: Path = Path()
     name: str = ""  # in the file
 
-    def fits(self, tensor: Tensor) -> bool:
-        """Whether a tensor has the shape, or holds the matrices of all experts transposed, as Qwen3-VL's files do."""
-        if tensor.dim() == 3 and tensor.transpose(1, 2).shape == self.shape:
-            return True
-        return tensor.shape == self.shape
+    @property
+    def shape(self) -> list[int]:
+        return [part.stop - part.start for part in self.fills]
 
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """Return a view of a fitting tensor with the axes of the parameter."""
-        if tensor.shape != self.shape:
+        """Return a view of a tensor with the axes of the parameter. It has the piece's shape if it fits."""
+        if tensor.dim() == 3 and list(tensor.shape) != self.shape:  # Qwen3-VL's files hold transposed experts
             tensor = tensor.transpose(1, 2)
         if tensor.dim() < len(self.fills):  # one expert; the parameter has all
             tensor = tensor[None]
@@ -199,20 +196,18 @@ def _map(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> Iterable[_Piece]:
+def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[_Piece]:
     """Match the stored tensors with the parameters, given by name and shape. One error names all differences.
 
     A head that is stored beside a tied embedding must be a copy of it. It is compared here, and not loaded.
     """
     stored = _stored(folder, shapes.keys())
     wanted = _wanted(shapes, stored.keys())
-    has_copy = config.tie_embeddings and HEAD in stored
-    if has_copy:
-        wanted[HEAD] = next(piece for name, piece in wanted.items() if name.endswith(EMBEDDING))
+    copy = stored.pop(HEAD, None) if config.tie_embeddings else None
     surplus = []
     dtypes = []
     misfits = []
-    pieces = {}
+    pieces = []
     for name, (file, name_in_file, tensor) in stored.items():
         piece = wanted.pop(name, None)
         if piece is None:
@@ -220,21 +215,21 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
             continue
         if tensor.dtype not in FLOATS:
             dtypes.append(f"{name} ({tensor.dtype})")
-        if not piece.fits(tensor):
-            misfits.append(f"{name} is {list(tensor.shape)}, not {list(piece.shape)}")
-        pieces[name] = replace(piece, file=file, name=name_in_file)
+        if list(piece.laid_out(tensor).shape) != piece.shape:
+            misfits.append(f"{name} is {list(tensor.shape)}, not {piece.shape}")
+        pieces.append(replace(piece, file=file, name=name_in_file))
     faults = {"missing": list(wanted), "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
         reasons = _causes(config, stored, wanted, surplus) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
-    if has_copy:
-        head = pieces.pop(HEAD)
-        tied = {head.parameter: stored[head.parameter][2]}
-        for source, target in _slices([head], tied, {}, step=2**24):
-            if not torch.equal(source.to(target), target):
-                raise CheckpointError(f"{head.file}: {HEAD} should repeat {head.parameter}, but differs")
-    return pieces.values()
+    if copy is not None:
+        file, _, head = copy
+        name = next(name for name in stored if name.endswith(EMBEDDING))
+        embedding = stored[name][2]
+        if not torch.equal(head.to(embedding.dtype), embedding):
+            raise CheckpointError(f"{file}: {HEAD} should repeat {name}, but differs")
+    return pieces
 
 
 def _causes(config: Config, stored: Iterable[str], missing: Iterable[str], surplus: list[str]) -> list[str]:
@@ -257,14 +252,14 @@ def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _
         experts, _, kind = name.rpartition(".")
         matrices = EXPERT_MATRICES.get(kind, ())
         if not any(f"{experts}.0.{matrix}.weight" in stored for matrix in matrices):
-            wanted[name] = _Piece(name, shape, tuple(slice(0, size) for size in shape))
+            wanted[name] = _Piece(name, tuple(slice(0, size) for size in shape))
             continue
         count, all_rows, columns = shape
         rows = all_rows // len(matrices)
         for expert in range(count):
             for number, matrix in enumerate(matrices):
                 fills = (slice(expert, expert + 1), slice(number * rows, (number + 1) * rows), slice(0, columns))
-                wanted[f"{experts}.{expert}.{matrix}.weight"] = _Piece(name, (rows, columns), fills)
+                wanted[f"{experts}.{expert}.{matrix}.weight"] = _Piece(name, fills)
     return wanted
 
 
