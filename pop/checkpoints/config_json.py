@@ -99,7 +99,9 @@ def _read_family(fields: Fields) -> configs.Config:
     if method := fields.object("quantization_config"):
         name = method.get("quant_method", "an unknown method")
         raise ConfigError(f"quantization_config: the weights are quantised ({name!r:.80}); take the original ones")
-    return READERS[fields.choice("model_type", READERS)](fields)
+    architecture, read = READERS[fields.choice("model_type", READERS)]
+    fields.fixed(architectures=[architecture])
+    return read(fields)
 
 
 # What config.json calls the fields of our configs, where the names differ.
@@ -152,9 +154,8 @@ def _read_ends(fields: Fields, default: tuple[int, ...]) -> tuple[int, ...]:
     return default if end is None else (end,)
 
 
-def read_llama(fields: Fields, config: type, architecture: str) -> configs.LlamaConfig:
+def read_llama(fields: Fields, config: type = configs.LlamaConfig) -> configs.LlamaConfig:
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
-    fields.fixed(architectures=[architecture])
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", None)
@@ -176,7 +177,7 @@ def read_llama(fields: Fields, config: type, architecture: str) -> configs.Llama
 def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
     """Read Gemma-3's text model. Published files leave out most fields that have the reference's default."""
     gelu = "gelu_pytorch_tanh"
-    fields.fixed(architectures=["Gemma3ForCausalLM"], hidden_activation=gelu, hidden_act=gelu, tie_word_embeddings=True)
+    fields.fixed(hidden_activation=gelu, hidden_act=gelu, tie_word_embeddings=True)
     ropes = fields.part("rope_parameters")  # transformers 5
     rope = _rope_fields(fields, "rope_theta", ropes.object(GLOBAL), fields.object("rope_scaling"))
     local_rope = _rope_fields(fields, "rope_local_base_freq", ropes.object(LOCAL))
@@ -194,7 +195,7 @@ def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
 
 def _read_gemma3(fields: Fields) -> configs.Gemma3Config:
     """Read Gemma-3 with a vision tower. The whole model's fields take precedence over its text_config's."""
-    fields.fixed(architectures=["Gemma3ForConditionalGeneration"], tie_word_embeddings=True)
+    fields.fixed(tie_word_embeddings=True)
     text = fields.part("text_config")
     text.fixed(model_type="gemma3_text")
     _pass_on(fields, text, "dtype", "bos_token_id", "eos_token_id", "image_token_id", "boi_token_id", "eoi_token_id")
@@ -227,13 +228,7 @@ def _read_windows(fields: Fields) -> tuple[int | None, ...]:
     return tuple(window if kind == LOCAL else None for kind in types)
 
 
-def _read_qwen3(fields: Fields, experts: bool = False) -> configs.Qwen3Config:
-    fields.fixed(architectures=["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"])
-    return _build_qwen3(configs.Qwen3Config, fields, experts)
-
-
 def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConfig:
-    fields.fixed(architectures=[f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"])
     text = fields.part("text_config")
     text.fixed(model_type=f"qwen3_vl{'_moe' if experts else ''}_text")
     if experts:
@@ -245,18 +240,18 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConf
     _pass_on(fields, text, *ids, "vision_start_token_id", "vision_end_token_id")
     rope = _rope_fields(text)
     rope.fixed(mrope_interleaved=True)
-    return _build_qwen3(
-        configs.Qwen3VLConfig,
+    return _read_qwen3(
         text,
         experts,
+        configs.Qwen3VLConfig,
         mrope_sections=rope.integers("mrope_section"),
         rope=_read_rope(rope, 500_000.0),
         vision=_read_qwen3_vision(fields.part("vision_config")),
     )
 
 
-def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> Any:
-    """Make a config of Qwen3's text model, whose MLPs may be mixtures of experts."""
+def _read_qwen3(fields: Fields, experts: bool = False, config: type = configs.Qwen3Config, **given: Any) -> Any:
+    """Read Qwen3's text model, whose MLPs may be mixtures of experts."""
     num_layers = fields.integer("num_hidden_layers")
     fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
     if experts:
@@ -291,15 +286,12 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
 
 def _rope_fields(fields: Fields, base: str = "rope_theta", *objects: dict[str, Any]) -> Fields:
     """Collect a RoPE's fields from objects. `base` names the outer field in which transformers 4 states its base."""
-    rope = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
     objects = objects or (fields.object("rope_parameters"), fields.object("rope_scaling"))
     stated = [values for values in objects if values] or [{}]
     if any(values != stated[0] for values in stated):  # the reference takes rope_scaling alone
         raise ConfigError("rope_parameters and rope_scaling differ, and only one can be meant; remove the other")
-    for name, value in stated[0].items():
-        if name == "type":  # the older name
-            name = "rope_type"
-        rope.add(name, value)
+    rope = Fields(stated[0], fields.place)
+    rope.add("rope_theta", fields.left.pop(base, None))
     return rope
 
 
@@ -318,13 +310,13 @@ def _read_rope(rope: Fields, default_base: float) -> configs.RopeConfig:
     return configs.RopeConfig(base, kind, **scaling)
 
 
-READERS: dict[str, Callable[[Fields], configs.Config]] = {  # by config.json's model_type
-    "llama": partial(read_llama, config=configs.LlamaConfig, architecture="LlamaForCausalLM"),
-    "gemma3_text": _read_gemma3_text,
-    "gemma3": _read_gemma3,
-    "qwen3": _read_qwen3,
-    "qwen3_moe": partial(_read_qwen3, experts=True),
-    "qwen3_vl": _read_qwen3_vl,
-    "qwen3_vl_moe": partial(_read_qwen3_vl, experts=True),
-    "olmo2": partial(read_llama, config=configs.Olmo2Config, architecture="Olmo2ForCausalLM"),
+READERS: dict[str, tuple[str, Callable[[Fields], configs.Config]]] = {  # by config.json's model_type, its architecture
+    "llama": ("LlamaForCausalLM", read_llama),
+    "gemma3_text": ("Gemma3ForCausalLM", _read_gemma3_text),
+    "gemma3": ("Gemma3ForConditionalGeneration", _read_gemma3),
+    "qwen3": ("Qwen3ForCausalLM", _read_qwen3),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", partial(_read_qwen3, experts=True)),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", _read_qwen3_vl),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", partial(_read_qwen3_vl, experts=True)),
+    "olmo2": ("Olmo2ForCausalLM", partial(read_llama, config=configs.Olmo2Config)),
 }

@@ -19,7 +19,7 @@ MODULES = {
 # Fields that have another name in some releases of transformers.
 OTHER_NAMES = {
     "dtype": "torch_dtype", "num_experts": "num_local_experts", "image_token_id": "image_token_index",
-    "boi_token_id": "boi_token_index", "eoi_token_id": "eoi_token_index",
+    "boi_token_id": "boi_token_index", "eoi_token_id": "eoi_token_index", "rope_type": "type",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def parameter_shapes(config: dict[str, Any], source: Path) -> dict[str, tuple[in
 
     Raises CheckpointError, which names the `source`, if no model of `pop` has this config.
     """
-    read = READERS[config["model_type"]]
+    _, read = READERS[config["model_type"]]
     try:
         with torch.device("meta"):
             module = build(read(Fields(config)))
