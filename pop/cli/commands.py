@@ -24,9 +24,7 @@ from pop.cli.plans import plans, speed
 from pop.cli.texts import calibration_texts, read_file, readable
 from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, sampling_params
-from pop.inputs.processors import Prepared
 from pop.loading import usable_device
-from pop.models.config import DTYPES
 from pop.system import files
 from pop.system.memory import free_bytes
 
@@ -41,8 +39,6 @@ def run(args) -> int | None:
     rank, ranks = launched()
     if ranks > 1 and args.command != "generate":
         raise InputError("torchrun can start pop generate only; run this command without it")
-    if ranks > 1 and getattr(args, "prompt", None) == "-":
-        raise InputError("only one process can read the standard input; use --prompt-file")
     command = COMMANDS[args.command]
     if rank == 0:
         return command(args)
@@ -56,28 +52,27 @@ def run(args) -> int | None:
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
         raise InputError("give either a prompt or --prompt-file, but not both")
-    prompt = _prompt(args) if args.prompt_file is None else read_file(args.prompt_file)
+    prompt = args.prompt if args.prompt_file is None else read_file(args.prompt_file)
     sampling = _sampling(args)
     model = _load(args)
-    media = _media(args, model)
     for kind, mark in reversed(model.vision.marks.items()):
         if mark not in prompt:
-            prompt = mark * sum(one.kind == kind for one in media) + prompt
-    _print_answer(model.stream(prompt, images=media, **sampling))
+            prompt = mark * len(getattr(args, kind)) + prompt
+    _print_answer(model.stream(prompt, images=args.image, videos=args.video, **sampling))
 
 
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
-    prompt = _prompt(args)
     sampling = _sampling(args)
     model = _load(args)
-    first_parts = [{"type": one.kind, one.kind: one} for one in _media(args, model)]
+    (media,) = model.vision.prepare_batch(args.image, args.video, 1)
+    first_parts = [{"type": one.kind, one.kind: one} for one in media]
     start = functools.partial(model.start_chat, args.system, enable_thinking=args.enable_thinking)
     conversation = start()
     parts = first_parts
-    if prompt is not None:
-        _print_answer(conversation.stream(_message(parts, prompt), **sampling))
+    if args.prompt is not None:
+        _print_answer(conversation.stream(_message(parts, args.prompt), **sampling))
         return
     for line in _typed_lines():
         if line == "/new":
@@ -158,7 +153,7 @@ def calibrate(args) -> None:
     lengths = _lengths(args.longest)
     args.prune = "none"
     model = _load(args)
-    fitted, rest = calibration_texts(model, args.files, texts)
+    fitted, rest = calibration_texts(model, texts)
     compared(model, rest, lengths, least=SHORT)  # refuses now what pop.check would refuse after the work
     options = {name: getattr(args, name) for name in ("plan", "speedup", "rank", "longest", "steps", "seed")}
     plan = pop.calibrate(model, fitted, resume=resume, **options)
@@ -231,7 +226,6 @@ def download(args) -> None:
 
 def _load(args):
     options = {name: value for name, value in vars(args).items() if name in LOADING}
-    options["dtype"] = DTYPES.get(args.dtype)
     changes = {}
     for name in ("full_depth_last", "full_depth_selected", "selecting_layer"):
         value = getattr(args, name, None)
@@ -248,12 +242,6 @@ def _load(args):
     return model
 
 
-def _media(args, model) -> list[Prepared]:
-    """Return the images and videos that the command line names."""
-    (media,) = model.vision.prepare_batch(args.image, args.video, 1)
-    return media
-
-
 def _sampling(args) -> dict:
     """Return the options of sampling that are given. Raises InputError for a wrong one, before the model is loaded."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name, None) is not None}
@@ -266,10 +254,6 @@ def _print_answer(stream) -> None:
     for piece in stream:
         print(piece, end="", flush=True)
     print(flush=True)
-
-
-def _prompt(args) -> str | None:
-    return readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
 
 
 COMMANDS = {run.__name__: run for run in (generate, chat, importance, calibrate, check, plans, models, download)}

@@ -53,12 +53,18 @@ def model_options(add) -> None:
 
 
 def prune_options(add) -> None:
-    text = "the layers prefill skips: default (the best plan known for the weights), third (the deepest), none, a"
-    text += " fraction, layers such as 10,12,19-29, a saved plan's path or name, or the file of `pop importance`"
-    add("--prune", help=text, default="default")
+    add(
+        "--prune",
+        help="the layers prefill skips: default (the best plan known for the weights), third (the deepest), none, a "
+        "fraction, layers such as 10,12,19-29, a saved plan's path or name, or the file of `pop importance`",
+        default="default",
+    )
     integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
-    text = "the share of the other tokens to select, which skip fewer layers or none; default: the plan's"
-    add("--full-depth-selected", help=text, type=float)
+    add(
+        "--full-depth-selected",
+        help="the share of the other tokens to select, which skip fewer layers or none; default: the plan's",
+        type=float,
+    )
     integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
 
 
@@ -78,7 +84,8 @@ def generation_options(parser, media_place: str) -> Callable:
     add("--stop", help="end the answer before this text; may be repeated", action="append")
     add = parser.add_argument_group("prompt").add_argument
     for kind in ("image", "video"):
-        add(f"--{kind}", help=f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
+        text = f"show this {kind} {media_place}; may be repeated"
+        add(f"--{kind}", help=text, action="append", default=[], metavar="FILE")
     integer(add, "--min-pixels", "enlarge images to this many pixels; default: the checkpoint's limit")
     integer(add, "--max-pixels", "shrink images to this many pixels; default: the checkpoint's limit")
     integer(add, "--max-seq-len", "the most tokens of prompt and answer together; default: the full context")
@@ -87,8 +94,9 @@ def generation_options(parser, media_place: str) -> Callable:
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser of the whole command line, and that of each command."""
-    text = "Language models with prefill-only pruning."
-    parser = argparse.ArgumentParser(prog="pop", description=text, **_examples())
+    parser = argparse.ArgumentParser(
+        prog="pop", description="Language models with prefill-only pruning.", **_examples()
+    )
     parser.add_argument("--version", action="version", version=f"pop {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -99,12 +107,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     added = command("generate", "Continue a text, and print the continuation as it comes.")
     add = generation_options(added, "at the family's mark in the text, or before the text")
-    add("prompt", help="the text, or - for the standard input", nargs="?", metavar="PROMPT")
-    add("--prompt-file", help="read the text from this file")
+    add("prompt", help="the text", nargs="?", metavar="PROMPT")
+    add("--prompt-file", help="read the text from this file, such as /dev/stdin")
 
     added = command("chat", "Talk to an instruct model. Without a MESSAGE, each line of the standard input is one.")
     add = generation_options(added, "before the first message")
-    add("prompt", help="answer this and end; - reads the whole standard input", nargs="?", metavar="MESSAGE")
+    add("prompt", help="answer this and end", nargs="?", metavar="MESSAGE")
     add("--system", help="the system message")
     add("--no-thinking", help="ask a model to answer at once", dest="enable_thinking", action="store_false")
     add("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")
@@ -119,24 +127,32 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--seed", "the same seed gives the same scores", 0)
     add("--out", help="write the scores to this JSON file", metavar="FILE")
 
-    text = "Make a plan for a model, and judge it. What is not given is decided. After Ctrl-C, repeat the command."
-    add = command("calibrate", text).add_argument
+    add = command(
+        "calibrate",
+        "Make a plan for a model, and judge it. What is not given is decided. After Ctrl-C, repeat the command.",
+    ).add_argument
     model_options(add)
     add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
-    text = "the speedup that the shapes must allow for 2,048 tokens (1.4)"
-    add("--speedup", help=text, type=float, default=1.4, metavar="X")
-    text = "prune these, as in 10,12,14,19-29; default: as the speedup needs"
-    add("--layers", help=text, dest="plan", metavar="LIST")
+    add(
+        "--speedup",
+        help="the speedup that the shapes must allow for 2,048 tokens (1.4)",
+        type=float,
+        default=1.4,
+        metavar="X",
+    )
+    add(
+        "--layers", help="prune these, as in 10,12,14,19-29; default: as the speedup needs", dest="plan", metavar="LIST"
+    )
     add("--out", help="write the plan to this file; default: default.plan beside the weights", metavar="FILE")
     integer(add, "--rank", "numbers in the code of a token; default: half of the model's width")
     integer(add, "--longest", "the most tokens of a prompt to train on and to judge by", 4096)
     integer(add, "--steps", "steps of distillation after the closed form", 150)
     integer(add, "--seed", "chooses the windows that are held out, and what the steps train on", 0)
 
-    text = (
-        "Compare a plan with the full model, on texts and on questions. The exit status is 0 if the plan holds, else 1."
-    )
-    add = command("check", text).add_argument
+    add = command(
+        "check",
+        "Compare a plan with the full model, on texts and questions. The exit status is 0 if the plan holds, else 1.",
+    ).add_argument
     model_options(add)
     add("prune", help="a saved plan's path or name, or another value of --prune", metavar="PLAN")
     add("files", help="texts that the plan was not fitted to; default: a built-in set", nargs="*", metavar="TEXT")
