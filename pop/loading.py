@@ -86,13 +86,12 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
-    is_default = isinstance(prune, str) and prune == "default"
+    is_default = prune == "default"
     own_plan = folder / "default.plan"
     if is_default:
         prune = own_plan if own_plan.is_file() else "third"
     plan = PrunePlan.of(prune, config.num_layers)
-    limits = read_limits(folder, config)
-    vision = processor_of(config, limits, min_pixels, max_pixels)
+    vision = processor_of(config, read_limits(folder, config), min_pixels, max_pixels)
     tokenizer = _tokenizer(tokenizer, folder)
     sampling = read_sampling(folder)
 
@@ -144,7 +143,7 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
     """
     found = []
     for path in SHIPPED.glob("*.plan"):
-        tensors, metadata = files.read_tensors(path, ["sketch"])  # the others are large
+        tensors, metadata = files.read_tensors(path)  # of which only the sketch is touched
         layers = json.loads(metadata["pop_plan"])["layers"]
         if layers[-1] < len(model.sketch) and distance(model.sketch[layers], tensors["sketch"]) <= NEAR:
             found.append(PrunePlan.load(path))

@@ -11,17 +11,16 @@ import re
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pop.errors import CacheMemoryError, CheckpointError, reason_of, some
-from pop.models.config import Config
+from pop.models.config import DTYPES, Config
 from pop.system.files import read_json, read_tensors
 from pop.system.progress import progress_bar
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Gemma-3 with a vision tower: patterns of the names that newer releases save, and the published names.
 RENAMED = {
     r"model\.(language_model|vision_tower|multi_modal_projector)\.": r"\1.",
@@ -43,7 +42,6 @@ OTHERS = {
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` in a checkout of pop converts",
 }
 OF_LAYER = ".self_attn.o_proj."  # in a name of each layer, and in none of a vision tower
-QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     with contextlib.suppress(CheckpointError, ValueError):
         file = weight_files(folder)[0]
         largest = max(_map(file).values(), key=Tensor.numel)
-        if largest.dtype in FLOATS:
+        if largest.dtype in DTYPES.values():
             return largest.dtype
     return torch.float32
 
@@ -213,7 +211,7 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
         if piece is None:
             surplus.append(name)
             continue
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in DTYPES.values():
             dtypes.append(f"{name} ({tensor.dtype})")
         if list(piece.laid_out(tensor).shape) != piece.shape:
             misfits.append(f"{name} is {list(tensor.shape)}, not {piece.shape}")
@@ -221,7 +219,7 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     faults = {"missing": list(wanted), "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
-        reasons = _causes(config, stored, wanted, surplus) + reasons
+        reasons = _causes(config, stored, wanted) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     if copy is not None:
         file, _, head = copy
@@ -232,14 +230,12 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     return pieces
 
 
-def _causes(config: Config, stored: Iterable[str], missing: Iterable[str], surplus: list[str]) -> list[str]:
+def _causes(config: Config, stored: Iterable[str], missing: Iterable[str]) -> list[str]:
     """Return what may explain that the weights are not those of the config."""
     causes = []
     layers = {name.partition(OF_LAYER)[0] for name in stored if OF_LAYER in name}
     if len(layers) != config.num_layers:
         causes.append(f"num_hidden_layers is {config.num_layers} but {len(layers)} layers are stored")
-    if any(name.endswith(QUANTISED) for name in surplus):
-        causes.append("they are quantised, so take the original ones")
     if HEAD in missing:
         causes.append("tie_word_embeddings is false")
     return causes
@@ -291,7 +287,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = []
     for shard in sorted(set(weight_map.values())):
         # The name comes from outside and must not lead out of the folder. The file may be a symbolic link.
-        if PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):
+        if not re.fullmatch(r"[\w .-]+\.safetensors", shard):
             raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
         if not os.path.isfile(folder / shard):
             raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; fetch it")

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,13 @@ def refuse_pointers(folder: Path) -> None:
             raise CheckpointError(f"{path} is a pointer of Git LFS instead of the file; {step}")
 
 
-def read_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the tensors (on the CPU) and the metadata of a safetensors file. Raises OSError or SafetensorError.
 
-    names: Of the tensors to read. None: all.
+    The file is mapped into memory: a page is read when it is first touched.
     """
     with safe_open(path, framework="pt") as file:
-        names = file.keys() if names is None else names
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 @contextlib.contextmanager
