@@ -158,11 +158,6 @@ def read_llama(fields: Fields, config: type = configs.LlamaConfig) -> configs.Ll
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", None)
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
-        head_dim = hidden_size // num_heads
     return _build_full_attention(
         config,
         fields,
@@ -170,7 +165,7 @@ def read_llama(fields: Fields, config: type = configs.LlamaConfig) -> configs.Ll
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=head_dim,
+        head_dim=fields.integer("head_dim", hidden_size // num_heads),
     )
 
 
@@ -198,7 +193,7 @@ def _read_gemma3(fields: Fields) -> configs.Gemma3Config:
     fields.fixed(tie_word_embeddings=True)
     text = fields.part("text_config")
     text.fixed(model_type="gemma3_text")
-    _pass_on(fields, text, "dtype", "bos_token_id", "eos_token_id", "image_token_id", "boi_token_id", "eoi_token_id")
+    _pass_on(fields, text)
     tokens_per_image = fields.integer("mm_tokens_per_image", configs.SiglipConfig.tokens_per_image)
     vision = fields.part("vision_config")
     vision.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
@@ -207,9 +202,10 @@ def _read_gemma3(fields: Fields) -> configs.Gemma3Config:
     return _read_gemma3_text(text, vision=siglip)
 
 
-def _pass_on(whole: Fields, text: Fields, *names: str) -> None:
-    """Move fields of a multimodal model to its text_config, where they replace what is there."""
-    text.left |= {name: whole.left.pop(name) for name in names if name in whole.left}
+def _pass_on(whole: Fields, text: Fields) -> None:
+    """Move the dtype and the token ids of a multimodal model to its text_config, where they replace what is there."""
+    names = [name for name in whole.left if name == "dtype" or name.endswith("_token_id")]
+    text.left |= {name: whole.left.pop(name) for name in names}
 
 
 def _read_windows(fields: Fields) -> tuple[int | None, ...]:
@@ -235,9 +231,7 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConf
         text.left.setdefault("norm_topk_prob", True)  # the reference does not read it
         text.left.pop("tie_word_embeddings", None)  # the reference saves a default there, and does not read it
     text.add("tie_word_embeddings", fields.boolean("tie_word_embeddings"))
-    text.add("dtype", fields.left.pop("dtype", None))
-    ids = ("bos_token_id", "eos_token_id", "image_token_id", "video_token_id")
-    _pass_on(fields, text, *ids, "vision_start_token_id", "vision_end_token_id")
+    _pass_on(fields, text)
     rope = _rope_fields(text)
     rope.fixed(mrope_interleaved=True)
     return _read_qwen3(
@@ -266,10 +260,6 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
     types = ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe")
     fields.choice("model_type", types, types[0])
     fields.fixed(hidden_act="gelu_pytorch_tanh", in_channels=3)
-    positions = fields.integer("num_position_embeddings", 48**2)
-    side = math.isqrt(positions)
-    if side**2 != positions:
-        raise ConfigError(f"num_position_embeddings ({positions}) is not a square")
     rope = fields.part("rope_parameters")
     rope.fixed(rope_type="axial")
     rope_base = rope.number("rope_theta", configs.Qwen3VisionConfig.rope_base)
@@ -279,7 +269,7 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
         fields,
         NAMES | {"num_layers": "depth", "num_heads": "num_heads"},
         deepstack=fields.integers("deepstack_visual_indexes"),
-        position_side=side,
+        position_side=math.isqrt(fields.integer("num_position_embeddings", 48**2)),
         rope_base=rope_base,
     )
 

@@ -2,11 +2,11 @@
 
 transformers 5 writes one file, processor_config.json. Before, preprocessor_config.json was for images and
 video_preprocessor_config.json for videos. Nothing but the limits may differ from the published files: a file that asks
-for another preparation is refused. A fixed field that a file lacks has its published value, except for Qwen's colours,
-which a file must state.
+for another preparation is refused. A fixed field that a file lacks has its published value, except for colours, which a
+file must state.
 """
 
-from dataclasses import MISSING
+from functools import partial
 from pathlib import Path
 
 from pop.checkpoints.config_json import read_fields
@@ -46,7 +46,7 @@ def read_limits(folder: Path, config: Config) -> dict[str, tuple[int, int] | Non
     for kind in kinds:
         path = folder / FILES[kind]
         if kind not in limits and path.exists():
-            limits[kind] = read_fields(path, lambda fields, kind=kind: _read(fields, config, kind), (), ADVICE)
+            limits[kind] = read_fields(path, partial(_read, config=config, kind=kind), (), ADVICE)
     return limits
 
 
@@ -54,20 +54,18 @@ def _read(fields: Fields, config: Config, kind: str) -> tuple[int, int] | None:
     vision = config.vision
     known = PROCESSORS[config.family, kind]
     fields.take(f"{kind}_processor_type", known, lambda v: type(v) is str and v.startswith(known), known)
-    fields.fixed(do_resize=True, do_rescale=True, do_normalize=True, resample=2 if config.family == "gemma3" else 3)
-    fields.fixed(rescale_factor=1 / 255)
+    fields.fixed(do_resize=True, do_rescale=True, do_normalize=True, rescale_factor=1 / 255)
     half = [0.5] * 3
-    # The reference's class for Qwen's images has other colours, so a file without these fields would mean those.
-    default = MISSING if known == "Qwen2VLImageProcessor" else half
-    for name in ("image_mean", "image_std"):
-        fields.take(name, repr(half), lambda v: v == half, default)
+    for name in ("image_mean", "image_std"):  # a file without them would mean other colours for Qwen's images
+        fields.take(name, repr(half), lambda v: v == half)
     size = fields.part("size")
     if config.family == "gemma3":
-        fields.fixed(do_pan_and_scan=False)
+        fields.fixed(do_pan_and_scan=False, resample=2)
         size.fixed(height=vision.image_size, width=vision.image_size)
         size.finish()
         return None
-    fields.fixed(patch_size=vision.patch_size, merge_size=vision.merge_size, temporal_patch_size=vision.frames)
+    fields.fixed(resample=3, patch_size=vision.patch_size)
+    fields.fixed(merge_size=vision.merge_size, temporal_patch_size=vision.frames)
     if kind == "video":
         fields.fixed(do_sample_frames=True, fps=2, min_frames=4, max_frames=768)
         fields.fixed(cap_pixels_per_frame=False, num_frames=None)
