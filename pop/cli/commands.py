@@ -21,7 +21,7 @@ from pop.calibration.verdict import LENGTHS, compared
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
-from pop.cli.texts import calibration_texts, read_file, readable
+from pop.cli.texts import calibration_texts, read_file, reading
 from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, sampling_params
 from pop.loading import usable_device
@@ -31,7 +31,7 @@ from pop.system.memory import free_bytes
 # Options of the command line are handed on to the arguments that have their names.
 LOADING = inspect.signature(pop.load).parameters
 SAMPLING = [*OPTIONS, "sampling"]
-HELP = "/new starts a new conversation, /quit ends, // begins a message with a slash, Ctrl-C stops an answer."
+HELP = "/new starts a new conversation, /quit ends, /help shows this, Ctrl-C stops an answer."
 
 
 def run(args) -> int | None:
@@ -39,11 +39,8 @@ def run(args) -> int | None:
     rank, ranks = launched()
     if ranks > 1 and args.command != "generate":
         raise InputError("torchrun can start pop generate only; run this command without it")
-    command = COMMANDS[args.command]
-    if rank == 0:
-        return command(args)
-    with contextlib.redirect_stdout(None):  # print does nothing
-        return command(args)
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):  # None: print does nothing
+        return COMMANDS[args.command](args)
 
 
 # ---- The commands ----
@@ -78,12 +75,11 @@ def chat(args) -> None:
         if line == "/new":
             conversation = start()
             parts = first_parts
-        elif line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
+        elif line == "/help":
             print(HELP, file=sys.stderr)
         else:
-            message = line.removeprefix("/")
             try:
-                _print_answer(conversation.stream(_message(parts, message), **sampling))
+                _print_answer(conversation.stream(_message(parts, line), **sampling))
                 parts = []  # the first message has shown the images and videos
             except KeyboardInterrupt:
                 print("\n(stopped, and forgotten)", flush=True)
@@ -103,8 +99,8 @@ def _typed_lines() -> Iterator[str]:
     sign = "> " if sys.stdin.isatty() else ""
     if sign:
         print(HELP, file=sys.stderr)
-    with contextlib.suppress(EOFError):
-        while (line := readable(lambda: input(sign), "the standard input").strip()) != "/quit":
+    with contextlib.suppress(EOFError), reading("the standard input"):
+        while (line := input(sign).strip()) != "/quit":
             if line:
                 yield line
 
@@ -224,16 +220,16 @@ def download(args) -> None:
 # ---- What the commands share ----
 
 
+def _given(args, names) -> dict:
+    """The options with these names that the command line has."""
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
+
+
 def _load(args):
-    options = {name: value for name, value in vars(args).items() if name in LOADING}
-    changes = {}
-    for name in ("full_depth_last", "full_depth_selected", "selecting_layer"):
-        value = getattr(args, name, None)
-        if value is not None:
-            changes[name] = value
+    changes = _given(args, ("full_depth_last", "full_depth_selected", "selecting_layer"))
     is_default = args.prune == "default"
     # With its progress, pop.load shows the default plan, which is not the one that runs if it is changed.
-    model = pop.load(args.model, parallel="auto", progress=not (is_default and changes), **options)
+    model = pop.load(args.model, parallel="auto", progress=not (is_default and changes), **_given(args, LOADING))
     if changes:  # the record and the name are the given plan's
         model.plan = dataclasses.replace(model.plan, about={}, name="", **changes)
     is_shown = is_default and not changes
@@ -244,7 +240,7 @@ def _load(args):
 
 def _sampling(args) -> dict:
     """Return the options of sampling that are given. Raises InputError for a wrong one, before the model is loaded."""
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name, None) is not None}
+    given = _given(args, SAMPLING)
     sampling_params(given, stated={})
     return given
 

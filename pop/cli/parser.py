@@ -49,7 +49,7 @@ def model_options(add) -> None:
     add("model", help="a name in `pop models`, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
     add("--dtype", help="default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
     add("--device", help="cpu, cuda, cuda:1 ...; default: the GPU if there is one")
-    add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False, default="auto")
+    add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False)
 
 
 def prune_options(add) -> None:
@@ -68,7 +68,7 @@ def prune_options(add) -> None:
     integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
 
 
-def generation_options(parser, media_place: str) -> Callable:
+def generation_options(parser) -> Callable:
     """Add what `generate` and `chat` share. Return the function that adds more options about the prompt."""
     model_options(parser.add_argument_group("model").add_argument)
     prune_options(parser.add_argument_group("pruning").add_argument)
@@ -84,7 +84,7 @@ def generation_options(parser, media_place: str) -> Callable:
     add("--stop", help="end the answer before this text; may be repeated", action="append")
     add = parser.add_argument_group("prompt").add_argument
     for kind in ("image", "video"):
-        text = f"show this {kind} {media_place}; may be repeated"
+        text = f"show this {kind} before the text, or where `generate` finds its mark; may be repeated"
         add(f"--{kind}", help=text, action="append", default=[], metavar="FILE")
     integer(add, "--min-pixels", "enlarge images to this many pixels; default: the checkpoint's limit")
     integer(add, "--max-pixels", "shrink images to this many pixels; default: the checkpoint's limit")
@@ -106,12 +106,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return added
 
     added = command("generate", "Continue a text, and print the continuation as it comes.")
-    add = generation_options(added, "at the family's mark in the text, or before the text")
+    add = generation_options(added)
     add("prompt", help="the text", nargs="?", metavar="PROMPT")
     add("--prompt-file", help="read the text from this file, such as /dev/stdin")
 
     added = command("chat", "Talk to an instruct model. Without a MESSAGE, each line of the standard input is one.")
-    add = generation_options(added, "before the first message")
+    add = generation_options(added)
     add("prompt", help="answer this and end", nargs="?", metavar="MESSAGE")
     add("--system", help="the system message")
     add("--no-thinking", help="ask a model to answer at once", dest="enable_thinking", action="store_false")

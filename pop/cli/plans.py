@@ -13,9 +13,6 @@ from pop.errors import PopError
 from pop.pruning.plan import SHIPPED, PrunePlan
 
 WIDTH = 400  # characters of a line
-# How numbers of a record are shown, by their name.
-NATS = "{:.4f} nats a token"
-UNITS = {"continuation": NATS, "repetition": NATS, "first": NATS, "copied": "{:.0%}", "speedup_limit": "{:.2f}x"}
 
 
 def plans(args) -> None:
@@ -55,16 +52,9 @@ def lines_of(name: str, value) -> list[str]:
     if name == "verdict":
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
             return table(value).splitlines()
-    return [f"{name}: {shown(name, value)}"]
-
-
-def shown(name: str, value) -> str:
-    """A value of a record with its unit."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {shown(key if key in UNITS else name, part)}" for key, part in value.items())
-    if isinstance(value, float):
-        return UNITS.get(name, "{}").format(value)
-    return str(value)
+        value = ", ".join(f"{key} {part}" for key, part in value.items())
+    return [f"{name}: {value}"]
 
 
 def describe(plan: PrunePlan) -> str:
@@ -89,5 +79,8 @@ def speed(model, plan: PrunePlan) -> str:
     length = min(PROMPT, model.max_seq_len)
     rounds = 4 * [PrunePlan.none(), plan]
     times = [model.generate(length * [0], max_new_tokens=1, plan=one).ttft_s for one in rounds]
-    measured = f"{min(times[::2]) / min(times[1::2]):.2f}x as fast as at full depth, as measured on this machine"
-    return f"It encodes {length:,} tokens {measured}; the shapes allow {plan.speedup(model, length):.2f}x."
+    speedup = min(times[::2]) / min(times[1::2])
+    return (
+        f"It encodes {length:,} tokens {speedup:.2f}x as fast as at full depth, as measured on this machine; the "
+        f"shapes allow {plan.speedup(model, length):.2f}x."
+    )

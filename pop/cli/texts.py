@@ -1,7 +1,8 @@
 """Texts that commands read."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from pop.calibration.texts import default_texts, parted, tokens_needed
 from pop.errors import InputError
@@ -10,11 +11,8 @@ MOST = 20_000_000  # characters of a text
 
 
 def read_file(path: str) -> str:
-    def read() -> str:
-        with open(path, encoding="utf-8") as file:
-            return file.read(MOST + 1)  # a pipe may have no end
-
-    text = readable(read, path)
+    with reading(path), open(path, encoding="utf-8") as file:
+        text = file.read(MOST + 1)  # a pipe may have no end
     if len(text) > MOST:
         raise InputError(f"{path} has more than {MOST:,} characters; give a part of it")
     if not text:
@@ -22,10 +20,11 @@ def read_file(path: str) -> str:
     return text
 
 
-def readable(read: Callable[[], str], source: str) -> str:
-    """Return what `read` returns. `source` names it in errors."""
+@contextlib.contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Raise InputError, which names the source, if the block cannot read it."""
     try:
-        return read()
+        yield
     except UnicodeDecodeError:
         raise InputError(f"{source} is not text in UTF-8; convert it, or give another file") from None
     except OSError as error:
