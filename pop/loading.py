@@ -96,13 +96,12 @@ def load(
     sampling = read_sampling(folder)
 
     part = Part(config, rank, ranks) if ranks > 1 else None
-    shards = {} if part is None else part.shards
     progress = progress and rank == 0
     make_cache_folder()
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
     _check_memory(module, dtype, device, min(max_seq_len, CHUNK_SIZE))
-    load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
+    load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=part and part.shards)
     model = Model(
         module.eval(),
         config,
@@ -161,9 +160,11 @@ def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: 
     activations = 5 * module.config.intermediate_size * num_tokens * dtype.itemsize  # about
     free = free_bytes(device)
     if free is not None and weights + cache + activations > free:
-        prompt = f"a prompt of {num_tokens} tokens takes {cache:,} for its cache and {activations:,} for activations"
-        lacks = f"the weights take {weights:,} bytes and {prompt}, but {device} has {free:,} free"
-        raise CacheMemoryError(f"{lacks}; take a 16-bit dtype, a smaller model, or parallel='auto' on several devices")
+        raise CacheMemoryError(
+            f"the weights take {weights:,} bytes and a prompt of {num_tokens} tokens takes {cache:,} for its cache and "
+            f"{activations:,} for activations, but {device} has {free:,} free; take a 16-bit dtype, a smaller model, "
+            "or parallel='auto' on several devices"
+        )
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:
@@ -177,8 +178,9 @@ def _tokenizer(given, folder: Path) -> Tokenizer | None:
     try:
         return load_tokenizer(folder)
     except TokenizerError as error:
-        way_out = "pass tokenizer=None to load the model without it, or the path of another"
-        raise TokenizerError(f"{str(error).rstrip('.')}; {way_out}") from error
+        raise TokenizerError(
+            f"{str(error).rstrip('.')}; pass tokenizer=None to load the model without it, or the path of another"
+        ) from error
 
 
 def usable_device(device) -> torch.device:
@@ -191,5 +193,4 @@ def usable_device(device) -> torch.device:
         probe.item()
         return probe.device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        unusable = f"device is {device!r}, which cannot be used here"
-        raise InputError(f"{unusable} ({reason_of(error)}); try 'cpu'") from None
+        raise InputError(f"device is {device!r}, which cannot be used here ({reason_of(error)}); try 'cpu'") from None

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
@@ -126,8 +126,9 @@ def _list_files(repository: str, revision: str) -> dict[str, _File]:
         raise DownloadError(f"the hub sent no list of {repository}'s files; check POP_ENDPOINT and proxies") from None
     for alternatives in REQUIRED:
         if files.keys().isdisjoint(alternatives):
-            lacks = f"{repository} lacks {' or '.join(alternatives)}"
-            raise DownloadError(f"{lacks}, so `pop` cannot use it{instead(listed)}")
+            raise DownloadError(
+                f"{repository} lacks {' or '.join(alternatives)}, so `pop` cannot use it{instead(listed)}"
+            )
     return files
 
 
@@ -139,8 +140,10 @@ def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool
     missing = sum(file.size for file in files.values()) - sum(path.stat().st_size for path in folder.iterdir())
     free = shutil.disk_usage(folder).free
     if missing > free:
-        lacks = f"{label} needs {missing / 1e9:,.1f} GB more, and {folder} has {free / 1e9:,.1f} GB left"
-        raise DownloadError(f"{lacks}; make room, or set POP_WEIGHTS to a folder on another disk")
+        raise DownloadError(
+            f"{label} needs {missing / 1e9:,.1f} GB more, and {folder} has {free / 1e9:,.1f} GB left; make room, or "
+            "set POP_WEIGHTS to a folder on another disk"
+        )
     stop = threading.Event()
     with progress_bar(label, missing, progress) as step, ThreadPoolExecutor(THREADS) as pool:
         try:
@@ -150,13 +153,13 @@ def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool
 
 
 def _fetch(file: _File, path: Path, step: Callable[[int], object], stop: threading.Event) -> None:
-    """Fetch a file with a bounded number of requests. `step` takes the number of bytes that came."""
+    """Fetch a file with a bounded number of requests, until `stop`. `step` takes the number of bytes that came."""
     path.touch()
     for pause in PAUSES:
         with suppress(_Passing):
             return _continue(file, path, step, stop)
         if stop.wait(pause):
-            raise CancelledError
+            return
     _continue(file, path, step, stop)
 
 
@@ -171,7 +174,7 @@ def _continue(file: _File, path: Path, step: Callable[[int], object], stop: thre
             with path.open("ab" if size else "wb") as target:
                 for block in _blocks(answer, file.size - size):
                     if stop.is_set():
-                        raise CancelledError
+                        return
                     target.write(block)
                     size += len(block)
                     step(len(block))

@@ -41,8 +41,7 @@ class Fields:
     def add(self, name: str, value: Any) -> None:
         """Add a field. If it is there already, its value must be the same."""
         if value is not None and self.left.setdefault(name, value) != value:
-            twice = f"as {self.left[name]!r:.80} and as {value!r:.80}"
-            raise ConfigError(f"{self.called(name)} is given twice, {twice}")
+            raise ConfigError(f"{self.called(name)} is given twice, as {self.left[name]!r:.80} and as {value!r:.80}")
 
     def called(self, name: str) -> str:
         """Return what messages call a field: its full name, and its other name if it has one."""

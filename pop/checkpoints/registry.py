@@ -88,17 +88,13 @@ def lookup(name: str) -> Entry:
     """Return the entry of a name, or of a repository. Raises UnknownModel, which names the five nearest."""
     if name in MODELS:
         return MODELS[name]
-    if _is_repository(name):
+    if re.fullmatch(REPOSITORY, name):
         known = (entry for entry in MODELS.values() if entry.source == name)
         return next(known, Entry(name, family="", parameters=0, source=name))
     near = ", ".join(difflib.get_close_matches(name.lower(), MODELS, n=5, cutoff=0))
     raise UnknownModel(
         f"{name!r} is neither a directory nor a known model; near names are {near}; `pop models` lists all"
     )
-
-
-def _is_repository(name: str) -> bool:
-    return re.fullmatch(REPOSITORY, name) is not None and "--" not in name
 
 
 def find_folder(name_or_path: str | os.PathLike) -> Path:
@@ -111,14 +107,18 @@ def find_folder(name_or_path: str | os.PathLike) -> Path:
     if name in MODELS:
         return find_weights(name)
     if os.path.isfile(path):
-        step = f"if it is a GGUF file, run `python -m tools.convert {path} DIR` in a checkout of pop, and load DIR"
-        raise CheckpointError(f"{path} is a file, not a folder; {step}")
+        raise CheckpointError(
+            f"{path} is a file, not a folder; if it is a GGUF file, run `python -m tools.convert {path} DIR` in a "
+            "checkout of pop, and load DIR"
+        )
     if os.path.isdir(path):
         if os.path.exists(path / "adapter_config.json"):
-            step = f"in a checkout of pop, run `python -m tools.convert BASE DIR --adapter {path}`, and load DIR"
-            raise CheckpointError(f"{path} holds a LoRA adapter (adapter_config.json); {step}")
+            raise CheckpointError(
+                f"{path} holds a LoRA adapter (adapter_config.json); in a checkout of pop, run "
+                f"`python -m tools.convert BASE DIR --adapter {path}`, and load DIR"
+            )
         return path
-    if os.sep in name and not _is_repository(name):
+    if os.sep in name and not re.fullmatch(REPOSITORY, name):
         raise WeightsNotFound(f"there is no directory {path}; check the path")
     return find_weights(name)
 
@@ -132,8 +132,10 @@ def find_weights(name: str) -> Path:
     if entry.name in COMMANDS:
         step = f"in a checkout of pop, run `{COMMANDS[entry.name]}`"
     else:
-        files = f"config.json, the safetensors files and tokenizer.json of the Hugging Face repository {entry.source}"
-        step = f"run `pop download {name}`, or put {files} into {weights_folder() / entry.name}"
+        step = (
+            f"run `pop download {name}`, or put config.json, the safetensors files and tokenizer.json of the Hugging "
+            f"Face repository {entry.source} into {weights_folder() / entry.name}"
+        )
     folders = ", ".join(str(place / entry.name) for place in places())
     raise WeightsNotFound(f"the weights of {name} are in none of {folders}, and not in Hugging Face's cache; {step}")
 
@@ -176,7 +178,7 @@ def _user_cache() -> str:
     return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
 
 
-def _expanded(path: str) -> Path:
+def _expanded(path: str | Path) -> Path:
     """The path with ~ replaced by a home directory. Path.expanduser raises RuntimeError for an unknown user."""
     return Path(os.path.expanduser(path))
 
@@ -190,9 +192,9 @@ def places() -> list[Path]:
     """Return the folders that may hold models, in search order."""
     places = []
     if os.environ.get("POP_WEIGHTS"):
-        places.append(Path(os.environ["POP_WEIGHTS"]))
+        places.append(os.environ["POP_WEIGHTS"])
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.py").is_file() and (checkout / "weights").is_dir():
         places.append(checkout / "weights")
-    places.append(Path(_user_cache(), "pop"))
+    places.append(os.path.join(_user_cache(), "pop"))
     return [_expanded(place) for place in places]

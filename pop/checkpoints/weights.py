@@ -108,11 +108,10 @@ def instead(names: Iterable[str]) -> str:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first file's largest tensor. Without weights, which `load_weights` reports: float32."""
-    with contextlib.suppress(CheckpointError, ValueError):
+    with contextlib.suppress(ValueError):  # of which CheckpointError is one
         file = weight_files(folder)[0]
         largest = max(_map(file).values(), key=Tensor.numel)
-        if largest.dtype in DTYPES.values():
-            return largest.dtype
+        return largest.dtype
     return torch.float32
 
 
@@ -157,28 +156,29 @@ def _slices(
                     file = piece.file
                     tensors = _map(file)
                     touched = 0
-                source = piece.laid_out(tensors[piece.name])[source_at]
+                source = piece.laid_out(tensors[piece.name]).narrow(*source_at)
                 part = source[first : first + rows]
                 yield part, target[first : first + rows]
                 touched += part.nbytes
 
 
-def _overlaps(piece: _Piece, shard: Shard | None) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield what a piece and a shard of its parameter have in common: where in the piece, and where in the shard."""
+def _overlaps(piece: _Piece, shard: Shard | None) -> Iterator[tuple[tuple[int, int, int], tuple[slice, ...]]]:
+    """Yield what a piece and a shard of its parameter have in common: where in the piece, and where in the shard.
+
+    The former are arguments of Tensor.narrow: an axis, where the common part begins, and its length.
+    """
     if shard is None:
-        yield (), piece.fills
+        yield (0, 0, piece.shape[0]), piece.fills
         return
-    axis = shard.axis
-    filled = piece.fills[axis]
+    filled = piece.fills[shard.axis]
     position = 0  # in the shard
     for begin, end in shard.spans:
         low = max(filled.start, begin)
-        high = min(filled.stop, end)
-        if low < high:
-            source = slice(low - filled.start, high - filled.start)
-            target = slice(position + low - begin, position + high - begin)
-            before = (slice(None),) * axis
-            yield (*before, source), (*piece.fills[:axis], target, *piece.fills[axis + 1 :])
+        length = min(filled.stop, end) - low
+        if length > 0:
+            target = list(piece.fills)
+            target[shard.axis] = slice(position + low - begin, position + low - begin + length)
+            yield (shard.axis, low - filled.start, length), tuple(target)
         position += end - begin
 
 

@@ -131,8 +131,10 @@ def refuse_pointers(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         is_small = path.is_file() and os.access(path, os.R_OK) and path.stat().st_size < 1024
         if is_small and path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
-            step = "run `git lfs pull` in its folder, or fetch the files anew"
-            raise CheckpointError(f"{path} is a pointer of Git LFS instead of the file; {step}")
+            raise CheckpointError(
+                f"{path} is a pointer of Git LFS instead of the file; run `git lfs pull` in its folder, or fetch the "
+                "files anew"
+            )
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
