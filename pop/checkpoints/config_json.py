@@ -13,7 +13,7 @@ from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.weights import instead, stored_dtype
@@ -119,9 +119,8 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of layer_types
 def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given: Any) -> Any:
     """Make a config. Read its integers, numbers and booleans, unless given. Those without a default are required."""
     readers = {int: fields.integer, float: fields.number, bool: fields.boolean}
-    types = get_type_hints(config)
     for field in dataclasses.fields(config):
-        read = readers.get(types[field.name])
+        read = readers.get(field.type)
         if read and field.name not in given:
             given[field.name] = read(names.get(field.name, field.name), field.default)
     return config(**given)

@@ -6,11 +6,11 @@ checksums: a flipped bit is noticed only if a norm or a bias becomes infinite or
 """
 
 import contextlib
+import fnmatch
 import os
 import re
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class Shard:
 
 
 def load_weights(
-    folder: str | Path,
+    folder: Path,
     module: nn.Module,
     *,
     dtype: torch.dtype,
@@ -78,7 +78,6 @@ def load_weights(
 
     Raises CheckpointError, and leaves `module` unchanged, if the files are broken or do not fit the config.
     """
-    folder = Path(folder)
     shards = shards or {}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     whole_shapes = {name: shard.whole_shape(shapes[name]) for name, shard in shards.items()}
@@ -100,9 +99,9 @@ def load_weights(
 def instead(names: Iterable[str]) -> str:
     """Return the end of a message about files that are missing: which of `names` is something else, and what to do."""
     for pattern, what in OTHERS.items():
-        for name in sorted(names):
-            if fnmatch(name, pattern):
-                return f"; it holds {name!r:.200}, {what}"
+        found = fnmatch.filter(names, pattern)
+        if found:
+            return f"; it holds {min(found)!r:.200}, {what}"
     return ""
 
 
