@@ -10,7 +10,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -120,8 +120,8 @@ class _Piece:
 
     parameter: str
     fills: tuple[slice, ...]  # of the whole parameter
-    file: Path = Path()
-    name: str = ""  # in the file
+    file: Path
+    name: str  # in the file
 
     @property
     def shape(self) -> list[int]:
@@ -176,7 +176,8 @@ def _overlaps(piece: _Piece, shard: Shard | None) -> Iterator[tuple[tuple[int, i
         length = min(filled.stop, end) - low
         if length > 0:
             target = list(piece.fills)
-            target[shard.axis] = slice(position + low - begin, position + low - begin + length)
+            first = position + low - begin
+            target[shard.axis] = slice(first, first + length)
             yield (shard.axis, low - filled.start, length), tuple(target)
         position += end - begin
 
@@ -206,15 +207,15 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     misfits = []
     pieces = []
     for name, (file, name_in_file, tensor) in stored.items():
-        piece = wanted.pop(name, None)
-        if piece is None:
+        if name not in wanted:
             surplus.append(name)
             continue
+        piece = _Piece(*wanted.pop(name), file, name_in_file)
         if tensor.dtype not in DTYPES.values():
             dtypes.append(f"{name} ({tensor.dtype})")
         if list(piece.laid_out(tensor).shape) != piece.shape:
             misfits.append(f"{name} is {list(tensor.shape)}, not {piece.shape}")
-        pieces.append(replace(piece, file=file, name=name_in_file))
+        pieces.append(piece)
     faults = {"missing": list(wanted), "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
@@ -240,21 +241,24 @@ def _causes(config: Config, stored: Iterable[str], missing: Iterable[str]) -> li
     return causes
 
 
-def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _Piece]:
-    """Return the tensors to look for, by name: parameters, or single matrices where experts are stored one by one."""
+def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, tuple[str, tuple[slice, ...]]]:
+    """Return the tensors to look for, by name: which parameter they fill, and which part of it.
+
+    They are whole parameters, or single matrices where experts are stored one by one.
+    """
     wanted = {}
     for name, shape in shapes.items():
         experts, _, kind = name.rpartition(".")
         matrices = EXPERT_MATRICES.get(kind, ())
         if not any(f"{experts}.0.{matrix}.weight" in stored for matrix in matrices):
-            wanted[name] = _Piece(name, tuple(slice(0, size) for size in shape))
+            wanted[name] = (name, tuple(slice(0, size) for size in shape))
             continue
         count, all_rows, columns = shape
         rows = all_rows // len(matrices)
         for expert in range(count):
             for number, matrix in enumerate(matrices):
                 fills = (slice(expert, expert + 1), slice(number * rows, (number + 1) * rows), slice(0, columns))
-                wanted[f"{experts}.{expert}.{matrix}.weight"] = _Piece(name, fills)
+                wanted[f"{experts}.{expert}.{matrix}.weight"] = (name, fills)
     return wanted
 
 
