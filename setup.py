@@ -11,7 +11,7 @@ version = re.search(r'^__version__ = "(.+?)"', (here / "pop/system/__init__.py")
 images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
 videos = ["av>=12"]  # before, packets did not say whether they are shown
 # gguf 0.16.2 added gemma3. Below 0.20, because tools/convert overrides a method of its reader.
-demo = ["gguf>=0.16.2,<0.20"]
+demo = ["gguf>=0.16.2,<0.20", "tqdm"]
 jinja = ["jinja2>=3.1"]  # which torch brings along
 quantize = ["torchao>=0.15"]  # where int8's second version begins
 

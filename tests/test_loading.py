@@ -233,7 +233,7 @@ before, modules = state(), set(sys.modules)
 import pop
 pop.load
 assert state() == before
-heavy = {"transformers", "tokenizers", "huggingface_hub", "gguf", "matplotlib", "PIL", "tiktoken",
+heavy = {"transformers", "tokenizers", "huggingface_hub", "gguf", "matplotlib", "PIL", "tqdm", "tiktoken",
          "sentencepiece", "torch._dynamo", "torch._inductor"}
 assert not heavy & (set(sys.modules) - modules), heavy & (set(sys.modules) - modules)
 

@@ -146,7 +146,7 @@ def compare(
         return [answer.strip() == wanted for answer in answers]
 
     exact = {}
-    with ThreadPoolExecutor(AT_ONCE) as pool, progress_bar("asking", len(asked)) as step:
+    with ThreadPoolExecutor(AT_ONCE) as pool, progress_bar("asking", len(asked), "questions") as step:
         for (length, question), pair in zip(asked, pool.map(marks, asked), strict=True):
             exact.setdefault((question.kind, length), []).append(pair)
             step(1)

@@ -91,7 +91,7 @@ def calibrate(
             step that was reached. Adam's moments begin anew, so the result may differ from that of one uninterrupted
             call. By the held-out windows, it is never worse than the plan that was kept.
         seed: Decides which windows are held out, and what the steps train on.
-        progress: Show on stderr what the work takes, and how far it is.
+        progress: Show on stderr what the work takes, and bars if tqdm is installed.
 
     Returns:
         The plan with corrections, and with a full_depth_first of at least 1. Its `about` records the model, the texts,
@@ -153,12 +153,12 @@ def calibrate(
         elif given is not None:
             decided = search.with_full_depth(model, given.layers, windows)
         else:
-            with progress_bar("choosing layers", len(search.TAILS), progress) as step:
+            with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
                 decided = search.search(model, windows, judge, speedup, rank, step)
         plan = _closed_form(model, decided, windows, judge, rank, progress)
         keep(plan, 0)
     if steps:
-        with progress_bar("distilling", steps, progress) as step:
+        with progress_bar("distilling", steps, "steps", progress) as step:
             plan = distill(model, plan, windows, judge, steps, seed=seed, begin=begin, keep=keep, progress=step)
     below = search.SHORT if decides else given.full_depth_below
     return dataclasses.replace(_recorded(model, plan, judge, about), full_depth_below=below)
@@ -272,7 +272,7 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
     """Fit the corrections of a plan. The held-out windows choose lambda."""
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
     windows = enough(windows, tokens_needed(model))
-    with progress_bar("fitting", num_groups * total_size(windows), progress) as step:
+    with progress_bar("fitting", num_groups * total_size(windows), "tokens", progress) as step:
         return judge.best(fitted(model, windows, plan, rank, RIDGES, step))
 
 

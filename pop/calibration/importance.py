@@ -74,7 +74,7 @@ def importance(
         response_tokens: The most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
         batch_size: How many samples run at once. It changes speed, memory and rounding only.
         seed: Sample i has a random generator seeded with (seed, i).
-        progress: Show on stderr how far the work is.
+        progress: Show a bar on stderr, if tqdm is installed.
 
     Raises:
         InputError, ContextOverflow, TokenizerError: A sample or an option cannot be used, or numbers overflow.
@@ -89,7 +89,7 @@ def importance(
     samples = _parse(model, samples, images, videos, response_tokens)
 
     squares = []  # [batch, 2 (prefill, decode), L] each
-    with progress_bar("importance", len(samples), progress) as step:
+    with progress_bar("importance", len(samples), "samples", progress) as step:
         for begin in range(0, len(samples), batch_size):
             batch = samples[begin : begin + batch_size]
             missing = [row for row, sample in enumerate(batch) if sample.response is None]

@@ -131,7 +131,7 @@ def check(
             plan does not prune are left out.
         questions: Of each kind at each length. Half as many are asked about prompts of more than 2,048 tokens.
         seed: Decides the questions.
-        progress: Show on stderr how far the work is.
+        progress: Show a bar on stderr.
 
     Raises:
         InputError: Texts or lengths are too short, the plan prunes no prompt of these lengths, or the logits are not
@@ -143,7 +143,7 @@ def check(
     total = sum(length * (len(windows) + len(asked)) for length, windows, asked in work)
     loss = {}
     exact = {}
-    with torch.no_grad(), progress_bar("checking", total, progress) as step:
+    with torch.no_grad(), progress_bar("checking", total, "tokens", progress) as step:
         for length, windows, asked in work:
             differences = []
             for window in windows:

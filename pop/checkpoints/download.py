@@ -137,15 +137,18 @@ def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool
     for path in folder.iterdir():
         if path.name not in files:  # another commit has it
             path.unlink()
-    missing = sum(file.size for file in files.values()) - sum(path.stat().st_size for path in folder.iterdir())
+    total = sum(file.size for file in files.values())
+    present = sum(path.stat().st_size for path in folder.iterdir())
     free = shutil.disk_usage(folder).free
+    missing = total - present
     if missing > free:
         raise DownloadError(
             f"{label} needs {missing / 1e9:,.1f} GB more, and {folder} has {free / 1e9:,.1f} GB left; make room, or "
             "set POP_WEIGHTS to a folder on another disk"
         )
     stop = threading.Event()
-    with progress_bar(label, missing, progress) as step, ThreadPoolExecutor(THREADS) as pool:
+    with progress_bar(label, total, "B", progress) as step, ThreadPoolExecutor(THREADS) as pool:
+        step(present)
         try:
             list(pool.map(lambda name: _fetch(files[name], folder / name, step, stop), files))
         finally:

@@ -42,6 +42,7 @@ OTHERS = {
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` in a checkout of pop converts",
 }
 OF_LAYER = ".self_attn.o_proj."  # in a name of each layer, and in none of a vision tower
+BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def load_weights(
         module: The model. Its `config` helps to explain differences.
         dtype: The dtype that all parameters get.
         device: Where they are allocated.
-        progress: Whether to show on stderr how far it is.
+        progress: Whether to show a bar on stderr for large weights.
         shards: For each parameter of which `module` has only a part, by name, which part that is. Only it is read.
 
     Raises CheckpointError, and leaves `module` unchanged, if the files are broken or do not fit the config.
@@ -85,7 +86,7 @@ def load_weights(
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
     step = max(size // 50, 2**20)
-    with progress_bar("loading weights", size, progress) as advance:
+    with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
         for source, target in _slices(pieces, weights, shards, step):
             target.copy_(source)
             advance(target.nbytes)

@@ -137,7 +137,7 @@ def test_one_bar_shows_all_of_the_work(monkeypatch):
     bars = []
 
     @contextlib.contextmanager
-    def bar(label, total, wanted):
+    def bar(label, total, unit, wanted):
         bars.append((total, []))
         yield bars[-1][1].append
 

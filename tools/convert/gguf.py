@@ -45,7 +45,7 @@ def write(file: Path, folder: Path, progress: bool) -> None:
     with source.sound():
         write_tokenizer(source, folder, config)
     weights = {}
-    with progress_bar(f"converting {file.name}", len(tensors), progress) as step:
+    with progress_bar(f"converting {file.name}", len(tensors), "tensors", progress) as step:
         for hf_name, name in tensors.items():
             weights[hf_name] = _hf_weight(source, config, name, hf_name)
             step(1)

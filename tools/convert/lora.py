@@ -72,7 +72,7 @@ def write(base: Path, adapter: Path, folder: Path, progress: bool) -> None:
     for path in sorted(base.iterdir()):
         if path.is_file() and path.suffix in COPIED and not path.name.startswith("adapter_"):
             shutil.copyfile(path, folder / path.name)
-    with progress_bar(f"merging {adapter.name}", len(files), progress) as step:
+    with progress_bar(f"merging {adapter.name}", len(files), "files", progress) as step:
         for file in files:
             tensors = _read(file)
             for name in tensors:

@@ -57,7 +57,7 @@ def write(source: Path, folder: Path, progress: bool) -> None:
     _check_names(stored, shapes, source)
     write_config(config, folder)
     weights = {}
-    with progress_bar(f"converting {source.name}", len(shapes), progress) as step:
+    with progress_bar(f"converting {source.name}", len(shapes), "tensors", progress) as step:
         for name, shape in shapes.items():
             weight = _joined(name, stored.pop(name), shape, source).bfloat16()
             if name.endswith(NEIGHBOURS):

