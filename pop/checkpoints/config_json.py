@@ -157,6 +157,11 @@ def read_llama(fields: Fields, config: type = configs.LlamaConfig) -> configs.Ll
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", None)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+        head_dim = hidden_size // num_heads
     return _build_full_attention(
         config,
         fields,
@@ -164,7 +169,7 @@ def read_llama(fields: Fields, config: type = configs.LlamaConfig) -> configs.Ll
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=fields.integer("head_dim", hidden_size // num_heads),
+        head_dim=head_dim,
     )
 
 

@@ -39,6 +39,8 @@ def run(args) -> int | None:
     rank, ranks = launched()
     if ranks > 1 and args.command != "generate":
         raise InputError("torchrun can start pop generate only; run this command without it")
+    if ranks > 1 and args.prompt == "-":
+        raise InputError("only one process can read the standard input; use --prompt-file")
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):  # None: print does nothing
         return COMMANDS[args.command](args)
 
@@ -49,7 +51,7 @@ def run(args) -> int | None:
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
         raise InputError("give either a prompt or --prompt-file, but not both")
-    prompt = args.prompt if args.prompt_file is None else read_file(args.prompt_file)
+    prompt = _prompt(args) if args.prompt_file is None else read_file(args.prompt_file)
     sampling = _sampling(args)
     model = _load(args)
     for kind, mark in reversed(model.vision.marks.items()):
@@ -61,6 +63,7 @@ def generate(args) -> None:
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
+    prompt = _prompt(args)
     sampling = _sampling(args)
     model = _load(args)
     (media,) = model.vision.prepare_batch(args.image, args.video, 1)
@@ -68,8 +71,8 @@ def chat(args) -> None:
     start = functools.partial(model.start_chat, args.system, enable_thinking=args.enable_thinking)
     conversation = start()
     parts = first_parts
-    if args.prompt is not None:
-        _print_answer(conversation.stream(_message(parts, args.prompt), **sampling))
+    if prompt is not None:
+        _print_answer(conversation.stream(_message(parts, prompt), **sampling))
         return
     for line in _typed_lines():
         if line == "/new":
@@ -250,6 +253,11 @@ def _print_answer(stream) -> None:
     for piece in stream:
         print(piece, end="", flush=True)
     print(flush=True)
+
+
+def _prompt(args) -> str | None:
+    with reading("the standard input"):
+        return sys.stdin.read() if args.prompt == "-" else args.prompt
 
 
 COMMANDS = {run.__name__: run for run in (generate, chat, importance, calibrate, check, plans, models, download)}

@@ -107,12 +107,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     added = command("generate", "Continue a text, and print the continuation as it comes.")
     add = generation_options(added)
-    add("prompt", help="the text", nargs="?", metavar="PROMPT")
-    add("--prompt-file", help="read the text from this file, such as /dev/stdin")
+    add("prompt", help="the text, or - for the standard input", nargs="?", metavar="PROMPT")
+    add("--prompt-file", help="read the text from this file")
 
     added = command("chat", "Talk to an instruct model. Without a MESSAGE, each line of the standard input is one.")
     add = generation_options(added)
-    add("prompt", help="answer this and end", nargs="?", metavar="MESSAGE")
+    add("prompt", help="answer this and end; - reads the whole standard input", nargs="?", metavar="MESSAGE")
     add("--system", help="the system message")
     add("--no-thinking", help="ask a model to answer at once", dest="enable_thinking", action="store_false")
     add("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")

@@ -13,6 +13,9 @@ from pop.errors import PopError
 from pop.pruning.plan import SHIPPED, PrunePlan
 
 WIDTH = 400  # characters of a line
+# How numbers of a record are shown, by their name.
+NATS = "{:.4f} nats a token"
+UNITS = {"continuation": NATS, "repetition": NATS, "first": NATS, "copied": "{:.0%}", "speedup_limit": "{:.2f}x"}
 
 
 def plans(args) -> None:
@@ -52,9 +55,16 @@ def lines_of(name: str, value) -> list[str]:
     if name == "verdict":
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
             return table(value).splitlines()
+    return [f"{name}: {shown(name, value)}"]
+
+
+def shown(name: str, value) -> str:
+    """A value of a record with its unit."""
     if isinstance(value, dict):
-        value = ", ".join(f"{key} {part}" for key, part in value.items())
-    return [f"{name}: {value}"]
+        return ", ".join(f"{key} {shown(key if key in UNITS else name, part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return UNITS.get(name, "{}").format(value)
+    return str(value)
 
 
 def describe(plan: PrunePlan) -> str:

@@ -172,12 +172,19 @@ def test_the_readmes_lines_print_once_what_one_process_prints(line, tmp_path, mo
     assert sorted(out for out, _ in outputs) == sorted(["", expected][-len(started) :])
 
 
-@pytest.mark.parametrize("command", ["chat", "calibrate"])
-def test_what_needs_one_process_is_refused(command, folder, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chat", "llama"], "torchrun"),
+        (["calibrate", "llama"], "torchrun"),
+        (["generate", "llama", "-"], "standard input"),
+    ],
+)
+def test_what_needs_one_process_is_refused(words, said, folder, monkeypatch, capsys):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, value)
-    assert main([command, str(folder / "llama")]) == 2
-    assert "torchrun" in capsys.readouterr().err
+    assert main([words[0], str(folder / words[1]), *words[2:]]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -372,13 +372,15 @@ def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys,
         ("MODEL --max-new-tokens 3 Hello", "Hello"),
         ("MODEL Hello", "Hello"),
         ("MODEL -- -5", "-5"),
+        ("MODEL -", "Grüße\n"),
         ("MODEL --prompt-file prompt.txt", "Grüße\n"),
     ],
 )
 def test_where_the_prompt_is(words, prompt, folder, model, tmp_path, monkeypatch, capsys):
-    """Before or after options, or in a file."""
+    """Before or after options, in a file or on stdin."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompt.txt").write_text("Grüße\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Grüße\n"))
     words = words.replace("MODEL", folder).split()
     assert main(["generate", "--max-new-tokens", "3", *words]) == 0
     assert capsys.readouterr().out == model.generate(prompt, max_new_tokens=3).text + "\n"
@@ -565,6 +567,7 @@ def test_commands_are_no_messages(talk, model):
         (["--seed", "1", "Hi"], [], "Hi"),
         (["--no-thinking", "Hi"], [], "Hi"),
         (["/help"], [], "/help"),
+        (["-"], ["Hi", "", "/quit"], "Hi\n\n/quit\n"),
     ],
 )
 def test_one_message_gets_one_answer(arguments, typed, message, talk, model):

@@ -42,8 +42,8 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
         f"  version: {pop.__version__}",
         "  model: mine",
         "  tokens: 1234",
-        "  loss: continuation 0.05, copied 0.5",
-        "  speedup_limit: 512 tokens 1.5",
+        "  loss: continuation 0.0500 nats a token, copied 50%",
+        "  speedup_limit: 512 tokens 1.50x",
         "old: the whole model",
     ]
 
