@@ -30,7 +30,7 @@ from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, PopError, UnsupportedError, check_count
 from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts
-from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
+from pop.generation.sampling import SamplingParams, check_finite, read_tokens, sample_tokens
 from pop.inputs.processors import Prepared
 from pop.model import check_model
 from pop.models.base import Attend
@@ -142,14 +142,14 @@ def sample_responses(model, samples: list[Sample], seeds: list[Sequence[int]], c
     ends = end_ids(model)
     states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
     generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
-    sampler = Sampler(SamplingParams(temperature=1.0))
+    params = SamplingParams(temperature=1.0)
     tokens, lengths = padded([sample.prompt for sample in samples])
     media = [sample.media for sample in samples]
     cache = model.new_cache(len(samples), tokens.shape[1] + count - 1)
     logits = model.prefill(tokens, cache, lengths=lengths, images=media, plan=PrunePlan.none())
     responses = [[] for _ in samples]
     while True:
-        tokens = sampler(logits, generators)
+        tokens = sample_tokens(logits, params, generators)
         for response, token in zip(responses, read_tokens(tokens), strict=True):
             if not response or response[-1] not in ends:
                 response.append(token)

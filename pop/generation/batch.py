@@ -13,7 +13,7 @@ from pop.engine.cache import KVCache
 from pop.errors import InputError
 from pop.generation.answers import Answer, Generation, end_ids
 from pop.generation.logits import LogitsRules
-from pop.generation.sampling import Sampler, SamplingParams, read_tokens
+from pop.generation.sampling import SamplingParams, read_tokens, sample_tokens
 from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
 from pop.runner import FULL_DEPTH, padded
@@ -64,7 +64,6 @@ class Batch:
         seeds = params.seeds(len(prompts))
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)
-        self.sampler = Sampler(params)
         self.rules = LogitsRules(model, params, [self.earlier_tokens + prompt for prompt in prompts])
 
         limits = self._limits()
@@ -149,7 +148,8 @@ class Batch:
     def _sample(self, logits: Tensor, rows: list[int]) -> Tensor:
         """Pick the next token of each row: logits [B, V] -> tokens [B], without waiting for the device."""
         answers = [self.answers[row] for row in rows]
-        tokens = self.sampler(self.rules(logits, answers), [answer.generator for answer in answers])
+        generators = [answer.generator for answer in answers]
+        tokens = sample_tokens(self.rules(logits, answers), self.params, generators)
         self.rules.took(tokens)
         return tokens
 

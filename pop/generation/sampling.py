@@ -1,4 +1,4 @@
-"""From logits to tokens: `SamplingParams` says how, `Sampler` picks."""
+"""From logits to tokens: `SamplingParams` says how, `sample_tokens` picks."""
 
 import dataclasses
 import math
@@ -88,66 +88,61 @@ def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
     return SamplingParams(**(stated | given))
 
 
-class Sampler:
-    """Picks one token for each batch row, on the logits' device and without waiting for it.
+def sample_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator]) -> Tensor:
+    """Pick one token for each batch row: logits [B, V] float32 -> tokens [B], for `read_tokens`.
 
-    Each row has its own random generator, which gives one number a token. So a prompt and a seed give the same tokens
-    alone and in any batch row, on a CPU and on a GPU, up to rounding errors in the logits.
+    This runs on the logits' device and does not wait for it. Each row has its own random generator, which gives one
+    number a token. So a prompt and a seed give the same tokens alone and in any batch row, on a CPU and on a GPU, up to
+    rounding errors in the logits.
     """
+    if params.temperature == 0:
+        return pick(logits, params)
+    numbers = [torch.randint(2**53, (1,), generator=generator, device="cpu") for generator in generators]
+    return pick(logits, params, *to_device([torch.stack(numbers)], logits.device))
 
-    def __init__(self, params: SamplingParams):
-        self.temperature = float(params.temperature)
-        self.top_k = params.top_k
-        self.top_p = 1.0 if params.top_p is None else float(params.top_p)
-        self.min_p = float(params.min_p or 0)
 
-    def __call__(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """logits [B, V] float32 and the generator of each row -> tokens [B], for `read_tokens`."""
-        if self.temperature == 0:
-            return self.pick(logits)
-        numbers = [torch.randint(2**53, (1,), generator=generator, device="cpu") for generator in generators]
-        return self.pick(logits, *to_device([torch.stack(numbers)], logits.device))
+def pick(logits: Tensor, params: SamplingParams, numbers: Tensor | None = None) -> Tensor:
+    """logits [B, V] and random integers [B, 1] below 2**53 -> tokens [B]. Without numbers: the likeliest tokens.
 
-    def pick(self, logits: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """logits [B, V] and random integers [B, 1] below 2**53 -> tokens [B]. Without numbers: the likeliest tokens.
+    The token is -1 if a row's largest logit is infinite or NaN.
+    """
+    tokens = logits.argmax(-1, keepdim=True)  # [B, 1]; NaN counts as the largest
+    largest = logits.gather(-1, tokens)
+    if numbers is not None:
+        # NaN is 0 / 0 at a tiny temperature, or belongs to a row whose token will be -1.
+        below = ((largest - logits) / float(params.temperature)).nan_to_num(0.0, math.inf)
+        tokens = _draw(below, params, numbers)
+    return tokens.where(largest.isfinite(), -1)[:, 0]
 
-        The token is -1 if a row's largest logit is infinite or NaN.
-        """
-        tokens = logits.argmax(-1, keepdim=True)  # [B, 1]; NaN counts as the largest
-        largest = logits.gather(-1, tokens)
-        if numbers is not None:
-            # NaN is 0 / 0 at a tiny temperature, or belongs to a row whose token will be -1.
-            below = ((largest - logits) / self.temperature).nan_to_num(0.0, math.inf)
-            tokens = self._draw(below, numbers)
-        return tokens.where(largest.isfinite(), -1)[:, 0]
 
-    def _draw(self, below: Tensor, numbers: Tensor) -> Tensor:
-        """Draw tokens [B, 1] with probabilities proportional to exp(-below), below [B, V] from 0 up."""
-        V = below.shape[1]
-        k = min(self.top_k or V, V)
-        order = None  # [B, k], the ids of the likeliest tokens, if the tokens are sorted
-        if k < V or self.top_p < 1:
-            # Floats from 0 up are ordered like their bits. The token's id in the lower bits decides between equal ones.
-            keys = below.view(torch.int32).long() << 32 | torch.arange(V, device=below.device)
-            keys = keys.topk(k, largest=False).values if k < V else keys.sort().values  # [B, k], likeliest first
-            order = keys & (2**32 - 1)
-            below = (keys >> 32).int().view(torch.float32)
-        # Integers have the same sum in any order. So all devices and processes agree, and a sum does not grow at a
-        # weight of 0, which is thus never drawn. The largest weight is 2**34: float64 can hold the sum of 2**18.
-        weights = (below.neg().exp() * 2**34).long()
-        sums = weights.cumsum(-1)  # [B, k]
-        total = sums[:, -1:].double()
-        if self.top_p < 1:  # the sum of the fewest tokens that reach top_p
-            total = sums.gather(-1, torch.searchsorted(sums, (total * self.top_p).long())).double()
-        if self.min_p:
-            sums = weights.where(weights >= self.min_p * 2**34, 0).cumsum(-1)
-            total = total.minimum(sums[:, -1:])
-        drawn = torch.searchsorted(sums, (numbers * (total / 2**53)).long(), right=True)
-        return drawn if order is None else order.gather(-1, drawn)
+def _draw(below: Tensor, params: SamplingParams, numbers: Tensor) -> Tensor:
+    """Draw tokens [B, 1] with probabilities proportional to exp(-below), below [B, V] from 0 up."""
+    top_p = 1.0 if params.top_p is None else float(params.top_p)
+    V = below.shape[1]
+    k = min(params.top_k or V, V)
+    order = None  # [B, k], the ids of the likeliest tokens, if the tokens are sorted
+    if k < V or top_p < 1:
+        # Floats from 0 up are ordered like their bits. The token's id in the lower bits decides between equal ones.
+        keys = below.view(torch.int32).long() << 32 | torch.arange(V, device=below.device)
+        keys = keys.topk(k, largest=False).values if k < V else keys.sort().values  # [B, k], likeliest first
+        order = keys & (2**32 - 1)
+        below = (keys >> 32).int().view(torch.float32)
+    # Integers have the same sum in any order. So all devices and processes agree, and a sum does not grow at a
+    # weight of 0, which is thus never drawn. The largest weight is 2**34: float64 can hold the sum of 2**18.
+    weights = (below.neg().exp() * 2**34).long()
+    sums = weights.cumsum(-1)  # [B, k]
+    total = sums[:, -1:].double()
+    if top_p < 1:  # the sum of the fewest tokens that reach top_p
+        total = sums.gather(-1, torch.searchsorted(sums, (total * top_p).long())).double()
+    if params.min_p:
+        sums = weights.where(weights >= float(params.min_p) * 2**34, 0).cumsum(-1)
+        total = total.minimum(sums[:, -1:])
+    drawn = torch.searchsorted(sums, (numbers * (total / 2**53)).long(), right=True)
+    return drawn if order is None else order.gather(-1, drawn)
 
 
 def read_tokens(tokens: Tensor, unused: Sequence[int] = ()) -> list[int]:
-    """Wait for the tokens [B] of a Sampler. Raises InputError if a row's largest logit was infinite or NaN.
+    """Wait for the tokens [B] of `sample_tokens`. Raises InputError if a row's largest logit was infinite or NaN.
 
     unused: Rows whose tokens nobody reads.
     """

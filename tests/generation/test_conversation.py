@@ -17,7 +17,7 @@ from support.letters import Letters
 
 import pop
 from pop import engine
-from pop.generation.sampling import Sampler
+from pop.generation import batch
 
 
 @pytest.fixture
@@ -26,11 +26,11 @@ def script(monkeypatch):
 
     script = types.SimpleNamespace(says=[], logits=[])
 
-    def pick(self, logits, generators):
+    def pick(logits, params, generators):
         script.logits.append(logits)
         return torch.tensor([script.says.pop(0)])
 
-    monkeypatch.setattr(Sampler, "__call__", pick)
+    monkeypatch.setattr(batch, "sample_tokens", pick)
     return script
 
 

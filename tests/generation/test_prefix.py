@@ -7,7 +7,7 @@ from support.chat_models import OTHER_END, make
 from support.tiny import random_model, tiny_config, tiny_olmo2_config
 
 import pop
-from pop.generation.sampling import Sampler
+from pop.generation import batch
 from pop.pruning import reference
 
 
@@ -18,7 +18,7 @@ def test_a_prefix_and_a_rest_are_one_prompt(model, length, notes):
     ahead = max(0, length - model.plan.full_depth_last)
     rests = [[9], list(range(40, 61))]
     expected = [model.generate(tokens + rest, max_new_tokens=4).tokens for rest in rests]
-    logits = notes(Sampler, "__call__", lambda self, x, _: x)
+    logits = notes(batch, "sample_tokens", lambda x, *_: x)
     ran = notes(type(model.module), "embed", lambda self, tokens: tokens.numel())
     for rest, answer in zip(rests, expected, strict=True):
         logits.clear()
@@ -42,7 +42,7 @@ def test_a_rest_selects_among_the_tokens_of_its_prefix(config, chunk_size, notes
     tokens = [(7 * n + 3) % 50 for n in range(60)]
     prefix = model.prefix(tokens)
     rests = [[9], list(range(30, 51)), list(range(9))]
-    logits = notes(Sampler, "__call__", lambda self, x, _: x)
+    logits = notes(batch, "sample_tokens", lambda x, *_: x)
     prefix.generate(rests, max_new_tokens=1)
     for row, rest in zip(logits[0], rests, strict=True):
         assert_close(row, reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))

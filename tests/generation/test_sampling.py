@@ -13,11 +13,7 @@ from support.goldens import REFUSED
 from support.meta_device import META, device_only
 
 import pop
-from pop.generation.sampling import Sampler, SamplingParams, read_tokens
-
-
-def make(**settings):
-    return Sampler(SamplingParams(**settings))
+from pop.generation.sampling import SamplingParams, pick, read_tokens, sample_tokens
 
 
 def generators(*seeds):
@@ -27,7 +23,7 @@ def generators(*seeds):
 def shares(logits, count, **settings) -> torch.Tensor:
     """How often each of V tokens is picked from logits [V], for `count` random numbers that are evenly spaced."""
     numbers = (torch.arange(count) * 2 + 1) * 2**52 // count
-    picked = make(**settings).pick(logits.expand(count, -1), numbers[:, None])
+    picked = pick(logits.expand(count, -1), SamplingParams(**settings), numbers[:, None])
     return torch.bincount(picked, minlength=len(logits))
 
 
@@ -69,7 +65,7 @@ def test_the_long_tail_of_a_large_vocabulary():
     logits = torch.zeros(1, 2**17 + 1)
     logits[0, 777] = math.log(3 * 2**17)
     numbers = torch.arange(1, 2**53, 2**53 // 40)
-    found = make(temperature=1.0).pick(logits.expand(len(numbers), -1), numbers[:, None])
+    found = pick(logits.expand(len(numbers), -1), SamplingParams(temperature=1.0), numbers[:, None])
     place = numbers.double() / 2**34  # in units of an unlikely token: 2**19 in all
     expected = torch.where(place < 777, place, torch.where(place < 777 + 3 * 2**17, 777, place - 3 * 2**17))
     assert (found - expected).abs().max() <= 2
@@ -80,7 +76,7 @@ def test_the_first_and_the_last_random_number(settings):
     """They pick the first and the last token that can be drawn, not impossible ones beside them."""
     logits = torch.tensor([-math.inf, -math.inf, 1.0, -math.inf, 1.0, 1.0, 1.0, -math.inf, -math.inf])
     numbers = torch.tensor([0, 2**51 - 1, 2**51, 2**52 - 1, 2**52, 3 * 2**51 - 1, 3 * 2**51, 2**53 - 1])[:, None]
-    picked = make(temperature=1.0, **settings).pick(logits.expand(8, -1), numbers)
+    picked = pick(logits.expand(8, -1), SamplingParams(temperature=1.0, **settings), numbers)
     assert picked.tolist() == [2, 2, 4, 4, 5, 5, 6, 6]
 
 
@@ -89,8 +85,8 @@ def test_extreme_settings():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     tiny = ({"top_p": 1e-9}, {"temperature": 5e-324}, {"temperature": Fraction(1, 10**40)})
     for settings in (*tiny, {"top_k": 1}, {"top_k": np.int64(1), "temperature": 1e-39}):
-        sampler = make(**{"temperature": 5.0, **settings})
-        assert sampler(logits, generators(0, 1, 2)).tolist() == logits.argmax(-1).tolist()
+        params = SamplingParams(**{"temperature": 5.0, **settings})
+        assert sample_tokens(logits, params, generators(0, 1, 2)).tolist() == logits.argmax(-1).tolist()
     logits = torch.tensor([-math.inf, -50.0, 0.0, 50.0])
     assert shares(logits, 999, temperature=1e9).tolist() == [0, 333, 333, 333]
     for top_p, kept in ((0.1, 1), (0.3, 3), (0.31, 4), (0.7, 7), (0.999, 10), (1.0, 10)):
@@ -105,7 +101,7 @@ def test_extreme_settings():
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}])
 def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, settings):
     logits = torch.tensor([[0.0, 1.0, -math.inf], [0.0, broken, 1.0], [-math.inf] * 3, [broken] * 3])
-    tokens = make(**{"temperature": 1.0, **settings})(logits, generators(0, 1, 2, 3))
+    tokens = sample_tokens(logits, SamplingParams(**{"temperature": 1.0, **settings}), generators(0, 1, 2, 3))
     assert tokens[0] in (0, 1)  # a token may be impossible
     assert tokens[1:].tolist() == [-1, -1, -1]
     with pytest.raises(pop.InputError, match="logits are not finite"):
@@ -120,11 +116,11 @@ def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, set
     "settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.5}, {"min_p": 0.1}]
 )
 def test_nothing_waits_for_the_device(settings):
-    sampler = make(**{"temperature": 1.0, **settings})
+    params = SamplingParams(**{"temperature": 1.0, **settings})
     logits, numbers = torch.zeros(2, 30, device=META), torch.zeros(2, 1, dtype=torch.int64, device=META)
     with device_only():
-        assert sampler.pick(logits, numbers if sampler.temperature else None).shape == (2,)
-    assert sampler(logits, generators(0, 1)).device == META  # the numbers are copied there
+        assert pick(logits, params, numbers if params.temperature else None).shape == (2,)
+    assert sample_tokens(logits, params, generators(0, 1)).device == META  # the numbers are copied there
 
 
 def test_settings_out_of_range_are_refused_by_name():

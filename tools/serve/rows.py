@@ -13,7 +13,7 @@ import pop
 from pop.engine.cache import KVCache
 from pop.generation.answers import Answer, end_ids
 from pop.generation.logits import LogitsRules
-from pop.generation.sampling import Sampler, SamplingParams
+from pop.generation.sampling import SamplingParams, sample_tokens
 from pop.inputs.processors import Prepared
 
 logger = logging.getLogger(__name__)
@@ -72,11 +72,11 @@ class Row:
         ends, params = end_ids(model), job.params
         limit = min(params.max_new_tokens, model.max_seq_len + 1 - len(job.tokens))
         self.answer = Answer(model.tokenizer, ends, params.stop, limit, *params.seeds(1))
-        self.sampler, self.rules = Sampler(params), LogitsRules(model, params, [job.tokens])
+        self.rules = LogitsRules(model, params, [job.tokens])
 
     def draw(self) -> torch.Tensor:
         """The next token [1]. Nothing waits for it."""
-        token = self.sampler(self.rules(self.logits, [self.answer]), [self.answer.generator])
+        token = sample_tokens(self.rules(self.logits, [self.answer]), self.job.params, [self.answer.generator])
         self.rules.took(token)
         return token
 
