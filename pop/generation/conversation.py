@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
+from typing import NamedTuple
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError
@@ -14,22 +14,12 @@ from pop.generation.sampling import sampling_params
 from pop.inputs.processors import Prepared
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One message and its answer."""
+class State(NamedTuple):
+    """What a finished turn replaces, all together."""
 
-    user: str | list[dict]  # the message's content, as `model.chat` takes it
-    assistant: str  # the answer's text
-    prompt: list[int]  # the ids of the prompt, including the chat format's tokens
-    answer: list[int]  # the ids of the answer, as they were generated
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """The turns so far, and the cache that holds them. A finished turn replaces both together."""
-
-    turns: tuple[Turn, ...] = ()
-    cache: KVCache | None = None
+    messages: list[dict]  # as `model.chat` takes them, with those before the first turn
+    tokens: list[int]  # the ids of all prompts and answers, in order
+    cache: KVCache | None  # holds these tokens, except for the last of a truncated answer
 
 
 class Conversation:
@@ -49,30 +39,21 @@ class Conversation:
         self.plan = model.resolve(plan)
         self.enable_thinking = enable_thinking
         self._format = model.chat_format()
-        self._state = State()
-        self._earlier = earlier
+        self._state = State(earlier, [], None)
         self._prompt("Hello")  # an error in the earlier messages shows now
-        self._earlier = _separate(earlier)
+        self._state = State(_separate(earlier), [], None)
         if earlier and earlier[-1].get("role") == "user":
             raise InputError("the last of messages has the role user; leave it out, and give it to `send`")
 
     @property
-    def turns(self) -> tuple[Turn, ...]:
-        return self._state.turns
-
-    @property
     def messages(self) -> list[dict]:
         """The conversation as `model.chat` takes it."""
-        messages = _separate(self._earlier)
-        for turn in self.turns:
-            messages.append({"role": "user", "content": turn.user})
-            messages.append({"role": "assistant", "content": self._format.opening + turn.assistant})
-        return messages
+        return _separate(self._state.messages)
 
     @property
     def tokens(self) -> list[int]:
         """The token ids of all prompts and answers, in order."""
-        return [token for turn in self.turns for token in turn.prompt + turn.answer]
+        return list(self._state.tokens)
 
     def send(self, message, **options) -> Generation:
         """Answer one more message.
@@ -91,9 +72,9 @@ class Conversation:
 
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos that it shows."""
-        if self.turns:
+        if self._state.tokens:
             return self._format.next_prompt(content, self.enable_thinking)
-        messages = [*self._earlier, {"role": "user", "content": content}]
+        messages = [*self._state.messages, {"role": "user", "content": content}]
         return self._format.prompt(messages, enable_thinking=self.enable_thinking)
 
     def _next_turn(self, message, options: dict) -> Batch:
@@ -108,8 +89,9 @@ class Conversation:
                 raise InputError("the conversation got another turn during this answer; send the message again")
             (answer,) = batch.answers
             if answer.finish_reason:
-                turn = Turn(content, answer.text, prompt, answer.tokens)
-                self._state = State((*state.turns, turn), batch.take_cache())
+                said = {"role": "assistant", "content": self._format.opening + answer.text}
+                messages = [*state.messages, {"role": "user", "content": content}, said]
+                self._state = State(messages, state.tokens + prompt + answer.tokens, batch.take_cache())
                 if state.cache is not None:
                     self.model.caches.give(state.cache)
 
@@ -120,7 +102,7 @@ class Conversation:
             params,
             self.plan,
             earlier=state.cache,
-            earlier_tokens=self.tokens,
+            earlier_tokens=state.tokens,
             after_step=after_step,
         )
 

@@ -40,10 +40,6 @@ def new_model(**options):
     return pop.Model(random_model(config, seed=3), config, **options)
 
 
-def answers(chat):
-    return [turn.answer for turn in chat.turns]
-
-
 def test_sizes_go_up_in_steps():
     sizes = sorted({size_of_cache(tokens) for tokens in range(1, 2**15 + 1)})
     assert all(size_of_cache(size) == size and size % 256 == 0 for size in sizes)

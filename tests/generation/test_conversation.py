@@ -21,10 +21,14 @@ from pop.generation import batch
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """script.says: the tokens to be sampled next. script.logits: what they were to be sampled from, [1, V] each."""
+def script(monkeypatch, notes):
+    """script.says: the tokens to be sampled next. script.logits: what they were to be sampled from, [1, V] each.
 
-    script = types.SimpleNamespace(says=[], logits=[])
+    script.turns: a Batch for each turn that has begun.
+    """
+
+    turns = notes(batch.Batch, "__init__", lambda turn, *_, **__: turn)
+    script = types.SimpleNamespace(says=[], logits=[], turns=turns)
 
     def pick(logits, params, generators):
         script.logits.append(logits)
@@ -44,7 +48,7 @@ def chatml(*messages, opened=True):
 
 def assert_is_reference(model, chat, script, sampled):
     """sampled: how many tokens each turn sampled, the end token included."""
-    turns = [(turn.prompt, turn.answer) for turn in chat.turns]
+    turns = [(*turn.prompts, turn.answers[0].tokens) for turn in script.turns]
     expected, kv = turns_by_reference(model.module, model.plan, turns)
     kv = stack_layers(kv)
     begin, logits = 0, iter(script.logits)
@@ -91,9 +95,9 @@ def test_a_stream_is_a_turn_of_the_chat_format_from_its_last_piece_on(script):
         chat.send(message, max_new_tokens=count)
     script.says[:] = [*b"abc"]
     pieces = chat.stream("Hi", max_new_tokens=3)
-    assert [next(pieces), next(pieces), len(chat.turns)] == ["a", "b", 3]
-    assert [next(pieces), len(chat.turns)] == ["c", 4]
-    assert chat.turns[3].assistant == "abc"
+    assert [next(pieces), next(pieces), len(chat.messages)] == ["a", "b", 6]
+    assert [next(pieces), len(chat.messages)] == ["c", 8]
+    assert chat.messages[-1] == {"role": "assistant", "content": "abc"}
     assert [*chat.tokens, END, *b"\n"] == model.chat_tokens(chat.messages)[: -len(chatml())]
 
 
@@ -148,7 +152,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
     for text in ("", " \n", None, ["x"], "\ud800"):
         with pytest.raises(pop.InputError):
             chat.send(text)
-    assert (chat.tokens, len(chat.turns)) == (before, 1)
+    assert (chat.tokens, len(chat.messages)) == (before, 2)
     logits = []
     for each in (chat, twin):
         script.says[:], script.logits[:] = [*b"Yes", END], []
@@ -172,7 +176,7 @@ def test_a_full_context_is_an_error_with_numbers(script):
     prompt = [END, *b"\n", *chatml(("user", "x" * 60))]
     with pytest.raises(pop.ContextOverflow, match=rf"\b{len(prompt)} tokens .*\b{len(chat.tokens)} earlier .*\b70\b"):
         chat.send("x" * 60)
-    assert len(chat.turns) == 1
+    assert len(chat.messages) == 2
     room = 70 - len(chat.tokens) - len(prompt) + 60 - 2 + 1
     script.says[:] = [7] * 70
     answer = chat.send("ab")
@@ -192,7 +196,7 @@ def test_a_conversation_continues_from_messages(model, script):
         {"role": "assistant", "content": "Hello"},
     ]
     chat = model.start_chat(messages=told)
-    assert (chat.messages, chat.turns) == (told, ())
+    assert (chat.messages, chat.tokens) == (told, [])
     told[1]["content"][0]["text"] = "Bye"
     script.says[:] = [*b"Fine", END]
     part = {"type": "text", "text": "And?"}
@@ -201,7 +205,7 @@ def test_a_conversation_continues_from_messages(model, script):
     script.says[:] = [*b"ok", END]
     chat.send("Why?")
     first = chatml(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"))
-    assert [turn.prompt for turn in chat.turns] == [first, [END, *b"\n", *chatml(("user", "Why?"))]]
+    assert [*chat.tokens] == [*first, *b"Fine", END, *b"\n", *chatml(("user", "Why?")), *b"ok"]
     sent = [[{"type": "text", "text": "Hi"}], "Hello", [{"type": "text", "text": "And?"}], "Fine", "Why?", "ok"]
     assert [message["content"] for message in chat.messages] == ["Be brief.", *sent]
     assert_is_reference(model, chat, script, [5, 3])
@@ -243,7 +247,7 @@ def test_a_conversation_without_thinking_stays_without(script):
     first = [*chatml(("system", "Be brief."), ("user", "Hi")), *no_thoughts]
     later = [END, *b"\n", *chatml(("user", "And?")), *no_thoughts]
     chat.send("And?")
-    assert [turn.prompt for turn in chat.turns] == [first, later]
+    assert chat.tokens == [*first, *b"Yes", *later, *b"Yes"]
     assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
     with pytest.raises(pop.InputError, match="enable_thinking is 'no'"):
         model.start_chat(enable_thinking="no").send("Hi")

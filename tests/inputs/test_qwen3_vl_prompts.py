@@ -92,8 +92,8 @@ def test_the_turn_of_a_model_that_always_thinks_is_opened_with_a_tag(model):
     chat = thinking.start_chat()
     chat.send("Hi", max_new_tokens=4)
     assert chat.messages[-1]["content"].startswith("<think>\n")
-    chat.send("And?", max_new_tokens=4)
-    assert chat.turns[1].prompt[-2:] == encode("<think>\n")
+    answer = chat.send("And?", max_new_tokens=4)
+    assert chat.tokens[: answer.prompt_tokens][-2:] == encode("<think>\n")
     with pytest.raises(UnsupportedError, match="always thinks"):
         thinking.chat(messages, enable_thinking=False)
 
@@ -108,8 +108,9 @@ def test_turns_continue_where_images_end(model, plan):
     answers.append(chat.send("Well?", max_new_tokens=4))
     seen = [{"images": [[A]], "videos": [[FILM]]}, {"images": [[B]]}, {}]
     cache = model.new_cache(1, len(chat.tokens))
-    for turn, answer, given in zip(chat.turns, answers, seen, strict=True):
-        token = model.prefill([turn.prompt], cache, plan=plan, **given).argmax(-1)
+    for answer, given in zip(answers, seen, strict=True):
+        prompt = chat.tokens[int(cache.lengths) : answer.prompt_tokens]
+        token = model.prefill([prompt], cache, plan=plan, **given).argmax(-1)
         for expected in answer.tokens:
             assert token.item() == expected
             token = model.decode(token, cache).argmax(-1)
