@@ -201,7 +201,9 @@ class Model(Runner):
     def encode(self, prompt, what: str = "prompt", bos: bool = True, media: Sequence[Prepared] = ()) -> list[int]:
         """Text with its images and videos, or token ids in any form, as a list of ids. `what` names it in errors."""
         if isinstance(prompt, str):
-            prompt = self._encode_text(prompt, what, bos, media)
+            self.need_tokenizer("text")
+            pieces = self.vision.replace_marks(prompt, media, what) if media else [prompt]
+            prompt = self.tokenizer.encode_pieces(pieces, bos) if prompt else []
         elif hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
         if prompt == []:
@@ -210,13 +212,6 @@ class Model(Runner):
         if not media:
             self.vision.runs(tokens, media, f"the {what}")
         return tokens.tolist()
-
-    def _encode_text(self, text: str, what: str, bos: bool, media: Sequence[Prepared]) -> list[int]:
-        self.need_tokenizer("text")
-        if not text:
-            return []
-        pieces = self.vision.replace_marks(text, media, what) if media else [text]
-        return self.tokenizer.encode_pieces(pieces, bos)
 
     def encode_batch(
         self, prompt, images=None, videos=None, what: str = "prompt", bos: bool = True

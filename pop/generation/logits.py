@@ -26,7 +26,6 @@ class LogitsRules:
 
     def __init__(self, model, params: SamplingParams, rows: list[list[int]]):
         self.params = params
-        self.rows = rows
         size = model.config.vocab_size
         never = {*model.vision.placeholders.values()}
         if model.tokenizer is not None:
@@ -34,6 +33,11 @@ class LogitsRules:
         never = torch.tensor(sorted(token for token in never if token < size), dtype=torch.int64, device="cpu")
         (self.barred,) = to_device([never], model.device)
         self.used: Tensor | None = None  # [B, V] bool, which tokens a row has; only for repetition_penalty
+        if params.repetition_penalty != 1:
+            used = torch.zeros(len(rows), size, dtype=torch.bool, device="cpu")
+            for row, tokens in enumerate(rows):
+                used[row, tokens] = True
+            self.used = used.to(model.device, non_blocking=True)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Continue with `rows` [R] of the batch; on its device."""
@@ -48,8 +52,10 @@ class LogitsRules:
     def __call__(self, logits: Tensor, answers: Sequence[Answer]) -> Tensor:
         """The logits [B, V] of these answers, which stay as they are -> logits [B, V] by the rules."""
         process = self.params.logits_processor
-        if self.params.repetition_penalty != 1:
-            logits = self._with_penalty(logits)
+        if self.used is not None:
+            penalty = float(self.params.repetition_penalty)
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self.used, penalised, logits)
         if process is not None:
             check_finite(logits.amax(-1), "logits")
             pairs = zip(logits, answers, strict=True)
@@ -62,16 +68,6 @@ class LogitsRules:
                 "it must leave a token that may be picked, and no infinite or NaN logit"
             )
         return logits
-
-    def _with_penalty(self, logits: Tensor) -> Tensor:
-        penalty = float(self.params.repetition_penalty)
-        if self.used is None:
-            places = [(row, token) for row, tokens in enumerate(self.rows) for token in tokens]
-            (places,) = to_device([torch.tensor(places, device="cpu").T], logits.device)  # [2, all tokens]
-            self.used = torch.zeros_like(logits, dtype=torch.bool)
-            self.used.index_put_(tuple(places), self.used.new_ones(()))
-        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        return torch.where(self.used, penalised, logits)
 
 
 def _processed(process, logits: Tensor, answer: Answer) -> Tensor:
