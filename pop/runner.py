@@ -18,7 +18,7 @@ from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, ReadyStages
 from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
-from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError, check_count
+from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
 from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
@@ -265,13 +265,6 @@ class Runner:
         corrections = plan.corrections
         if corrections is None or not plan.layers:
             return plan
-        sizes = {"weight": self.config.num_kv_heads * self.config.head_dim, "shared": 2 * self.config.hidden_size}
-        for name, size in sizes.items():
-            found = corrections.tensors[name].shape[2]
-            if found != size and corrections.rows is None:
-                detail = f"its tensor {name!r} is for {found} numbers, and not {size}"
-                advice = "`pop plans` lists the plans that are here, and `pop calibrate` makes one"
-                raise PlanError(f"{plan.name or 'the plan'} is of another model: {detail}; {advice}")
         note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
         is_first = self.part is None or self.part.rank == 0
         if is_first and note and note not in self._notes:

@@ -24,7 +24,6 @@ from pop.calibration import refit
 from pop.calibration.calibrate import RIDGES
 from pop.calibration.held_out import Judge, hold_out
 from pop.calibration.texts import text_windows
-from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
 
 
@@ -181,13 +180,6 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
             "model": model.name, "version": pop.__version__, "texts": 5, "windows": 10, "held_out": 1, "longest": 100,
             "tokens": fitted, "rank": 15, "steps": 0, "seed": 5,
         }  # fmt: skip
-
-
-def test_a_plan_of_another_shape_is_refused(model):
-    weight = torch.zeros(2, 2, 20, 5)
-    reshaped = Corrections((2, 3), weight, torch.zeros(1, 5, 14), sketch=model.sketch[2:4])
-    with pytest.raises(PlanError, match="of another model: its tensor 'shared' is for 14"):
-        model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, corrections=reshaped))
 
 
 def test_bfloat16_is_close_to_float32(model, calibrated, tmp_path):

@@ -106,9 +106,9 @@ def test_a_plan_of_other_weights_is_refused(change):
     assert not apart(model) <= NEAR
     with pytest.raises(pop.PlanError, match=r"other weights.*pop calibrate"):
         model.resolve(calibrated())
-    other = random_model(CONFIG, seed=5)
-    with pytest.raises(pop.PlanError, match="other weights"):
-        pop.Model(other, CONFIG, plan=calibrated())
+    for config in (CONFIG, tiny_config(hidden_size=64, head_dim=16), tiny_config(hidden_size=32, head_dim=32)):
+        with pytest.raises(pop.PlanError, match="other weights"):
+            pop.Model(random_model(config, seed=5), config, plan=calibrated())
 
 
 def test_layers_outside_the_plan_do_not_count():
