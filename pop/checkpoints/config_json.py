@@ -265,8 +265,7 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
     fields.choice("model_type", types, types[0])
     fields.fixed(hidden_act="gelu_pytorch_tanh", in_channels=3)
     rope = fields.part("rope_parameters")
-    rope.fixed(rope_type="axial")
-    rope_base = rope.number("rope_theta", configs.Qwen3VisionConfig.rope_base)
+    rope.fixed(rope_type="axial", rope_theta=configs.RopeConfig.base)
     rope.finish()
     return _build(
         configs.Qwen3VisionConfig,
@@ -274,7 +273,6 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
         NAMES | {"num_layers": "depth", "num_heads": "num_heads"},
         deepstack=fields.integers("deepstack_visual_indexes"),
         position_side=math.isqrt(fields.integer("num_position_embeddings", 48**2)),
-        rope_base=rope_base,
     )
 
 

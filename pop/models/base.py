@@ -133,11 +133,11 @@ class DecoderLayer(PrunableLayer):
     def queries_keys_values(self, h, rope):
         x = self.input_layernorm(h)
         q = self.self_attn.queries(x, rope)
-        k, v = self.self_attn.keys_values(x, rope)
+        k, v = self.placed(*self.self_attn.projected(x), rope)
         return q, k, v
 
     def keys_values(self, h, rope):
-        return self.self_attn.keys_values(self.input_layernorm(h), rope)
+        return self.placed(*self.projected(h), rope)
 
     def attention_update(self, attended):
         return self.self_attn.o_proj(attended)
@@ -151,8 +151,7 @@ class DecoderLayer(PrunableLayer):
 
     def projected(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [B, T, D] -> k and v [B, T, K * E] before k's norm and rotation: what a calibrated plan corrects."""
-        x = self.input_layernorm(h)
-        return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
+        return self.self_attn.projected(self.input_layernorm(h))
 
     def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], as the cache holds them."""
@@ -206,7 +205,7 @@ class DecoderModel(PrunableModel):
 
     def rope(self, positions):
         frequencies = self.frequencies(self.config.rope, positions.device)
-        return {None: rope_tables(positions, frequencies)}
+        return {None: rope_tables(positions[..., None], frequencies)}
 
     def head(self, h):
         h = self.decoder.norm(h)

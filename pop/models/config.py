@@ -40,7 +40,7 @@ class RopeConfig:
         _check(high > low, f"high_freq_factor ({high}) must exceed low_freq_factor ({low})")
 
 
-class DecoderConfig:
+class Config:
     """What the configs of all families have in common."""
 
     overflows_float16: ClassVar[bool] = False  # whether activations do
@@ -58,7 +58,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class FullAttentionConfig(DecoderConfig):
+class FullAttentionConfig(Config):
     """What Llama, Qwen3 and OLMo-2 have in common: in every layer, a token attends to all tokens before it."""
 
     vocab_size: int
@@ -137,7 +137,7 @@ class SiglipConfig:
 
 
 @dataclass(frozen=True)
-class Gemma3Config(DecoderConfig):
+class Gemma3Config(Config):
     """Local layers have a window and a RoPE of their own. Global layers have no window.
 
     In a prompt, an image is one `boi_id`, then its tokens, which are all `image_id`, and then one `eoi_id`.
@@ -219,7 +219,6 @@ class Qwen3VisionConfig:
     patch_size: int = 16
     merge_size: int = 2
     frames: int = 2
-    rope_base: float = 10_000.0
 
     def __post_init__(self):
         C = self.hidden_size
@@ -274,6 +273,3 @@ class Qwen3VLConfig(Qwen3Config):
         distinct = max(ids) < V and len({*ids}) == 4
         names = "image_, video_, vision_start_ and vision_end_token_id"
         _check(distinct, f"{names} {ids} must be four tokens below vocab_size {V}")
-
-
-Config = LlamaConfig | Gemma3Config | Qwen3Config | Qwen3VLConfig | Olmo2Config

@@ -58,6 +58,7 @@ class Gemma3(base.DecoderModel):
         super().__init__(config, decoder if config.vision is None else None)
         if config.vision is None:
             return
+        self.vision_blocks = "vision_tower.vision_model.encoder.layers"
         self.vision_tower = nn.Sequential(OrderedDict(vision_model=VisionModel(config.vision)))
         self.multi_modal_projector = Projector(config.vision, config.hidden_size)
         self.language_model = nn.Module()  # checkpoints with a tower name the decoder language_model.model
@@ -69,12 +70,6 @@ class Gemma3(base.DecoderModel):
             return self.model
         return self.language_model.model
 
-    @property
-    def vision_blocks(self) -> str | None:
-        if self.config.vision is None:
-            return None
-        return "vision_tower.vision_model.encoder.layers"
-
     def embed(self, tokens):
         h = super().embed(tokens)
         return h * h.new_full((), self.config.hidden_size**0.5)  # the factor is rounded to the weights' dtype
@@ -83,7 +78,7 @@ class Gemma3(base.DecoderModel):
         ropes = {}
         for window in set(self.config.windows):
             rope = self.config.rope if window is None else self.config.local_rope
-            ropes[window] = rope_tables(positions, self.frequencies(rope, positions.device))
+            ropes[window] = rope_tables(positions[..., None], self.frequencies(rope, positions.device))
         return ropes
 
     def image_features(self, pixels: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class Images:
     def select(self, index: Tensor, valid: Tensor | bool = True) -> Images:
         """The part of the images at tokens `index` [B, C], int64 on the CPU, of the prompts and what follows them.
 
-        Tokens that follow a prompt, and those that are not `valid` [B, C], are text. TEXT: all tokens are.
+        Tokens that follow a prompt, and those that are not `valid` [B, C], are text. TEXT: all tokens are. `rotary`
+        still takes indices in the prompts.
         """
         return self
 
@@ -65,8 +66,8 @@ class PlacedImages(Images):
     features: Tensor  # [M, D], the embeddings of these tokens
     feature_index: Tensor  # [B, T] int64, which of the M each token is, or -1 for text
     look_ahead: Tensor | None = None  # [B, T] int64, how many tokens after itself each attends to; None: none
-    # [3, B, T] int64, rotary positions by time, row and column; None: those of text. Whatever follows the prompt
-    # continues from the largest of them.
+    # [3, B, T] int64, rotary positions by time, row and column, zeros in the padding; None: those of text. Whatever
+    # follows the prompt continues from the largest of them.
     rope_positions: Tensor | None = None
     deepstack: tuple[Tensor, ...] = ()  # for each of the first layers, features [M, D] to add to h after it
 
@@ -100,8 +101,7 @@ class PlacedImages(Images):
     def rope_offset(self, lengths):
         if self.rope_positions is None:
             return super().rope_offset(lengths)
-        inside = torch.arange(self.rope_positions.shape[2]) < lengths[:, None]  # [B, T]
-        return self.rope_positions.where(inside, -1).amax((0, 2)) + 1 - lengths
+        return self.rope_positions.amax((0, 2)) + 1 - lengths
 
     def chunk_ends(self, begin, end):
         if self.look_ahead is None:
@@ -120,9 +120,4 @@ class PlacedImages(Images):
         look_ahead = self.look_ahead
         if look_ahead is not None:
             look_ahead = look_ahead.gather(1, inside).where(valid, 0)
-        rope_positions = self.rope_positions
-        if rope_positions is not None:
-            rope_positions = self.rotary(index)
-        return dataclasses.replace(
-            self, feature_index=feature_index, look_ahead=look_ahead, rope_positions=rope_positions
-        )
+        return dataclasses.replace(self, feature_index=feature_index, look_ahead=look_ahead)

@@ -80,8 +80,11 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> T
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor) -> Rope:
-    """positions [B, T] -> cos and sin, each [B, T, 1, E/2]. Float32: bfloat16 cannot tell position 1000 from 1001."""
-    angles = positions[:, :, None, None].float() * frequencies  # [B, T, 1, E/2]
+    """positions [B, T, 1], or [B, T, E/2] of each pair -> cos and sin, each [B, T, 1, E/2].
+
+    Float32: bfloat16 cannot tell position 1000 from 1001.
+    """
+    angles = positions[:, :, None].float() * frequencies  # [B, T, 1, E/2]
     return angles.cos(), angles.sin()
 
 
@@ -120,9 +123,9 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H, E]
         return rotate(self.q_norm(q), rope)
 
-    def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """x [B, T, D] -> k and v [B, T, K, E], with k rotated."""
-        return self.placed(self.k_proj(x), self.v_proj(x), rope)
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] -> k and v [B, T, K * E], for `placed`."""
+        return self.k_proj(x), self.v_proj(x)
 
     def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], with k normalised and rotated."""

@@ -17,29 +17,20 @@ from torch import Tensor, nn
 
 from pop.models import base
 from pop.models.config import Qwen3VLConfig
-from pop.models.layers import RMSNorm
+from pop.models.layers import rope_tables
 from pop.models.qwen3 import DecoderLayer
 from pop.models.vision.qwen3_vl import Grid, VisionTower
-
-
-class Parts(nn.Module):
-    """The two halves of the model. Checkpoints call them model.language_model and model.visual."""
-
-    def __init__(self, config: Qwen3VLConfig):
-        super().__init__()
-        self.language_model = base.Decoder(config, DecoderLayer, RMSNorm)
-        self.visual = VisionTower(config.vision)
 
 
 class Qwen3VL(base.DecoderModel):
     vision_blocks = "model.visual.blocks"
 
     def __init__(self, config: Qwen3VLConfig):
-        super().__init__(config, Parts(config))
-
-    @property
-    def deepstack_layers(self) -> int:
-        return len(self.config.vision.deepstack)
+        halves = nn.Module()  # checkpoints call them model.language_model and model.visual
+        halves.language_model = base.Decoder(config, DecoderLayer)
+        halves.visual = VisionTower(config.vision)
+        super().__init__(config, halves)
+        self.deepstack_layers = len(config.vision.deepstack)
 
     @property
     def decoder(self) -> base.Decoder:
@@ -64,8 +55,7 @@ class Qwen3VL(base.DecoderModel):
         for axis in (1, 2):  # interleaved: t h w t h w ..., and t for the rest
             axes[axis : 3 * self.config.mrope_sections[axis] : 3] = axis
         by_pair = positions[axes].movedim(0, -1).contiguous()  # [B, T, E/2]
-        angles = by_pair[:, :, None].float() * frequencies  # [B, T, 1, E/2]
-        return {None: (angles.cos(), angles.sin())}
+        return {None: rope_tables(by_pair, frequencies)}
 
 
 def image_positions(length: int, frames: Iterable[tuple[range, Grid]], merge_size: int) -> Tensor:

@@ -83,7 +83,8 @@ def image_cases(draw):
     if config.family == "gemma3":
         images = both_ways(features[0].view(-1, side * side, 30), numbers)
     else:
-        positions = torch.randint(40, (3, *tokens.shape), generator=random)
+        is_token = torch.arange(tokens.shape[1]) < lengths[:, None]
+        positions = torch.randint(40, (3, *tokens.shape), generator=random) * is_token
         images = PlacedImages(features[0], numbers, rope_positions=positions, deepstack=tuple(features[1:]))
     return random_model(config, seed=draw(st.integers(0, 9))), draw(plans(config)), tokens, lengths, chunk, images
 

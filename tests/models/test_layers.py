@@ -27,7 +27,7 @@ def test_norm_statistics_are_float32_whatever_the_weights_are():
 def test_neighbouring_positions_are_told_apart_far_out():
     positions = torch.tensor([[100_000, 100_001]])
     frequencies = rope_frequencies(RopeConfig(base=500_000.0), 8, torch.device("cpu"))
-    cos, sin = rope_tables(positions, frequencies)
+    cos, sin = rope_tables(positions[..., None], frequencies)
     assert cos.dtype == sin.dtype == torch.float32
     exact = positions[0, :, None].double() * 500_000.0 ** (-torch.arange(0, 8, 2).double() / 8)
     # A float32 angle of 100,000 is off by up to 0.004; half a step between positions is 0.5.

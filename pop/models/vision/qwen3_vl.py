@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pop.models.config import Qwen3VisionConfig
-from pop.models.layers import Rope, rotate
+from pop.models.config import Qwen3VisionConfig, RopeConfig
+from pop.models.layers import Rope, rope_frequencies, rotate
 
 NORM_EPS = 1e-6  # no config states it
 PATCHES_AT_ONCE = 2**14  # bounds the memory for activations
@@ -97,20 +97,16 @@ class Merger(nn.Module):
 
     def __init__(self, config: Qwen3VisionConfig, norm_merged: bool):
         super().__init__()
-        self.norm_merged = norm_merged
-        self.merged = config.merge_size**2
-        size = self.merged * config.hidden_size
+        size = config.merge_size**2 * config.hidden_size
         self.norm = nn.LayerNorm(size if norm_merged else config.hidden_size, NORM_EPS)
         self.linear_fc1 = nn.Linear(size, size)
         self.linear_fc2 = nn.Linear(size, config.out_size)
 
     def forward(self, h: Tensor) -> Tensor:
         """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
-        if not self.norm_merged:
-            h = self.norm(h)
-        h = h.unflatten(1, (-1, self.merged)).flatten(2)  # [N, M, merged * C]
-        if self.norm_merged:
-            h = self.norm(h)
+        N = len(h)
+        h = self.norm(h.view(N, -1, *self.norm.normalized_shape))  # [N, P, C], or [N, M, values of a square]
+        h = h.view(N, -1, self.linear_fc1.in_features)  # [N, M, values of a square]
         return self.linear_fc2(F.gelu(self.linear_fc1(h)))
 
 
@@ -171,11 +167,8 @@ class VisionTower(nn.Module):
 
     def angles(self, rows: int, columns: int) -> Tensor:
         """The angles of a head's pairs, half by the row and half by the column: [P, 1, E / 2] float32."""
-        half = self.config.head_dim // 2
         device = self.pos_embed.weight.device
-        exponents = torch.arange(0, half, 2, device=device).float() / half
-        frequencies = 1 / self.config.rope_base**exponents  # [E / 4]
-        by_row = torch.arange(rows, device=device)[:, None, None] * frequencies
-        by_column = torch.arange(columns, device=device)[:, None] * frequencies
-        by_axis = torch.broadcast_tensors(by_row, by_column[None])  # [rows, columns, E / 4] each
-        return self.by_square(torch.cat(by_axis, dim=-1))[:, None]
+        frequencies = rope_frequencies(RopeConfig(), self.config.head_dim // 2, device)  # [E / 4]
+        patch = self.by_square(torch.arange(rows * columns, device=device).view(rows, columns))  # [P], row by row
+        place = torch.stack([patch // columns, patch % columns], dim=-1)  # [P, 2]
+        return (place[..., None] * frequencies).flatten(1)[:, None]

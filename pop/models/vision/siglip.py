@@ -99,19 +99,15 @@ class Projector(nn.Module):
 
     def __init__(self, config: SiglipConfig, hidden_size: int):
         super().__init__()
-        self.tokens_per_side = config.tokens_per_side
-        self.block_side = config.patches_per_side // config.tokens_per_side
+        tokens = config.tokens_per_side
+        block = config.patches_per_side // tokens
+        self.grid = (tokens, block, tokens, block)  # of patches: row, row in it, column, column in it
         self.mm_soft_emb_norm = GemmaRMSNorm(config.hidden_size, config.norm_eps)
         # Stored as [in, out], unlike nn.Linear, and applied as x @ weight.
         self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, hidden_size))  # [C, D]
 
-    def pool(self, patches: Tensor) -> Tensor:
-        """patches [N, P, C] -> the means of square blocks of patches [N, M, C], row by row."""
-        tokens = self.tokens_per_side
-        block = self.block_side
-        grid = patches.unflatten(1, (tokens, block, tokens, block))  # [N, row, row in it, column, column in it, C]
-        return grid.mean((2, 4)).flatten(1, 2)  # [N, M, C]
-
     def forward(self, patches: Tensor) -> Tensor:
         """patches [N, P, C] -> tokens [N, M, D] in place of embeddings, but not scaled by sqrt(D)."""
-        return self.mm_soft_emb_norm(self.pool(patches)) @ self.mm_input_projection_weight
+        blocks = patches.unflatten(1, self.grid)
+        means = blocks.mean((2, 4)).flatten(1, 2)  # of square blocks of patches, row by row: [N, M, C]
+        return self.mm_soft_emb_norm(means) @ self.mm_input_projection_weight
