@@ -20,7 +20,6 @@ from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
 from pop.inputs.processors import Prepared, Processor, processor_of
-from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
 from pop.pruning.sketch import check_distance, distance, inputs, sketch_of
 from pop.system.memory import to_device
@@ -158,6 +157,7 @@ class Runner:
         media = self.vision.prepare_batch(images, videos, len(tokens))
         return self.prefill_checked(tokens, cache, lengths, media, self.resolve(plan))
 
+    @engine_modes()
     def prefill_checked(
         self,
         tokens: Tensor,
@@ -180,7 +180,7 @@ class Runner:
         """
         self._check_cache(cache, lengths)
         stages = self._stages(len(tokens), plan)
-        images = self._images(self._stages.vision_module, media, tokens, lengths)
+        images = self.vision.images(self._stages.vision_module, media, tokens, lengths)
         chunk_size = self.chunk_size
         if self.device.type == "cuda":
             chunk_size = max(chunk_size_of_rows(chunk_size, len(tokens)), self.vision.min_chunk_size)
@@ -216,7 +216,7 @@ class Runner:
         tokens = token_ids(tokens, 2, self.config.vocab_size)
         media = self.vision.prepare_batch(images, videos, len(tokens))
         self.check_fits(tokens.shape[1])
-        images = self._images(self.module, media, tokens, row_lengths(None, tokens))
+        images = self.vision.images(self.module, media, tokens, row_lengths(None, tokens))
         (tokens,) = to_device([tokens], self.device)
         return self.module(tokens, images)
 
@@ -232,8 +232,6 @@ class Runner:
             plans: Other plans than the model's that calls will use.
         """
         batch_size = check_count("batch_size", batch_size)
-        if not isinstance(plans, list | tuple):
-            raise InputError(f"plans is {plans!r:.80}; give a list of plans")
         for rows in (1, 2)[:batch_size]:
             for plan in (self.plan, *plans):
                 self._stages(rows, self.resolve(plan))
@@ -285,11 +283,6 @@ class Runner:
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
         vision = self.vision
         cache.check(self.module.config, self.dtype, self.device, vision.min_chunk_size, added, vision.how_to_shorten)
-
-    @engine_modes()
-    def _images(self, module, media, tokens: Tensor, lengths: Tensor) -> Images:
-        """What each row's images and videos bring to tokens [B, T] on the CPU, by the vision tower of a module."""
-        return self.vision.images(module, media, tokens, lengths)
 
 
 def check_options(config, dtype: torch.dtype, max_seq_len: int | None, compile) -> int:

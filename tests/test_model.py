@@ -122,7 +122,6 @@ WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
         (lambda m: m.decode([1], cache_of(tiny_config(num_layers=6))), pop.InputError, ["cache", "another model"]),
         (lambda m: m.decode([1], cache_of(m.config, torch.bfloat16)), pop.InputError, ["cache", "dtype"]),
         (lambda m: m.new_cache(0), pop.InputError, ["batch_size", "0"]),
-        (lambda m: m.warmup(1, m.plan), pop.InputError, ["plans is PrunePlan"]),
         (lambda m: m.new_cache(1, 0), pop.InputError, ["max_seq_len", "0"]),
         (lambda m: m.new_cache(1, 129), pop.ContextOverflow, ["129", "128"]),
         (lambda m: m.new_cache(10**12, 100), pop.CacheMemoryError, ["bytes"]),

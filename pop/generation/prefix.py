@@ -36,12 +36,13 @@ class Prefix:
         for tokens in ranges:
             if cut in tokens:
                 cut = tokens[0]
+        self._encoded = self.tokens[:cut]
         self._left_tokens = self.tokens[cut:]  # encoded with each prompt
         self._left_media = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] >= cut]
         self._cache = None
         if cut:
             encoded = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] < cut]
-            tokens, lengths = padded([self.tokens[:cut]])
+            tokens, lengths = padded([self._encoded])
             self._cache = model.new_cache(1, cut)
             model.prefill_checked(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
 
@@ -78,5 +79,5 @@ class Prefix:
             self.plan,
             is_list=is_list,
             earlier=self._cache,
-            earlier_tokens=self.tokens[: len(self.tokens) - len(self._left_tokens)],
+            earlier_tokens=self._encoded,
         )

@@ -105,8 +105,8 @@ class Merger(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
         N = len(h)
-        h = self.norm(h.view(N, -1, *self.norm.normalized_shape))  # [N, P, C], or [N, M, values of a square]
-        h = h.view(N, -1, self.linear_fc1.in_features)  # [N, M, values of a square]
+        h = self.norm(h.reshape(N, -1, *self.norm.normalized_shape))  # [N, P, C], or [N, M, values of a square]
+        h = h.reshape(N, -1, self.linear_fc1.in_features)  # [N, M, values of a square]
         return self.linear_fc2(F.gelu(self.linear_fc1(h)))
 
 
