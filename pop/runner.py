@@ -261,7 +261,7 @@ class Runner:
         is_own = plan is None or (isinstance(plan, str) and plan == "default")
         plan = PrunePlan.of(self.plan if is_own else plan, self.config.num_layers)
         corrections = plan.corrections
-        if corrections is None or not plan.layers:
+        if corrections is None:
             return plan
         note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
         is_first = self.part is None or self.part.rank == 0

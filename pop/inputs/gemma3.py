@@ -10,7 +10,7 @@ from torch import Tensor
 from pop.inputs.images import load_image, normalise
 from pop.inputs.processors import Limits, Prepared, Processor
 from pop.models.config import Gemma3Config
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 
 IMAGES_AT_ONCE = 8  # in the vision tower
 
@@ -46,4 +46,4 @@ class GemmaProcessor(Processor):
         for part in pixels.split(IMAGES_AT_ONCE):
             features.append(module.image_features(part.to(weight, non_blocking=True)))  # [images, M, D]
         look_ahead = (M - 1 - feature_index % M).where(feature_index >= 0, 0)
-        return PlacedImages(torch.cat(features).flatten(0, 1), feature_index, look_ahead)  # features [N * M, D]
+        return Images(torch.cat(features).flatten(0, 1), feature_index, look_ahead)  # features [N * M, D]

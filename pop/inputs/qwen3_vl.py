@@ -19,7 +19,7 @@ from pop.inputs.images import normalise
 from pop.inputs.processors import Limits, Prepared, Processor
 from pop.inputs.video_files import Video
 from pop.models.config import Qwen3VisionConfig, Qwen3VLConfig
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
@@ -158,4 +158,4 @@ class QwenProcessor(Processor):
         media = [one for row in rows for one in row]
         pixels = torch.cat([one.pixels for one in media])  # [P, ...]
         features, deepstack = module.image_features(pixels, [one.grid for one in media])
-        return PlacedImages(features, feature_index, rope_positions=rope_positions, deepstack=deepstack)
+        return Images(features, feature_index, rope_positions=rope_positions, deepstack=deepstack)

@@ -5,7 +5,6 @@ A token that stands for a part of an image has its features in place of an embed
 - look-ahead: in Gemma-3, the tokens of an image attend to each other in both directions;
 - rotary positions by time, row and column, and DeepStack features added after the first layers: in Qwen3-VL.
 
-`Images` has every method that the models and the engine call, in its form for a batch without images.
 Shape letters: layers.py.
 """
 
@@ -17,64 +16,29 @@ import torch
 from torch import Tensor
 
 
-class Images:
-    """The form for a batch of plain text: nothing is replaced or added, and positions count tokens."""
-
-    def place(self, h: Tensor) -> Tensor:
-        """Embeddings h [B, T, D] -> the same, with the images' features at their tokens."""
-        return h
-
-    def add_deepstack(self, h: Tensor, index: int) -> Tensor:
-        """h [B, T, D] after layer `index` -> the same, plus the features that are added there."""
-        return h
-
-    def last_attended(self, positions: Tensor) -> Tensor | None:
-        """Positions [B, T] -> the last position that each token attends to. None: its own, as in causal attention."""
-        return None
-
-    def rotary(self, index: Tensor) -> Tensor:
-        """Indices [B, C] of tokens in their prompts -> rotary positions, [B, C], or [3, B, C] by axis."""
-        return index
-
-    def rope_offset(self, lengths: Tensor) -> Tensor:
-        """Prompt lengths [B] -> [B], the next rotary position after each prompt minus its length."""
-        return torch.zeros_like(lengths)
-
-    def chunk_ends(self, begin: Tensor, end: Tensor) -> Tensor:
-        """begin, end [B] of each row's chunk -> ends [B], moved back so that no image is cut."""
-        return end
-
-    def select(self, index: Tensor, valid: Tensor | bool = True) -> Images:
-        """The part of the images at tokens `index` [B, C], int64 on the CPU, of the prompts and what follows them.
-
-        Tokens that follow a prompt, and those that are not `valid` [B, C], are text. TEXT: all tokens are. `rotary`
-        still takes indices in the prompts.
-        """
-        return self
-
-
-TEXT = Images()
-
-
 @dataclasses.dataclass(frozen=True)
-class PlacedImages(Images):
+class Images:
     """Images and videos in a batch of prompts, tokens [B, T]. M of the tokens stand for parts of them.
 
-    Features are on the model's device. Other tensors are on the CPU.
+    Features are on the model's device. Other tensors are on the CPU. None: there are none.
     """
 
-    features: Tensor  # [M, D], the embeddings of these tokens
-    feature_index: Tensor  # [B, T] int64, which of the M each token is, or -1 for text
-    look_ahead: Tensor | None = None  # [B, T] int64, how many tokens after itself each attends to; None: none
+    features: Tensor | None = None  # [M, D], the embeddings of these tokens
+    feature_index: Tensor | None = None  # [B, T] int64, which of the M each token is, or -1 for text
+    look_ahead: Tensor | None = None  # [B, T] int64, how many tokens after itself each attends to
     # [3, B, T] int64, rotary positions by time, row and column, zeros in the padding; None: those of text. Whatever
     # follows the prompt continues from the largest of them.
     rope_positions: Tensor | None = None
     deepstack: tuple[Tensor, ...] = ()  # for each of the first layers, features [M, D] to add to h after it
 
-    def place(self, h):
+    def place(self, h: Tensor) -> Tensor:
+        """Embeddings h [B, T, D] -> the same, with the images' features at their tokens."""
+        if self.features is None:
+            return h
         return self._at_image_tokens(h, self.features)
 
-    def add_deepstack(self, h, index):
+    def add_deepstack(self, h: Tensor, index: int) -> Tensor:
+        """h [B, T, D] after layer `index` -> the same, plus the features that are added there."""
         if index >= len(self.deepstack):
             return h
         return h + self._at_image_tokens(torch.zeros_like(h), self.deepstack[index])
@@ -84,12 +48,14 @@ class PlacedImages(Images):
         index = self.feature_index.to(h.device, non_blocking=True)
         return torch.where((index >= 0)[..., None], features[index.clamp(min=0)], h)
 
-    def last_attended(self, positions):
+    def last_attended(self, positions: Tensor) -> Tensor | None:
+        """Positions [B, T] -> the last position that each token attends to. None: its own, as in causal attention."""
         if self.look_ahead is None:
             return None
         return positions + self.look_ahead.to(positions.device)
 
-    def rotary(self, index):
+    def rotary(self, index: Tensor) -> Tensor:
+        """Indices [B, C] of tokens in their prompts -> rotary positions, [B, C], or [3, B, C] by axis."""
         if self.rope_positions is None:
             return index
         positions = self.rope_positions.to(index.device)
@@ -98,19 +64,28 @@ class PlacedImages(Images):
         following = index - T + 1 + positions.amax((0, 2))[:, None]  # [B, C]
         return inside.where(index < T, following)
 
-    def rope_offset(self, lengths):
+    def rope_offset(self, lengths: Tensor) -> Tensor:
+        """Prompt lengths [B] -> [B], the next rotary position after each prompt minus its length."""
         if self.rope_positions is None:
-            return super().rope_offset(lengths)
+            return torch.zeros_like(lengths)
         return self.rope_positions.amax((0, 2)) + 1 - lengths
 
-    def chunk_ends(self, begin, end):
+    def chunk_ends(self, begin: Tensor, end: Tensor) -> Tensor:
+        """begin, end [B] of each row's chunk -> ends [B], moved back so that no image with look-ahead is cut."""
         if self.look_ahead is None:
             return end
         index = torch.arange(self.look_ahead.shape[1])
         may_end = (self.look_ahead == 0) & (index < end[:, None])  # [B, T], whether a chunk may end after this token
         return torch.where(may_end, index + 1, begin[:, None]).amax(1)
 
-    def select(self, index, valid=True):
+    def select(self, index: Tensor, valid: Tensor | bool = True) -> Images:
+        """The part of the images at tokens `index` [B, C], int64 on the CPU, of the prompts and what follows them.
+
+        Tokens that follow a prompt, and those that are not `valid` [B, C], are text. TEXT: all tokens are. `rotary`
+        still takes indices in the prompts.
+        """
+        if self.feature_index is None:
+            return self
         T = self.feature_index.shape[1]
         valid = valid & (index < T)
         inside = index.clamp(max=T - 1)
@@ -121,3 +96,6 @@ class PlacedImages(Images):
         if look_ahead is not None:
             look_ahead = look_ahead.gather(1, inside).where(valid, 0)
         return dataclasses.replace(self, feature_index=feature_index, look_ahead=look_ahead)
+
+
+TEXT = Images()

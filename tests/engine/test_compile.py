@@ -32,7 +32,7 @@ from pop import engine
 from pop.engine import forward
 from pop.engine.cache import KVCache
 from pop.inputs.processors import Prepared
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 from pop.models.vision.qwen3_vl import Grid
 
 pytestmark = pytest.mark.usefixtures("small_query_blocks")
@@ -157,7 +157,7 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
             images = both_ways(features.view(2, 6, 30), numbers)
         else:
             positions = torch.randint(30, (3, rows, 20), generator=torch.Generator().manual_seed(2))
-            images = PlacedImages(features, numbers, rope_positions=positions, deepstack=tuple(deepstack))
+            images = Images(features, numbers, rope_positions=positions, deepstack=tuple(deepstack))
         logits = []
         for model in (compiled, eager):
             cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)

@@ -1,6 +1,6 @@
 """Prefill and decode of prompts with images compute what pop/pruning/reference.py computes.
 
-Images have random features at any tokens. So the engine is held to what `PlacedImages` says, and not to the
+Images have random features at any tokens. So the engine is held to what `Images` says, and not to the
 rules of one family's processor.
 """
 
@@ -31,7 +31,7 @@ from support.tiny_images import both_ways
 
 from pop import engine
 from pop.backends import accelerate
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
@@ -85,7 +85,7 @@ def image_cases(draw):
     else:
         is_token = torch.arange(tokens.shape[1]) < lengths[:, None]
         positions = torch.randint(40, (3, *tokens.shape), generator=random) * is_token
-        images = PlacedImages(features[0], numbers, rope_positions=positions, deepstack=tuple(features[1:]))
+        images = Images(features[0], numbers, rope_positions=positions, deepstack=tuple(features[1:]))
     return random_model(config, seed=draw(st.integers(0, 9))), draw(plans(config)), tokens, lengths, chunk, images
 
 

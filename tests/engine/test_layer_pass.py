@@ -14,7 +14,7 @@ from support.tiny import random_model, tiny_config
 from pop import engine
 from pop.engine import chunks, layer_pass
 from pop.engine.stages import Stages
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import stepped
 
@@ -146,7 +146,7 @@ def test_what_runs_as_it_is(what):
     if what == "an engine without replay":
         stages = Stages()
     if what == "images":
-        images = PlacedImages(torch.zeros(1, module.config.hidden_size), torch.tensor([[-1, 0, *[-1] * 7]]))
+        images = Images(torch.zeros(1, module.config.hidden_size), torch.tensor([[-1, 0, *[-1] * 7]]))
         engine.prefill(module, torch.ones(1, 9, dtype=torch.int64), cache, torch.tensor([9]), PLAN, 99, stages, images)
     elif what == "extend":
         assert engine.extend(module, torch.ones(1, 17, dtype=torch.int64), cache, stages).shape[1] == 17

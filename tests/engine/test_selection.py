@@ -28,7 +28,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 
 from pop import engine
 from pop.models import build
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 from pop.pruning.selection import attention_received
@@ -138,7 +138,7 @@ def test_rotary_positions_of_images_count():
     numbers[0, 5:25] = torch.arange(20)
     features, *deepstack = torch.randn(3, 20, 30, generator=drawn)
     positions = torch.randint(40, (3, 1, 40), generator=drawn)
-    images = PlacedImages(features, numbers, rope_positions=positions, deepstack=tuple(deepstack))
+    images = Images(features, numbers, rope_positions=positions, deepstack=tuple(deepstack))
     for chunk in (7, 100):
         with recorded_choices() as found:
             cache = new_cache(module, 1)

@@ -22,7 +22,7 @@ from pop.calibration.importance import Sample, gate_gradients
 from pop.calibration.texts import text_windows
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
-from pop.models.images import TEXT, PlacedImages
+from pop.models.images import TEXT, Images
 from pop.models.vision.qwen3_vl import Grid
 from pop.pruning.reference import selected_tokens
 
@@ -274,7 +274,7 @@ def test_exercises_with_images(model):
 
 
 def test_what_follows_a_prompt_is_text_even_after_an_image():
-    images = PlacedImages(torch.ones(1, 2), torch.tensor([[-1, 0]]), torch.tensor([[0, 0]]))
+    images = Images(torch.ones(1, 2), torch.tensor([[-1, 0]]), torch.tensor([[0, 0]]))
     index = torch.arange(4)[None]
     assert images.select(index).feature_index.tolist() == [[-1, 0, -1, -1]]
     assert images.select(index, index != 1) is TEXT

@@ -9,7 +9,7 @@ from support.tiny import tiny_config, tiny_qwen3_moe_config
 from pop.backends import accelerate
 from pop.models import build
 from pop.models.config import RopeConfig
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 from pop.models.layers import causal_attention
 
 CONFIGS = {family: make() for family, make in FAMILIES.items()} | {
@@ -50,7 +50,7 @@ def test_image_tokens_take_nothing_from_the_host():
         module = build(CONFIGS["qwen3_vl"]).requires_grad_(False)
         h, features, index = torch.zeros(2, 3, 30), torch.zeros(4, 30), torch.zeros(2, 3, dtype=torch.int64)
         positions = torch.zeros(3, 2, 3, dtype=torch.int64)
-    images = PlacedImages(features, index, deepstack=(features,))
+    images = Images(features, index, deepstack=(features,))
     with torch.no_grad(), device_only():
         cos, sin = module.rope(positions)[None]
         h = images.add_deepstack(images.place(h), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pop.models.images import PlacedImages
+from pop.models.images import Images
 
 # The golden images: mode, width and height. They are taller, wider, smaller and larger than their resized versions.
 IMAGES = {
@@ -63,10 +63,10 @@ def levels(pixels: torch.Tensor) -> np.ndarray:
     return (pixels.double() * 127.5 + 127.5).round().to(torch.uint8).numpy()
 
 
-def both_ways(features: torch.Tensor, numbers: torch.Tensor) -> PlacedImages:
+def both_ways(features: torch.Tensor, numbers: torch.Tensor) -> Images:
     """Images as Gemma-3 has them, features [N, M, D]: the tokens of one attend each other in both directions."""
     M = features.shape[1]
-    return PlacedImages(features.flatten(0, 1), numbers, look_ahead=(M - 1 - numbers % M).where(numbers >= 0, 0))
+    return Images(features.flatten(0, 1), numbers, look_ahead=(M - 1 - numbers % M).where(numbers >= 0, 0))
 
 
 def pixels_of(image: np.ndarray) -> torch.Tensor:
