@@ -30,7 +30,7 @@ class LogitsRules:
         never = {*model.vision.placeholders.values()}
         if model.tokenizer is not None:
             never.update(model.tokenizer.unused_ids, range(model.tokenizer.vocab_size, size))  # of a padded embedding
-        never = torch.tensor(sorted(token for token in never if token < size), dtype=torch.int64, device="cpu")
+        never = torch.tensor([token for token in never if token < size], dtype=torch.int64, device="cpu")
         (self.barred,) = to_device([never], model.device)
         self.used: Tensor | None = None  # [B, V] bool, which tokens a row has; only for repetition_penalty
         if params.repetition_penalty != 1:

@@ -40,18 +40,6 @@ class Grid(NamedTuple):
     columns: int
 
 
-class PatchEmbed(nn.Module):
-    """A patch's pixels times one matrix: a convolution without overlap."""
-
-    def __init__(self, config: Qwen3VisionConfig):
-        super().__init__()
-        size = (config.frames, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [N, P, C]
-
-
 class Attention(nn.Module):
     """Every patch attends to every patch of its frame pair."""
 
@@ -114,7 +102,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        size = (config.frames, config.patch_size, config.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size)})
         self.pos_embed = nn.Embedding(config.position_side**2, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.merger = Merger(config, norm_merged=False)
@@ -140,7 +129,8 @@ class VisionTower(nn.Module):
 
     def frame_pairs(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
-        h = self.patch_embed(patches)
+        proj = self.patch_embed["proj"]  # a convolution without overlap: a patch's pixels times one matrix
+        h = F.linear(patches, proj.weight.flatten(1), proj.bias)  # [N, P, C]
         h = h + self.positions(rows, columns).to(h.dtype)
         angles = self.angles(rows, columns)
         rope = angles.cos(), angles.sin()
