@@ -232,6 +232,8 @@ class Runner:
             plans: Other plans than the model's that calls will use.
         """
         batch_size = check_count("batch_size", batch_size)
+        if not isinstance(plans, list | tuple):
+            raise InputError(f"plans is {plans!r:.80}; give a list of plans")
         for rows in (1, 2)[:batch_size]:
             for plan in (self.plan, *plans):
                 self._stages(rows, self.resolve(plan))

@@ -116,6 +116,7 @@ WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
         (lambda m: m.prefill([[]], m.new_cache(1)), pop.InputError, ["tokens", "empty"]),
         *((partial(prefill, lengths), pop.InputError, ["lengths", str(lengths)]) for lengths in WRONG_LENGTHS),
         (lambda m: pop.Model(m.module, m.config, chunk_size=0), pop.InputError, ["chunk_size", "0"]),
+        (lambda m: m.warmup(1, m.plan), pop.InputError, ["plans is PrunePlan"]),
         (lambda m: m.prefill([[1, 2]], m.new_cache(2)), pop.InputError, ["1 rows", "2"]),
         (lambda m: m.prefill([[1] * 5], m.new_cache(1, 4)), pop.ContextOverflow, ["row 0", "5 tokens", "4"]),
         (lambda m: m.extend([[1] * 5], m.new_cache(1, 4)), pop.ContextOverflow, ["row 0", "5", "4"]),
