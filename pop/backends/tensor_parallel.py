@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import dataclasses
 import gc
-import math
 import os
 import sys
 from datetime import timedelta
@@ -30,6 +29,11 @@ from pop.errors import InputError, reason_of
 from pop.models.olmo2 import HeadsNorm
 from pop.system.memory import to_device
 
+OF_KV_HEADS = (
+    "k_proj",
+    "v_proj",
+    "k_norm",
+)  # parts that have rows of the key-value heads, in which ranks may have copies
 VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # how names in vision towers begin
 
 
@@ -158,63 +162,58 @@ class Part:
         self.copies = max(1, size // K)  # ranks that hold the same key-value head
         kv_heads = max(1, K // size)
         kv_begin = rank // self.copies * kv_heads * E
-        kv_span = (kv_begin, kv_begin + kv_heads * E)
-        self.kv_rows = list(range(*kv_span))
-        begin, end = _share(whole.intermediate_size, rank, size)
-        sizes = {"num_heads": H // size, "num_kv_heads": kv_heads, "intermediate_size": end - begin}
-
-        def shared(axis: int, count: int) -> Shard:
-            return Shard(axis, count, (_share(count, rank, size),))
-
-        keys = Shard(0, K * E, (kv_span,))
-        self._shards = {
-            "q_proj": shared(0, H * E),
-            "k_proj": keys,
-            "v_proj": keys,
-            "o_proj": shared(1, H * E),
-            "gate_proj": shared(0, whole.intermediate_size),
-            "up_proj": shared(0, whole.intermediate_size),
-            "down_proj": shared(1, whole.intermediate_size),
-            "embed_tokens": shared(0, whole.vocab_size),
-            "lm_head": shared(0, whole.vocab_size),
+        self.kv_rows = range(kv_begin, kv_begin + kv_heads * E)
+        sizes = {
+            "num_heads": H // size,
+            "num_kv_heads": kv_heads,
+            "intermediate_size": len(self._share(whole.intermediate_size)),
         }
         experts = getattr(whole, "experts", None)
         if experts is not None:
-            begin, end = _share(experts.width, rank, size)
-            sizes["experts"] = dataclasses.replace(experts, width=end - begin)
-            gate_and_up = (begin, end), (experts.width + begin, experts.width + end)  # gate's rows, then those of up
-            self._shards["experts.gate_up_proj"] = Shard(1, 2 * experts.width, gate_and_up)
-            self._shards["experts.down_proj"] = shared(2, experts.width)
+            sizes["experts"] = dataclasses.replace(experts, width=len(self._share(experts.width)))
         self.config = dataclasses.replace(whole, **sizes)
 
     def build(self) -> nn.Module:
         """Build the rank's model on the meta device, and fill `shards` and `num_parameters`."""
         with torch.device("meta"):
             model = models.build(self.config)
+            whole = models.build(self.whole)
         model.sum_over_processes = add_up
         model.largest_of_processes = lambda numbers: add_up(numbers, op=dist.ReduceOp.MAX)
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]
             if isinstance(module, HeadsNorm):
                 module.__class__ = ParallelHeadsNorm
-                self._shards[kind] = self._shards[kind.replace("norm", "proj")]  # of what it normalises
             if kind not in PARALLEL or name.startswith(VISION):
                 continue
             module.__class__ = PARALLEL[kind]
             if kind in ("embed_tokens", "lm_head"):  # the config keeps the whole vocabulary
                 module.vocab_size = self.whole.vocab_size
-                module.first, last = _share(module.vocab_size, self.rank, self.size)
-                module.weight = nn.Parameter(module.weight[module.first : last])
-        for name, parameter in model.named_parameters():
-            *_, kind, last = name.split(".")
-            shard = self._shards.get(kind) or self._shards.get(f"{kind}.{last}")
-            shape = tuple(parameter.shape)
-            # A bias lacks axis 1, so a row-parallel layer's bias is whole.
-            if shard is not None and not name.startswith(VISION) and shard.axis < parameter.dim():
-                self.shards[name] = shard
-                shape = shard.whole_shape(shape)
-            self.num_parameters += math.prod(shape)
+                tokens = self._share(module.vocab_size)
+                module.first = tokens.start
+                module.weight = nn.Parameter(module.weight[tokens.start : tokens.stop])
+        for (name, parameter), of_whole in zip(model.named_parameters(), whole.parameters(), strict=True):
+            self.num_parameters += of_whole.numel()
+            for axis, count in enumerate(of_whole.shape):
+                if parameter.shape[axis] != count:
+                    self.shards[name] = Shard(axis, count, self._spans(name, count))
         return model
+
+    def _spans(self, name: str, count: int) -> tuple[tuple[int, int], ...]:
+        """Which of `count` rows or columns of a parameter the rank has, as ranges (begin, end)."""
+        *_, kind, last = name.split(".")
+        share = self._share(count)
+        if kind in OF_KV_HEADS:
+            share = self.kv_rows
+        if last == "gate_up_proj":  # of each expert: gate's rows, then those of up
+            width = count // 2
+            share = self._share(width)
+            return (share.start, share.stop), (width + share.start, width + share.stop)
+        return ((share.start, share.stop),)
+
+    def _share(self, count: int) -> range:
+        """The rank's share of `count`, which is divided as evenly as possible."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def agree(self, seeds: list[int], device: torch.device) -> list[int]:
         """The first rank's seeds. With them all ranks sample the same tokens, since they have the same logits."""
@@ -284,8 +283,3 @@ def _gather_logits(logits: Tensor, module) -> Tensor:
     out = logits.new_zeros(*logits.shape[:-1], module.vocab_size)
     out[..., module.first : module.first + logits.shape[-1]] = logits
     return add_up(out)
-
-
-def _share(count: int, rank: int, size: int) -> tuple[int, int]:
-    """The begin and end of a rank's share of `count`, which are divided as evenly as possible."""
-    return rank * count // size, (rank + 1) * count // size

@@ -88,7 +88,7 @@ class Corrections:
         self.shared = shared
         self.update = update
         self.sketch = sketch
-        self.rows: list[int] | None = None  # which of the K * E rows these are; None: all
+        self.rows: range | None = None  # which of the K * E rows these are; None: all
         self._copy: Corrections | None = None  # the latest result of `to`
         self._check()
 
@@ -149,7 +149,7 @@ class Corrections:
             update=self.update[number] if has_update else None,
         )
 
-    def to(self, device: torch.device, dtype: torch.dtype, rows: list[int] | None = None) -> Corrections:
+    def to(self, device: torch.device, dtype: torch.dtype, rows: range | None = None) -> Corrections:
         """The same corrections on `device` in `dtype`. The latest copy is kept for the next call that asks for it.
 
         Args:
