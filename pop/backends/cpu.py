@@ -81,40 +81,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     | one token a row, otherwise | `multiply_rows`: kernels.cpp, or the fastest of torch's |
     """
     one_token = x.dim() < 3 or x.shape[-2] == 1
-    is_plain = x.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
-    if not is_plain or not (one_token or x.dtype in WIDENED):
+    has_gradients = torch.is_grad_enabled()
+    if one_token:
+        is_torchs = has_gradients
+    else:
+        is_torchs = x.dtype not in WIDENED
+    if is_torchs or x.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
         return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
     if not one_token:
-        product = _product_in_float32 if torch.is_grad_enabled() else widened_product
-        out = product(x.float(), weight)
-        return (out if bias is None else out + bias).to(x.dtype)
-    if torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])  # [B, in]
-    if rows.shape[0] == 1 and torch.compiler.is_compiling():
+        product = _product_in_float32 if has_gradients else multiply_rows
+        out = product(rows.float(), weight)
+    elif rows.shape[0] == 1 and torch.compiler.is_compiling():
         out = torch.cat([_fused_product(block, rows[0]) for block in weight.chunk(STREAMS)]).to(x.dtype)
     else:
         out = multiply_rows(rows, weight)
     if bias is not None:
         out = out + bias
-    return out.reshape(*x.shape[:-1], -1)
-
-
-# One operator for all sizes, so that compiled code is not specialised to some. `custom_op` would add 60 us to a call.
-torch.library.define("pop::widened_product", "(Tensor x, Tensor weight) -> Tensor")
-
-
-@torch.library.impl("pop::widened_product", "CPU")
-def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear without gradients. x [B, T, in] -> [B, T, out], both float32; x was converted from weight's dtype."""
-    rows = x.flatten(0, -2)
-    if len(rows) <= MOST_ROWS:
-        return multiply_rows(rows.to(weight.dtype), weight).float().unflatten(0, x.shape[:-1])
-    return _product_in_float32(x, weight)
-
-
-torch.library.register_fake("pop::widened_product", lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
-widened_product = torch.ops.pop.widened_product.default
+    return out.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _product_in_float32(x: Tensor, weight: Tensor) -> Tensor:
@@ -134,22 +118,34 @@ def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
     return products.unflatten(-1, (parts[0], -1)).sum(-1, dtype=torch.float32).sum(-1)
 
 
-@torch.library.custom_op("pop::multiply_rows", mutates_args=())
-def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear of x [rows, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    call = multiply_rows_call(out, x, weight)
+# One operator for all sizes, so that compiled code is not specialised to some. `custom_op` would add 60 us to a call.
+torch.library.define("pop::multiply_rows", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl("pop::multiply_rows", "CPU")
+def _multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear of x [rows, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W.
+
+    x is in weight's dtype, or was converted from it to float32, as the result is then.
+    """
+    if weight.dtype in WIDENED and len(x) > MOST_ROWS:
+        return _product_in_float32(x.float(), weight).to(x.dtype)
+    rows = x.to(weight.dtype)
+    out = rows.new_empty(len(rows), len(weight))
+    call = multiply_rows_call(out, rows, weight)
     if call is not None:
         call()
-        return out
-    if x.dtype in WIDENED and len(x) > FEW_ROWS:
-        return _product_in_float32(x.float(), weight).to(x.dtype)
-    if x.dtype in ROWS_FIRST:
-        return F.linear(x, weight)
-    return (weight @ x.T).T.contiguous()
+    elif weight.dtype in WIDENED and len(rows) > FEW_ROWS:
+        out = _product_in_float32(rows.float(), weight)
+    elif weight.dtype in ROWS_FIRST:
+        out = F.linear(rows, weight)
+    else:
+        out = (weight @ rows.T).T.contiguous()
+    return out.to(x.dtype)
 
 
-multiply_rows.register_fake(F.linear)
+torch.library.register_fake("pop::multiply_rows", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+multiply_rows = torch.ops.pop.multiply_rows.default
 
 
 def multiply_rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | None:
@@ -168,21 +164,19 @@ def multiply_rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | Non
 
 def cache_attention(q: Tensor, keys: Tensor, values: Tensor, metadata, scale: float) -> Tensor:
     """Like pop.engine.attention.cache_attention."""
-    return engine.cache_attention(q, keys, values, metadata, scale, chunk=chunk_attention, decode=decode_attention)
-
-
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
-    """Like pop.engine.attention.chunk_attention."""
-    if not _is_fused(q):
-        return engine.chunk_attention(q, k, v, held, spans, band, scale)
-    return fused_attention(q, k, v, held, spans, scale)
+    if metadata.held is None:
+        return decode_attention(q, keys, values, metadata.spans, scale)
+    if not _fits(q, FUSED):
+        return engine.cache_attention(q, keys, values, metadata, scale)
+    k, v = engine.read(keys, values, metadata)
+    return fused_attention(q, k, v, metadata.held, metadata.spans, scale)
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, last_attended: Tensor | None = None
 ) -> Tensor:
     """Like pop.models.layers.causal_attention."""
-    if not _is_fused(q, k, v):
+    if not _fits(q, FUSED) or any(x.requires_grad for x in (q, k, v)):  # fused_attention has no gradients
         return layers.causal_attention(q, k, v, scale, window, last_attended)
     own = torch.arange(q.shape[1], device="cpu").expand(q.shape[:2])
     first = torch.zeros_like(own) if window is None else (own - window + 1).clamp(min=0)
@@ -190,12 +184,8 @@ def causal_attention(
     return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), scale)
 
 
-def _is_fused(q: Tensor, *others: Tensor) -> bool:
-    """Whether fused_attention takes q. It does not support gradients, which q or others may need."""
-    return _fits(q, FUSED) and not any(x.requires_grad for x in (q, *others))
-
-
 def _fits(q: Tensor, dtypes: set[torch.dtype]) -> bool:
+    """Whether kernels.cpp takes q, in these dtypes."""
     E = q.shape[-1]
     return q.device.type == "cpu" and q.dtype in dtypes and E % 2 == 0 and E <= MOST_E and _has_kernel()
 

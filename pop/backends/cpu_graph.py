@@ -21,7 +21,7 @@ from pop.engine.changes import sizes_of
 CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; the versions between are not tested
 KERNELS = {
     torch.ops.pop.cpu_decode_attention.default: cpu.decode_attention_call,
-    torch.ops.pop.multiply_rows.default: cpu.multiply_rows_call,
+    cpu.multiply_rows: cpu.multiply_rows_call,
 }
 
 logger = logging.getLogger(__name__)

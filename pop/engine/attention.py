@@ -1,12 +1,11 @@
 """Attention over a KV cache: where keys and values are written, and which of them each token attends to.
 
 `cache_attention` is the one place where the kind of attention is chosen: `decode_attention` for one token a row, and
-`chunk_attention` for several. A backend passes it other functions of the same signatures.
+`chunk_attention` for several. A backend replaces it.
 
 Shape letters: pop/models/layers.py; N is the number of keys.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -113,15 +112,12 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, sca
     return masked_attention(q, keys[:, :S], values[:, :S], span_mask(held, spans), scale)
 
 
-def cache_attention(
-    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float,
-    *, chunk: Callable = chunk_attention, decode: Callable = decode_attention,
-) -> Tensor:  # fmt: skip
+def cache_attention(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float) -> Tensor:
     """q [B, T, H, E] attends to keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
 
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """
     if metadata.held is None:
-        return decode(q, keys, values, metadata.spans, scale)
+        return decode_attention(q, keys, values, metadata.spans, scale)
     k, v = read(keys, values, metadata)
-    return chunk(q, k, v, metadata.held, metadata.spans, metadata.band, scale)
+    return chunk_attention(q, k, v, metadata.held, metadata.spans, metadata.band, scale)
