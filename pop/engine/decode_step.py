@@ -6,11 +6,13 @@ The step takes no number from the host: slots, rotary tables and spans follow fr
 cache.lengths by itself. Shape letters: pop/models/layers.py.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
+from pop.engine.chunks import Tokens, attention_metadata
 from pop.engine.layer_pass import LayerPass
 from pop.engine.modes import engine_modes
 from pop.engine.stages import EAGER, Stages
@@ -25,7 +27,7 @@ def decode(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
     """
     if stages.replay is None:
         return DecodeStep(module, cache, stages)(tokens, cache)
-    if cache.step is None or not cache.step.serves(module, cache, stages):
+    if cache.step is None or not cache.step.serves(module, stages):
         cache.step = DecodeStep(module, cache, stages)
     return cache.step(tokens, cache)
 
@@ -35,10 +37,9 @@ class DecodeStep(LayerPass):
 
     def __init__(self, module, cache: KVCache, stages: Stages):
         super().__init__(module, cache, stages)
-        self.max_seq_len = cache.max_seq_len
-        self.rings = {window: cache.slots(window) for window in module.config.windows}
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
         self.tokens, self.positions, self.offsets = inputs.unbind()
+        self.ends = torch.full_like(self.positions, cache.max_seq_len)  # no row attends to later positions
         # The cache.lengths and rope_offsets that are on the device now. None: unknown, as after `cache.move_to`.
         self.snapshot: tuple[Tensor, Tensor] | None = None
         # It does not hold the step: that would be a cycle.
@@ -53,34 +54,24 @@ class DecodeStep(LayerPass):
             self.offsets.copy_(offsets_there)
         self.tokens.copy_(tokens, non_blocking=True)
         self.snapshot = None  # if the step fails, its positions are unknown
-        logits, hidden = self.step() if self.replay is None else self.replay(self.step)
+        step = partial(self.step, cache)
+        logits, hidden = step() if self.replay is None else self.replay(step)
         cache.restore((lengths + 1, hidden, offsets))
         self.snapshot = (cache.lengths.clone(), offsets.clone())
         return logits
 
-    def step(self) -> tuple[Tensor, Tensor]:
+    def step(self, cache: KVCache) -> tuple[Tensor, Tensor]:
         """Run one token a row: -> logits [B, V] and hidden states [L, B, D]."""
         module = self.module
-        metadata = self._attention()
+        positions = self.positions[:, None]  # [B, 1]
+        valid = positions < cache.max_seq_len  # the token of a full row goes to the spare slot
+        tokens = Tokens(None, positions, valid, rotary=positions + self.offsets[:, None], last_attended=None)
+        attention = attention_metadata(module, cache, tokens, self.ends)
         h = module.embed(self.tokens[:, None])  # [B, 1, D]
         hidden = []
         for index in range(len(module.layers)):
             hidden.append(h[:, 0])
-            h = self.run_layer(index, h, metadata)
+            h = self.run_layer(index, h, attention)
         logits = self.stages.head(module, h)[:, 0]
         self.positions.add_(1)
         return logits, torch.stack(hidden)
-
-    def _attention(self) -> dict[int | None, AttentionMetadata]:
-        """How the tokens attend, by the layers' window."""
-        positions = self.positions[:, None]  # [B, 1]
-        last = positions.clamp(max=self.max_seq_len - 1)
-        is_full = positions >= self.max_seq_len
-        ropes = self.module.rope(positions + self.offsets[:, None])
-        metadata = {}
-        for window, ring in self.rings.items():
-            slots = torch.where(is_full, ring, positions % ring)  # full rows: to the spare slot
-            first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
-            spans = torch.stack((first, last), dim=-1).to(torch.int32)  # [B, 1, 2]
-            metadata[window] = AttentionMetadata(ropes[window], slots, spans)
-        return metadata

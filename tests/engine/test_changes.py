@@ -265,10 +265,10 @@ class Captured:
 
     def __call__(self, step):
         if self.owner is None:
-            self.owner = copy.copy(step.__self__)
+            self.owner = copy.copy(step.func.__self__)
             weights = {id(weight): weight.detach() for weight in self.owner.module.parameters()}
             self.owner.module = copy.deepcopy(self.owner.module, weights)
-        return tuple(output.clone() for output in DecodeStep.step(self.owner))
+        return tuple(output.clone() for output in DecodeStep.step(self.owner, *step.args))
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES.keys() - ATTRIBUTES - {"parametrization"}))  # undoing it breaks copies

@@ -170,11 +170,6 @@ def test_passes_serve_one_cache_as_long_as_its_tensors_stay():
     cache.reset()
     engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED._replace(replayed_tokens=999))
     assert cache.passes is not passes
-    passes = cache.passes
-    cache.keys[0] = cache.keys[0].clone()
-    cache.reset()
-    engine.prefill(module, tokens, cache, lengths, PLAN, 9, passes.stages)
-    assert cache.passes is not passes
     cache.keep_rows(torch.tensor([1]))
     assert cache.passes is None
 

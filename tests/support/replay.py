@@ -11,10 +11,10 @@ class Replay:
 
     def __init__(self, module, what, other=None):
         self.outputs = None
-        self.layers = ()
+        self.layers = []
 
     def __call__(self, step) -> tuple[torch.Tensor, ...]:
-        layers = getattr(step, "args", ())[:1]  # of a pass
+        layers = [argument for argument in step.args if isinstance(argument, range)]  # of a pass
         if self.outputs is None:
             self.layers = layers
             self.outputs = step()
