@@ -5,7 +5,7 @@ Other attributes, such as a norm's eps, are not looked at. After a change of one
 
 from collections.abc import Iterable
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 
 from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -20,14 +20,6 @@ def parts_of(layer: nn.Module) -> dict[str, nn.Module]:
     return dict(layer.named_modules(memo={part for other in inner for part in other.modules()}))
 
 
-def hooks_of(parts: Iterable[nn.Module]) -> list[dict]:
-    """The hooks that calls of these modules run, in the dicts that torch keeps."""
-    hooks = [_global_forward_hooks, _global_forward_pre_hooks]
-    for part in parts:
-        hooks += [part._forward_hooks, part._forward_pre_hooks]
-    return hooks
-
-
 def sizes_of(weights: list[Tensor]) -> list:
     """The dtypes, shapes and strides of weights, and the bytes of memory that each is in. Each map is a loop in C."""
     dtypes = map(attrgetter("dtype"), weights)
@@ -40,8 +32,11 @@ class Look:
     """A layer's weights, classes and hooks at one time. Raises RuntimeError if a weight reaches beyond its memory."""
 
     def __init__(self, layer: nn.Module):
-        self.parts = list(parts_of(layer).values())
-        self.hooks = hooks_of(self.parts)
+        self.named = parts_of(layer)
+        self.parts = list(self.named.values())
+        self.hooks = [_global_forward_hooks, _global_forward_pre_hooks]  # those that calls of the parts run
+        for part in self.parts:
+            self.hooks += [part._forward_hooks, part._forward_pre_hooks]
         self.tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
         self.entries = self._entries()
         self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, Tensor)]
@@ -53,9 +48,7 @@ class Look:
 
     def unchanged(self) -> bool:
         """Whether the layer is as it was, apart from values of weights that changed in place."""
-        entries = self._entries()
-        same = len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
-        return same and self.fits() and self._facts() == self.facts
+        return self.fits() and self._facts() == self.facts
 
     def fits(self) -> bool:
         """Whether the weights lie in memory as they did. Compiled code reads them so."""
@@ -66,8 +59,29 @@ class Look:
         return list(chain.from_iterable(map(dict.values, self.tables)))
 
     def _facts(self) -> list:
-        """What may change although the entries are the same objects. Each map is a loop in C."""
-        return [*map(type, self.parts), *map(len, self.hooks), *map(Tensor.data_ptr, self.weights)]
+        """What may change, besides sizes. Each map is a loop in C. `entries` keeps its objects, so their ids stay."""
+        entries = map(id, self._entries())
+        return [*entries, *map(type, self.parts), *map(len, self.hooks), *map(Tensor.data_ptr, self.weights)]
+
+    def kind(self) -> tuple | None:
+        """All that compiled code depends on in the layer, except for the values of its weights. None as in `Kinds`."""
+        if any(self.hooks) or any("forward" in vars(part) for part in self.parts):
+            return None
+        tied: dict[int, int] = {}  # which tensors are the same one
+        kind = []
+        for name, part in self.named.items():
+            # Names with an underscore are torch's, or belong to caches. No stage reads the window.
+            settings = {key: value for key, value in vars(part).items() if key[0] != "_" and key != "window"}
+            kind.append((name, type(part), *settings.items()))
+            for key, x in (*part._parameters.items(), *part._buffers.items()):
+                if x is not None:
+                    number = tied.setdefault(id(x), len(tied))
+                    kind.append((key, type(x), x.shape, x.stride(), x.dtype, x.device, number))
+        try:
+            hash(tuple(kind))
+        except TypeError:  # lists, dicts and sets have no hash
+            return None
+        return tuple(kind)
 
 
 class Kinds(dict[nn.Module, int | None]):
@@ -95,8 +109,9 @@ class Kinds(dict[nn.Module, int | None]):
         self.newest_hook = newest_hook
 
     def _look_at(self, layer: nn.Module) -> None:
-        self.looks[layer] = Look(layer)
-        kind = kind_of(layer)
+        look = Look(layer)
+        self.looks[layer] = look
+        kind = look.kind()
         self[layer] = None if kind is None else self.numbers.setdefault(kind, len(self.numbers))
 
     def of(self, layer: nn.Module) -> int | None:
@@ -110,25 +125,3 @@ class Kinds(dict[nn.Module, int | None]):
         if self.newest_hook != RemovableHandle.next_id:
             return False
         return not look or all(one.unchanged() for one in self.looks.values())
-
-
-def kind_of(layer: nn.Module) -> tuple | None:
-    """All that compiled code depends on in a layer, except for the values of its weights. None as in `Kinds`."""
-    named = parts_of(layer)
-    if any(hooks_of(named.values())) or any("forward" in vars(part) for part in named.values()):
-        return None
-    tied: dict[int, int] = {}  # which tensors are the same one
-    kind = []
-    for name, part in named.items():
-        # Names with an underscore are torch's, or belong to caches. No stage reads the window.
-        settings = {key: value for key, value in vars(part).items() if key[0] != "_" and key != "window"}
-        kind.append((name, type(part), *settings.items()))
-        for key, x in (*part._parameters.items(), *part._buffers.items()):
-            if x is not None:
-                number = tied.setdefault(id(x), len(tied))
-                kind.append((key, type(x), x.shape, x.stride(), x.dtype, x.device, number))
-    try:
-        hash(tuple(kind))
-    except TypeError:  # lists, dicts and sets have no hash
-        return None
-    return tuple(kind)

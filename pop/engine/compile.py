@@ -175,10 +175,12 @@ class ReadyStages:
         weight = next(self.module.parameters())
         warm_ups = {name: stage.warm_up for name, stage in self._compiled.items()}
         warming = stages.EAGER._replace(**warm_ups)
-        taken = {3, config.hidden_size, config.num_kv_heads, config.head_dim, config.head_dim // 2}
+        taken = {3, config.num_kv_heads, config.head_dim, config.head_dim // 2}
+        taken.update(size for parameter in self.module.parameters() for size in parameter.shape)
         rows = _unlike(taken, 2) if several else 1
         # Inductor tunes kernels for GPUs with these sizes, so they are those of a usual prompt there.
-        first, second = _two_lengths(taken, 500 if weight.is_cuda else 4)
+        first = _unlike(taken, 500 if weight.is_cuda else 4)
+        second = _unlike(taken | {size - first for size in taken}, first + 2)  # so that their sum is not taken
         slots = _unlike(taken, 1200)
 
         def prompt(tokens: int) -> Tensor:
@@ -207,15 +209,6 @@ class ReadyStages:
             for images in (1, _unlike(taken, 2)):
                 inputs = self.module.vision_block_inputs(images, _unlike(taken, 4))
                 self._vision_block.warm_up(block, *inputs)
-
-
-def _two_lengths(taken: set[int], least: int) -> tuple[int, int]:
-    """Lengths of a prompt and of what follows it. Neither they nor their sum, nor its successor, are taken."""
-    for first in count(least):
-        for second in range(first + 2, 2 * first):
-            total = first + second
-            if not {first, second, total, total + 1} & taken:
-                return first, second
 
 
 def _unlike(taken: set[int], least: int) -> int:
