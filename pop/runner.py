@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import pop.engine as engine
 from pop.backends import accelerate, chunk_size_of, chunk_size_of_rows, replay_of, replayed_tokens_of
-from pop.backends.cpu import keep_freed_memory
 from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, ReadyStages
 from pop.engine.modes import engine_modes
@@ -76,13 +75,12 @@ class Runner:
         self._stages = ReadyStages(
             module,
             replay_of(module, compiles),
-            replayed_tokens_of(module, part is not None),
+            replayed_tokens_of(module),
             compile=compiles,
             required=compile is True,
             progress=progress,
             add_up=module.sum_over_processes if part else None,
         )
-        keep_freed_memory()
 
     @property
     def device(self) -> torch.device:

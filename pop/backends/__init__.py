@@ -35,6 +35,7 @@ def accelerate(module: nn.Module) -> None:
     attention of the plain pass and that over a cache are replaced, and on GPUs that of vision towers.
     """
     cpu.make_cache_folder()
+    cpu.keep_freed_memory()
     backend = cuda if _is_on_gpu(module) else cpu
     if backend is cuda:
         capability = torch.cuda.get_device_properties(next(module.parameters()).device).major
@@ -64,7 +65,7 @@ def replay_of(module: nn.Module, is_compiled: bool = False) -> type | None:
     return cpu_graph.Graph if is_compiled and cpu_graph.CAN_RECORD else None
 
 
-def replayed_tokens_of(module: nn.Module, is_part: bool = False) -> int:
+def replayed_tokens_of(module: nn.Module) -> int:
     """How many tokens may be in a prefill that is repeated on a GPU (`Stages.replayed_tokens`).
 
     With so many or fewer, the GPU waits for the host to launch kernels. With more, a graph would save no time, and the
@@ -75,9 +76,8 @@ def replayed_tokens_of(module: nn.Module, is_part: bool = False) -> int:
     device = next(module.parameters()).device
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     tokens = WHILE_LAUNCHING * processors // layer_weights(module.config)
-    if is_part:  # of what several processes share: they must run equal chunks, but their shares or GPUs may differ
-        tokens = int(module.largest_of_processes(torch.tensor([tokens], device=device)))
-    return tokens
+    # Processes that share a module must run equal chunks, but their shares or GPUs may differ.
+    return int(module.largest_of_processes(torch.tensor([tokens], device=device)))
 
 
 def chunk_size_of(module: nn.Module) -> int:

@@ -40,7 +40,7 @@ def test_more_tokens_are_replayed_on_larger_gpus_and_with_smaller_layers(monkeyp
     assert found[100] == backends.WHILE_LAUNCHING * 100 // weights
     assert backends.replayed_tokens_of(random_model(dataclasses.replace(config, num_layers=5))) == found[100]
     module.largest_of_processes = lambda numbers: numbers + 3  # as of another process
-    assert backends.replayed_tokens_of(module, is_part=True) == found[100] + 3
+    assert backends.replayed_tokens_of(module) == found[100] + 3
 
 
 @pytest.mark.parametrize(
