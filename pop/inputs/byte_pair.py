@@ -7,7 +7,7 @@ and names the feature.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +29,8 @@ _DIGITS_GPT2_PATTERN = (
     rf"|\s+(?=[{_DIGIT}])|\s+(?!\S)|\s+"
 )
 
-_MAX_WHITESPACE = 900_000  # characters in a row: at a million, tiktoken's regular expressions run out of stack
+# At a million whitespace characters in a row, tiktoken's regular expressions run out of stack.
+_TOO_MUCH_WHITESPACE = re.compile(r"(?<!\s)\s{900000}")
 
 # A vocabulary may lack these bytes. In UTF-8 they never occur in a letter, a digit or a whitespace character.
 _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
@@ -50,31 +51,29 @@ _NEWER = """
 _NEWER = re.compile("([" + re.sub(r"\s*([0-9A-F]+)", lambda hex: chr(int(hex[1], 16)), _NEWER) + "])")
 
 
-def _tiktoken(ranks: dict[bytes, int], pattern: str):
-    import tiktoken  # here, so that `import pop` stays fast
-
-    return tiktoken.Encoding("pop", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
 class BytePairEncoding:
-    """BPE of bytes, with pre-tokens by `pattern`."""
+    """BPE of bytes: neighbours merge if the result is a token, and of several results, the first token counts.
 
-    def __init__(self, ranks: dict[bytes, int], ids: Sequence[Sequence[int]], pattern: str):
-        self._bpe = _tiktoken(ranks, pattern)  # neighbours merge if the result has a rank, lowest rank first
-        self._ids = ids  # of each rank; none for a byte that the vocabulary lacks and that texts lose
-        self._lacking = bytes(token[0] for token, rank in ranks.items() if not ids[rank])
+    Args:
+        ids: What each token becomes. A byte that the vocabulary lacks, and that texts lose, becomes no id.
+        pattern: The regular expression of pre-tokens.
+    """
+
+    def __init__(self, ids: dict[bytes, list[int]], pattern: str):
+        import tiktoken  # here, so that `import pop` stays fast
+
+        ranks = {token: rank for rank, token in enumerate(ids)}
+        self.bpe = tiktoken.Encoding("pop", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._ids = list(ids.values())  # of each rank
+        self._lacking = bytes(token[0] for token, found in ids.items() if not found)
 
     def encode(self, text: str) -> list[int]:
-        if len(text) > _MAX_WHITESPACE:
-            longest = max(map(len, re.findall(r"\s+", text)), default=0)
-            if longest > _MAX_WHITESPACE:
-                raise InputError(
-                    f"the text has {longest} whitespace characters in a row, of at most {_MAX_WHITESPACE}."
-                )
+        if len(text) >= 900_000 and _TOO_MUCH_WHITESPACE.search(text):
+            raise InputError("the text has 900,000 whitespace characters in a row; remove some.")
         if self._lacking and not set(self._lacking).isdisjoint(text.encode()):
             ranks = self._ranks_without_lacking(text)
         else:
-            ranks = self._bpe.encode_ordinary(text)
+            ranks = self.bpe.encode_ordinary(text)
         return [id for rank in ranks for id in self._ids[rank]]
 
     def _ranks_without_lacking(self, text: str) -> list[int]:
@@ -91,10 +90,10 @@ class BytePairEncoding:
             kept = piece.translate(None, self._lacking)
             if len(kept) < len(piece):
                 for before in (text[start : match.start()], match[1] or ""):
-                    ranks += self._bpe.encode_ordinary(before)
-                ranks += self._bpe._encode_single_piece(kept) if kept else []
+                    ranks += self.bpe.encode_ordinary(before)
+                ranks += self.bpe._encode_single_piece(kept) if kept else []
                 start = match.end()
-        return ranks + self._bpe.encode_ordinary(text[start:])
+        return ranks + self.bpe.encode_ordinary(text[start:])
 
 
 def _nfc(text: str) -> str:
@@ -110,8 +109,8 @@ _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 def from_tokenizer_json(spec: dict[str, Any]) -> Tokenizer:
     """Build a tokenizer from the contents of a tokenizer.json."""
     model = spec["model"]
-    check_settings(spec, _SETTINGS)
-    check_settings(model, _MODEL_SETTINGS)
+    refuse_settings(spec, spec.keys() - _SETTINGS)
+    refuse_settings(model, model.keys() - _MODEL_SETTINGS)
     check("the model type", model["type"], "BPE")
     check("the decoder's type", (spec.get("decoder") or {}).get("type"), "ByteLevel")
     check("the normalizer", spec.get("normalizer"), None, {"type": "NFC"})
@@ -119,21 +118,20 @@ def from_tokenizer_json(spec: dict[str, Any]) -> Tokenizer:
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
 
     ranked = [*CHARS, *reachable(model["merges"], vocab)]
-    refuse_spelt(special.keys(), set(ranked))
-    ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
-    ids = [[vocab[token]] if token in vocab else [] for token in ranked]
+    refuse_spelt(special, ranked)
+    ids = {_to_bytes(token): [vocab[token]] if token in vocab else [] for token in ranked}
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}
     pattern = _pattern(spec.get("pre_tokenizer") or {})
     ignore_merges = model.get("ignore_merges", False)
     may_lack = _MAY_LACK
     if ignore_merges or model.get("unk_token") or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
         may_lack = set()
-    if lacking := {byte for byte in range(256) if not ids[byte]} - may_lack:
+    if lacking := {byte for byte, char in enumerate(CHARS) if char not in vocab} - may_lack:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if ignore_merges:
-        _rank_whole_pre_tokens(ranks, ids, pattern, bytes_of)
+        _add_whole_pre_tokens(ids, pattern, bytes_of)
     return Tokenizer(
-        BytePairEncoding(ranks, ids, pattern).encode,
+        BytePairEncoding(ids, pattern).encode,
         special_tokens=special,
         added=added,
         bytes_of=bytes_of,
@@ -143,24 +141,24 @@ def from_tokenizer_json(spec: dict[str, Any]) -> Tokenizer:
     )
 
 
-def check_settings(part: dict[str, Any], known: set[str]) -> None:
-    for name in part.keys() - known:
-        check(f"the setting {name}", part[name] or None, None)
+def refuse_settings(part: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise TokenizerError if one of these settings is on."""
+    for name in names:
+        check(f"the setting {name}", part.get(name) or None, None)
 
 
-def _rank_whole_pre_tokens(ranks: dict[bytes, int], ids: list, pattern: str, bytes_of: dict[int, bytes]) -> None:
+def _add_whole_pre_tokens(ids: dict[bytes, list[int]], pattern: str, bytes_of: dict[int, bytes]) -> None:
     """Give every token a rank, in place. With ignore_merges, a pre-token in the vocabulary becomes that token.
 
     tiktoken looks up whole pre-tokens first. The rank changes other texts only if it lets tiktoken merge two tokens.
     """
-    bpe = _tiktoken(ranks, pattern)
+    bpe = BytePairEncoding(ids, pattern).bpe
     for id, text in bytes_of.items():
-        if text in ranks:
+        if text in ids:
             continue
         if len(bpe._encode_single_piece(text)) == 2:
             raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
-        ranks[text] = len(ids)
-        ids.append([id])
+        ids[text] = [id]
 
 
 def check(name: str, value, *supported) -> None:
@@ -222,27 +220,25 @@ def _split_by(regex: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
-_LLAMA3_SPLIT = _split_by(_LLAMA3_PATTERN)
-# OLMo-2 has Llama-3's pattern, and removes what it does not match. It matches everything, so both are the same.
-_OLMO2_SPLIT = _LLAMA3_SPLIT | {"behavior": "Removed", "invert": True}
-# The steps before byte-level encoding for each pattern, and whether the last step splits by GPT-2's pattern.
-_STEPS = {
-    _GPT2_PATTERN: ([], True),
-    _DIGITS_GPT2_PATTERN: ([{"type": "Digits", "individual_digits": True}], True),
-    _LLAMA3_PATTERN: ([_LLAMA3_SPLIT], False),
-    _QWEN_PATTERN: ([_split_by(_QWEN_PATTERN)], False),
-}
+# Patterns, the steps before byte-level encoding that stand for them, and whether that step splits by GPT-2's pattern.
+_STEPS = [
+    (_GPT2_PATTERN, [], True),
+    (_DIGITS_GPT2_PATTERN, [{"type": "Digits", "individual_digits": True}], True),
+    (_LLAMA3_PATTERN, [_split_by(_LLAMA3_PATTERN)], False),
+    # OLMo-2 removes what Llama-3's pattern does not match. It matches everything, so both are the same.
+    (_LLAMA3_PATTERN, [_split_by(_LLAMA3_PATTERN) | {"behavior": "Removed", "invert": True}], False),
+    (_QWEN_PATTERN, [_split_by(_QWEN_PATTERN)], False),
+]
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     """Return the regular expression of pre-tokens."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *before, last = steps
-    before = [_LLAMA3_SPLIT if step == _OLMO2_SPLIT else step for step in before]
     uses_regex = last.get("use_regex", True)  # older files lack use_regex
     if last.get("type") == "ByteLevel" and last["add_prefix_space"] is False:
-        for pattern, known in _STEPS.items():
-            if known == (before, uses_regex):
+        for pattern, *known in _STEPS:
+            if known == [before, uses_regex]:
                 return pattern
     raise TokenizerError(f"the pre_tokenizer {steps} is not supported, only Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
 

@@ -67,8 +67,8 @@ class ChatFormat:
         # Tokens that are not special, but that the template writes around messages, are reserved for it.
         prompt = self._write([_ASKED])
         around = self._names(text)
-        self._spoken = {name for name in self._names(prompt) if name not in around}  # such as <think>, in answers too
-        self._spoken &= tokenizer.added_tokens.keys()
+        opening = set(self._names(prompt)) - set(around)  # such as <think>, which answers have too
+        self._spoken = opening & tokenizer.added_tokens.keys()
         self.tokenizer = tokenizer.reserving([*around, *self._spoken])
         after_answer = self._names(rest.partition(_QUESTION)[0])
         self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
@@ -185,10 +185,10 @@ class ChatFormat:
         A name of a control token that has no mark stands in a text of the conversation, or the template has formed it
         from parts. The first is text. The second would be a control token elsewhere, so it is refused.
         """
-        parts = self.vision.split_at_marks(text, media, self._places, "chat_template") if media else [text]
+        parts = self.vision.replace_marks(text, media, self._places, "chat_template") if media else [text]
         pieces = []
         for part in parts:
-            pieces += part.pieces if isinstance(part, Prepared) else self._marks.split(part)
+            pieces += self._marks.split(part) if isinstance(part, str) else [part]
         words = [piece for piece in pieces if isinstance(piece, str)]
         for name in chain.from_iterable(map(self._names, words)):
             if name in self.tokenizer.special_tokens and _as_json(name)[1:-1] not in conversation:

@@ -59,7 +59,8 @@ def jinja(source: str, change: Callable[[str], str] = str) -> Template:
     Raises MissingExtra without jinja2. Every exception that the template raises becomes an UnsupportedError.
     """
     sandbox = import_extra("jinja2.sandbox", "jinja2", "jinja")
-    nodes = import_extra("jinja2.nodes", "jinja2", "jinja")
+    from jinja2 import nodes
+
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -68,8 +69,7 @@ def jinja(source: str, change: Callable[[str], str] = str) -> Template:
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     # {% generation %} ... {% endgeneration %} marks answers for training. It changes nothing in what is written.
-    source = re.sub(r"({%-?\s*)generation(?=\s*-?%})", r"\1if true", source)
-    source = re.sub(r"({%-?\s*)endgeneration(?=\s*-?%})", r"\1endif", source)
+    source = re.sub(r"({%-?\s*(end)?)generation(?=\s*-?%})", r"\1with", source)
 
     @functools.cache
     def compiled():

@@ -33,7 +33,7 @@ class GemmaProcessor(Processor):
 
     def _prepare(self, kind, given, limits):
         config = self.config
-        pixels = gemma_pixels(given, config.vision.image_size)  # [1, 3, S, S]
+        pixels = gemma_pixels(given.image, config.vision.image_size)  # [1, 3, S, S]
         placeholders = [config.image_id] * config.vision.tokens_per_image
         ids = [config.boi_id, *placeholders, config.eoi_id]
         return Prepared(kind, pixels, ("\n\n", ids, "\n\n"))

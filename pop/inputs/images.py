@@ -121,7 +121,7 @@ def _from_pillow(image, name: str) -> Tensor:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(f"{name} has pixels of 32 bits, whose range is unknown; convert them to 8 bits")
-    if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, H, W]

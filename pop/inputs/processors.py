@@ -66,11 +66,10 @@ class Processor:
             raise InputError(f"this {self.config.family} model takes {takes} only; leave out the {kind}s")
         if isinstance(given, Prepared):
             return given
-        limits = self.limits.get(kind)
-        if isinstance(given, Image | Video):
-            limits = self.limited(kind, given.min_pixels, given.max_pixels)
-        if isinstance(given, Image):
-            given = given.image
+        whole = {"image": Image, "video": Video}[kind]
+        if not isinstance(given, whole):
+            given = whole(given)
+        limits = self.limited(kind, given.min_pixels, given.max_pixels)
         return self._prepare(kind, given, limits)
 
     def limited(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> Limits:
@@ -123,10 +122,8 @@ class Processor:
                 row += [self.prepare(kind, one) for one in media]
         return rows
 
-    def split_at_marks(
-        self, text: str, media: Sequence[Prepared], marks: dict[str, str], what: str
-    ) -> list[str | Prepared]:
-        """Split a text at the marks of each kind, and put `media` there, in order. `what` names the text in errors."""
+    def replace_marks(self, text: str, media: Sequence[Prepared], marks: dict[str, str], what: str) -> list[Piece]:
+        """Replace the marks of each kind in a text by the pieces of `media`, in order. `what` names it in errors."""
         parts = re.split(f"({'|'.join(map(re.escape, marks.values()))})", text)
         left = {}
         for kind, mark in marks.items():
@@ -137,13 +134,9 @@ class Processor:
                     f"{len(of_kind)} {kind}s are given, but the {what} has {self.marks[kind]} {count} times"
                 )
             left[mark] = iter(of_kind)
-        return [next(left[part]) if part in left else part for part in parts]
-
-    def replace_marks(self, text: str, media: Sequence[Prepared], what: str) -> list[Piece]:
-        """Replace a text's marks by the pieces of `media`."""
         pieces = []
-        for part in self.split_at_marks(text, media, self.marks, what):
-            pieces += [part] if isinstance(part, str) else part.pieces
+        for part in parts:
+            pieces += next(left[part]).pieces if part in left else [part]
         return pieces
 
     def locate(self, tokens: Sequence[int], media: Sequence[Prepared]) -> list[range]:

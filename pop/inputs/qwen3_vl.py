@@ -36,27 +36,25 @@ def qwen_image(image, vision: Qwen3VisionConfig, limits: Limits = PUBLISHED["ima
 
 
 def qwen_video(
-    video, vision: Qwen3VisionConfig, limits: Limits = PUBLISHED["video"]
+    video: Video, vision: Qwen3VisionConfig, limits: Limits = PUBLISHED["video"]
 ) -> tuple[Tensor, Grid, list[float]]:
     """Return a video's patches, frame pair by frame pair, their grid, and the time of each frame pair in seconds.
 
     The limits are those of all frames together. Frames are read and resized one at a time.
     """
-    fps = None
-    if isinstance(video, Video):
-        fps = video.fps
-        video = video.frames
-    is_path = isinstance(video, (str, os.PathLike))
-    _check_video(video, fps, is_path)
+    given = video.frames
+    fps = video.fps
+    is_path = isinstance(given, (str, os.PathLike))
+    _check_video(given, fps, is_path)
     if is_path:
-        count, fps = video_files.measure(video)
+        count, fps = video_files.measure(given)
     else:
-        count = len(video)
+        count = len(given)
         fps = None if fps is None else float(fps)
     if count < 2:
         raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
-    kept = range(count) if fps is None else _sampled(count, fps)
-    frames = video_files.frames(video, kept) if is_path else (video[index] for index in kept)
+    kept = list(range(count)) if fps is None else _sampled(count, fps)
+    frames = video_files.frames(given, kept) if is_path else (given[index] for index in kept)
     shape = None
     resized = []
     for frame in map(images.load_image, frames):
@@ -65,20 +63,20 @@ def qwen_video(
             raise InputError(f"the video's frames differ in size: {tuple(shape)} and {tuple(frame.shape)}")
         resized.append(_resize(frame, vision, len(kept), limits))
     missing = -len(kept) % vision.frames  # the last pair is filled with the last frame
-    pixels = torch.cat(resized + resized[-1:] * missing)
-    patches, grid = _patches(normalise(pixels), vision)
-    numbers = [*kept, *[kept[-1]] * missing]
-    pairs = np.reshape(numbers, (-1, vision.frames))
+    resized += resized[-1:] * missing
+    kept += kept[-1:] * missing
+    patches, grid = _patches(normalise(torch.cat(resized)), vision)
+    pairs = np.reshape(kept, (-1, vision.frames))
     times = (pairs[:, [0, -1]] / (fps or 24)).mean(1)
     return patches, grid, times.tolist()
 
 
-def _check_video(video, fps: float | None, is_path: bool) -> None:
+def _check_video(frames, fps: float | None, is_path: bool) -> None:
     is_rate = isinstance(fps, Real) and not isinstance(fps, bool) and 1e-6 <= fps <= 1e6
     if fps is not None and (is_path or not is_rate):
         raise InputError(f"fps is {fps!r}; it must be a number from 1e-6 to 1e6, or None for a file, which has its own")
-    if not isinstance(video, (str, os.PathLike, np.ndarray, Tensor, Sequence)) or isinstance(video, bytes):
-        raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
+    if not isinstance(frames, (os.PathLike, np.ndarray, Tensor, Sequence)) or isinstance(frames, bytes):
+        raise InputError(f"a video is of type {type(frames).__name__}; give a path, an array or a list of images")
 
 
 def _sampled(count: int, fps: float) -> list[int]:
@@ -90,29 +88,28 @@ def _sampled(count: int, fps: float) -> list[int]:
 
 def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, limits: Limits) -> Tensor:
     """Resize an image or one of a video's frames [3, H, W] to whole squares of merged patches, [1, 3, h, w] uint8."""
-    height, width = frame.shape[1:]
+    sides = frame.shape[1:]
     least, most = limits
     unit = vision.patch_size * vision.merge_size
     depth = vision.frames if num_frames > 1 else 1
-    if depth > 1 and min(height, width) < unit:  # the reference enlarges small frames of videos only
-        scale = max(unit / height, unit / width)
-        height = int(height * scale)
-        width = int(width * scale)
-    if max(height, width) > MAX_RATIO * min(height, width):
+    if depth > 1 and min(sides) < unit:  # the reference enlarges small frames of videos only
+        scale = unit / min(sides)
+        sides = [int(side * scale) for side in sides]
+    if max(sides) > MAX_RATIO * min(sides):
+        height, width = sides
         raise InputError(f"{width} x {height} pixels are too long; a side may be at most {MAX_RATIO} times the other")
-    rows = round(height / unit)  # of merged patches
-    columns = round(width / unit)
-    counted = round(num_frames / depth) * depth * rows * columns * unit**2
+    num_pixels = num_frames * math.prod(sides)
+    squares = [round(side / unit) for side in sides]  # rows and columns of merged patches
+    counted = round(num_frames / depth) * depth * math.prod(squares) * unit**2
     if counted > most:
-        scale = math.sqrt(num_frames * height * width / most)
-        rows = max(1, math.floor(height / scale / unit))
-        columns = max(1, math.floor(width / scale / unit))
+        scale = math.sqrt(num_pixels / most)
+        squares = [max(1, math.floor(side / scale / unit)) for side in sides]
     elif counted < least:
-        scale = math.sqrt(least / (num_frames * height * width))
-        rows = math.ceil(height * scale / unit)
-        columns = math.ceil(width * scale / unit)
-    images.check_size(columns * unit, rows * unit, "a resized image")
-    return F.interpolate(frame[None], (rows * unit, columns * unit), mode="bicubic", antialias=True)
+        scale = math.sqrt(least / num_pixels)
+        squares = [math.ceil(side * scale / unit) for side in sides]
+    height, width = [square * unit for square in squares]
+    images.check_size(width, height, "a resized image")
+    return F.interpolate(frame[None], (height, width), mode="bicubic", antialias=True)
 
 
 def _patches(frames: Tensor, config: Qwen3VisionConfig) -> tuple[Tensor, Grid]:
@@ -139,15 +136,15 @@ class QwenProcessor(Processor):
         if kind == "video":
             pixels, grid, times = qwen_video(given, config.vision, limits)
         else:
-            pixels, grid = qwen_image(given, config.vision, limits)
+            pixels, grid = qwen_image(given.image, config.vision, limits)
         num_tokens = grid.rows * grid.columns // config.vision.merge_size**2  # of an image, or of a frame pair
         ids = [config.start_id, *[self.placeholders[kind]] * num_tokens, config.end_id]
-        if kind == "image":
-            return Prepared(kind, pixels, (ids,), grid)
-        pieces = [[config.start_id]]
-        for time in times:
-            pieces += [f"<{time:.1f} seconds>", ids]
-        pieces.append([config.end_id])
+        pieces = [ids]
+        if kind == "video":
+            pieces = [[config.start_id]]
+            for time in times:
+                pieces += [f"<{time:.1f} seconds>", ids]
+            pieces.append([config.end_id])
         return Prepared(kind, pixels, tuple(pieces), grid)
 
     def _placed(self, module, rows, runs, lengths, feature_index):

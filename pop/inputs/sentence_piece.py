@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pop.errors import TokenizerError
-from pop.inputs.byte_pair import BytePairEncoding, bos_id_of, check, check_settings, reachable
+from pop.inputs.byte_pair import BytePairEncoding, bos_id_of, check, reachable, refuse_settings
 from pop.inputs.tokenizers import Tokenizer, refuse_spelt, sort_added
 
 # Gemma's control symbols. Its tokenizer.model marks them as user-defined, like runs of newlines, HTML tags and others
@@ -76,19 +76,17 @@ def from_tokenizer_json(spec: dict[str, Any]) -> Tokenizer:
     check("the pre_tokenizer", spec.get("pre_tokenizer"), None, split)  # no text has a space at this step
     check("byte_fallback", model.get("byte_fallback"), True)
     check("the decoder", spec.get("decoder"), _DECODER)
-    check_settings(model, {"type", "unk_token", "fuse_unk", "byte_fallback", "vocab", "merges"})
+    refuse_settings(model, model.keys() - {"type", "unk_token", "fuse_unk", "byte_fallback", "vocab", "merges"})
     vocab = model["vocab"]
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
     special[model["unk_token"]] = vocab[model["unk_token"]]
     bos_id = bos_id_of(spec.get("post_processor"), special)
     special |= {name: added.pop(name) for name in _CONTROL & added.keys()}
     merged = reachable(model["merges"], vocab)
-    refuse_spelt(special.keys() | _CONTROL, set(merged))
+    refuse_spelt(special.keys() | _CONTROL, merged)
     bytes_of = _bytes_of(vocab)
-    ids = _ids_of_bytes(vocab, merged)
-    ranks = {token: rank for rank, token in enumerate(ids)}
     return Tokenizer(
-        BytePairEncoding(ranks, list(ids.values()), "(?s).+").encode,
+        BytePairEncoding(_ids_of_bytes(vocab, merged), "(?s).+").encode,
         special_tokens=special,
         added=added,
         bytes_of=bytes_of,
@@ -113,14 +111,12 @@ def _ids_of_bytes(vocab: dict[str, int], merged: list[str]) -> dict[bytes, list[
         vocab: The id of each token.
         merged: The tokens that merging makes, the first of them first.
     """
-    characters = {*"".join(merged), *(name for name in vocab if len(name) == 1)}
+    characters = {name for name in vocab if len(name) == 1}  # all that merges begin with
     tokens = [bytes([byte]) for byte in range(256)]
     for length in (2, 3, 4):  # each character in steps: its first two bytes, then three, then four
-        tokens += {char.encode()[:length] for char in characters if len(char.encode()) >= length}
+        tokens += {char.encode()[:length] for char in characters}
     ids = {token: [vocab[_BYTES[byte]] for byte in token] for token in tokens}
-    ids |= {char.encode(): [vocab[char]] for char in characters & vocab.keys()}
-    ids |= {name.encode(): [vocab[name]] for name in merged}
-    return ids
+    return ids | {name.encode(): [vocab[name]] for name in (*characters, *merged)}
 
 
 def _normalize(text: str) -> str:

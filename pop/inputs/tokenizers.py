@@ -7,7 +7,7 @@ import codecs
 import copy
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, groupby
 from os import PathLike
 from os.path import expanduser, isdir, isfile
@@ -70,12 +70,13 @@ class Tokenizer:
 
     def reserving(self, names: Iterable[str]) -> "Tokenizer":
         """Return a tokenizer to which these added tokens are special, so that ordinary text cannot spell them."""
-        reserved = {name: self.added_tokens[name] for name in names if name in self.added_tokens}
+        added = dict(self.added_tokens)
+        reserved = {name: added.pop(name) for name in names if name in added}
         if not reserved:
             return self
         other = copy.copy(self)
         other.special_tokens = self.special_tokens | reserved
-        other.added_tokens = {name: id for name, id in self.added_tokens.items() if name not in reserved}
+        other.added_tokens = added
         other._prepare_search()
         return other
 
@@ -141,12 +142,7 @@ class Tokenizer:
     def text_stream(self) -> Callable[[int | None, bool], str]:
         """Return a function that takes an answer's next id and whether it is the last. It returns whole characters."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def push(id: int | None, last: bool) -> str:
-            data = b"" if id is None else self.token_bytes(id)
-            return decoder.decode(data, last)
-
-        return push
+        return lambda id, last: decoder.decode(b"" if id is None else self.token_bytes(id), last)
 
 
 def splitter(ids: dict[str, int]) -> Splitter:
@@ -201,8 +197,7 @@ def _load(files: list[Path]) -> Tokenizer:
     is_json = files[0].suffix == ".json"
     spec = json.loads(files[0].read_bytes()) if is_json else {}
     config = _read(folder, "tokenizer_config.json")
-    for name in ("add_prefix_space", "split_special_tokens"):  # would change ids
-        byte_pair.check(f"the setting {name}", config.get(name) or None, None)
+    byte_pair.refuse_settings(config, ("add_prefix_space", "split_special_tokens"))  # which would change ids
     listed = config.get("added_tokens_decoder")
     special_map = {}
     older = {}
@@ -313,9 +308,9 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
     return special, added, normalized
 
 
-def refuse_spelt(special: Set[str], merged: Set[str]) -> None:
+def refuse_spelt(special: Iterable[str], merged: Iterable[str]) -> None:
     """Raise TokenizerError if ordinary text merges into a special token."""
-    if spelt := special & merged:
+    if spelt := set(special).intersection(merged):
         raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
 
 

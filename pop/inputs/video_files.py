@@ -70,17 +70,16 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """Yield the file's container, its video stream, and its name for error messages."""
     av = import_extra("av", "av", "videos")
     name = f"the video {os.fspath(path)!r:.200}"
-    max_pixels = images.MAX_PIXELS
     images.check_file(path, name, MAX_BYTES)
     # FFmpeg decodes some frames to identify the file, so it must know the limit when it opens the file.
-    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "", "max_pixels": str(max_pixels)}
+    limit = {"max_pixels": str(images.MAX_PIXELS)}
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "", **limit}
     # FFmpeg gets an open file, not a path. So it cannot open any other file.
     with images.reading(name, FORMATS), open(path, "rb") as file, av.open(file, options=options) as container:
         if not container.streams.video:
             raise InputError(f"{name} has no video stream; give a video file")
         stream = container.streams.video[0]
-        if not 0 < stream.width * stream.height <= max_pixels:
-            raise InputError(f"the frames of {name} have more than {max_pixels:,} pixels, or none; make them smaller")
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}  # the size may grow within a file
+        images.check_size(stream.width, stream.height, f"a frame of {name}")
+        stream.codec_context.options = limit  # the size may grow within a file
         stream.thread_type = "AUTO"
         yield container, stream, name

@@ -47,8 +47,12 @@ def test_generate_shows_images(command, model):
 
 
 def test_generate_shows_videos(command, model, monkeypatch):
-    prepare = model.vision._prepare
-    monkeypatch.setattr(model.vision, "_prepare", lambda kind, given, limits: prepare(kind, FILMS[given], limits))
+    prepare = model.vision.prepare
+
+    def show(kind, given):
+        return prepare(kind, FILMS[given] if isinstance(given, str) else given)
+
+    monkeypatch.setattr(model.vision, "prepare", show)
     status, out, _ = command("generate", "m", "What?", "--video", "film.mp4", "--image", "picture")
     prompt = f"{IMAGE_MARK}{VIDEO_MARK}What?"
     monkeypatch.undo()

@@ -260,7 +260,7 @@ def test_a_broken_or_hostile_template_gives_an_error_of_this_library(form_of):
 class Sees:
     marks: ClassVar = {"image": "<s></s>"}
 
-    split_at_marks = Processor.split_at_marks
+    replace_marks = Processor.replace_marks
 
     def prepare(self, kind, given):
         return Prepared(kind, given, ([given],))

@@ -131,7 +131,7 @@ def test_importance_of_samples_with_images(model):
     with pytest.raises(InputError, match="sample 0 .* the prompt has runs"):
         pop.importance(model, samples[:1])
     with pytest.raises(InputError, match="images must be a list of 3 lists"):
-        pop.importance(model, samples, images=[a, b, a])
+        pop.importance(model, samples, images=[a, b])
 
 
 # ---- Calibration ----

@@ -119,9 +119,6 @@ def test_families_without_limits_say_so(tmp_path):
     assert tokens_of(model, pop.Image(A)) == tokens_of(model, A) == 4
     with pytest.raises(InputError, match="llama family .* leave out min_pixels and max_pixels"):
         pop.load(write_checkpoint(tmp_path), max_pixels=5000)
-    text = pop.Model(random_model(tiny_config()), tiny_config(), compile=False)
-    with pytest.raises(InputError, match="llama model takes text only"):
-        text.generate([2], images=[pop.Image(A)])
 
 
 # ---- a full context ----

@@ -105,7 +105,7 @@ INVALID = [
 def test_invalid_videos_and_sizes():
     for frames, fps, message in INVALID:
         with pytest.raises(InputError, match=message):
-            qwen_video(frames if fps is None else Video(frames, fps), SMALL)
+            qwen_video(Video(frames, fps), SMALL)
     with pytest.raises(InputError, match="1 to 67,108,864 pixels"):
         qwen_image(FRAMES[0], SMALL, (2**31, 2**31))
 

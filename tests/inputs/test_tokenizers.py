@@ -86,7 +86,7 @@ def test_texts_and_ids_that_are_refused():
         tokenizer.encode("a\ud800")
     with pytest.raises(InputError, match="is a bytes"):
         tokenizer.encode(b"a")
-    with pytest.raises(InputError, match="1000000 whitespace characters"):
+    with pytest.raises(InputError, match="900,000 whitespace characters"):
         tokenizer.encode("a" + " " * 1_000_000 + "b")
     for id in (-1, tokenizer.vocab_size, 10**20, None, "a", [], 1.5):
         with pytest.raises(InputError, match="token id"):

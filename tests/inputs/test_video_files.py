@@ -47,8 +47,8 @@ def test_a_file_is_its_frames_and_its_rate(av, tmp_path, kind, count, rate):
     film = decoded(av, path)
     assert len(film) == count
     expected = qwen_video(Video(film, fps=rate), SMALL)
-    for given in (path, str(path), Video(path)):
-        found = qwen_video(given, SMALL)
+    for given in (path, str(path)):
+        found = qwen_video(Video(given), SMALL)
         assert found[1] == expected[1] and found[2] == pytest.approx(expected[2])
         assert torch.equal(found[0], expected[0])
 
@@ -75,7 +75,7 @@ def test_frames_are_held_one_at_a_time(av, tmp_path, monkeypatch):
     path = write(av, tmp_path / "film.mp4", 40)
     read, load = [], images.load_image
     monkeypatch.setattr(images, "load_image", lambda frame: read.append(frame.shape) or load(frame))
-    assert qwen_video(path, SMALL)[1].frames == 5 and len(read) == 10
+    assert qwen_video(Video(path), SMALL)[1].frames == 5 and len(read) == 10
     film = video_files.frames(path, [3, 4, 39])
     first = next(film)
     assert np.array_equal(first, decoded(av, path)[3]) and len(list(film)) == 2
@@ -125,7 +125,7 @@ def broken(av, folder):
 def test_broken_files(av, tmp_path):
     for path, message in broken(av, tmp_path):
         with pytest.raises(InputError, match=message) as caught:
-            qwen_video(path, SMALL)
+            qwen_video(Video(path), SMALL)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
@@ -133,20 +133,20 @@ def test_files_that_are_too_large(av, tmp_path, monkeypatch):
     path = write(av, tmp_path / "film.mp4", 12)
     monkeypatch.setattr(video_files, "MAX_FRAMES", 11)
     with pytest.raises(InputError, match="has more than 11 frames"):
-        qwen_video(path, SMALL)
+        qwen_video(Video(path), SMALL)
     monkeypatch.setattr(video_files, "MAX_BYTES", 100)
     with pytest.raises(InputError, match="bytes; at most 100 are read"):
-        qwen_video(path, SMALL)
+        qwen_video(Video(path), SMALL)
     monkeypatch.undo()
     monkeypatch.setattr(images, "MAX_PIXELS", 1500)
-    with pytest.raises(InputError, match="more than 1,500 pixels"):
-        qwen_video(path, SMALL)
+    with pytest.raises(InputError, match="1 to 1,500 pixels"):
+        qwen_video(Video(path), SMALL)
 
 
 def test_without_pyav_a_path_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.mp4").write_bytes(b"x")
     with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[videos\]'"):
-        qwen_video(tmp_path / "film.mp4", SMALL)
+        qwen_video(Video(tmp_path / "film.mp4"), SMALL)
     film = random_bytes(8 * 3, 8, 3, 0).reshape(3, 8, 8, 3)
     assert qwen_video(Video(film, fps=24), SMALL)[1].frames == 2  # arrays do not need PyAV
