@@ -2,10 +2,11 @@
 
 transformers 5 writes one file, processor_config.json. Before, preprocessor_config.json was for images and
 video_preprocessor_config.json for videos. Nothing but the limits may differ from the published files: a file that asks
-for another preparation is refused. A fixed field that a file lacks has its published value, except for colours, which a
-file must state.
+for another preparation is refused. A fixed field that a file lacks has its published value, except for Qwen's colours,
+which a file must state.
 """
 
+from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
 
@@ -56,8 +57,10 @@ def _read(fields: Fields, config: Config, kind: str) -> tuple[int, int] | None:
     fields.take(f"{kind}_processor_type", known, lambda v: type(v) is str and v.startswith(known), known)
     fields.fixed(do_resize=True, do_rescale=True, do_normalize=True, rescale_factor=1 / 255)
     half = [0.5] * 3
-    for name in ("image_mean", "image_std"):  # a file without them would mean other colours for Qwen's images
-        fields.take(name, repr(half), lambda v: v == half)
+    # The reference's class for Qwen's images has other colours, so a file without these fields would mean those.
+    default = MISSING if known == "Qwen2VLImageProcessor" else half
+    for name in ("image_mean", "image_std"):
+        fields.take(name, repr(half), lambda v: v == half, default)
     size = fields.part("size")
     if config.family == "gemma3":
         fields.fixed(do_pan_and_scan=False, resample=2)
