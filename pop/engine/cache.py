@@ -170,8 +170,6 @@ class KVCache:
 
     def move_to(self, snapshot: Snapshot) -> None:
         """Take the position of a snapshot, whose tokens are in the slots."""
-        if self.step is not None:
-            self.step.snapshot = None
         lengths = snapshot[0]
         if (lengths < self.lengths).any():
             (there,) = to_device([lengths], self.device)

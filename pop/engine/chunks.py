@@ -46,7 +46,7 @@ class Selection(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens [B, C] of a chunk. All tensors are on the CPU."""
+    """Tokens [B, C] of a chunk. All tensors are on the CPU, but those of a decode step are on the device."""
 
     in_prompt: Tensor  # [B, C] int64, the columns of the prompts [B, T]; padding repeats a row's last token
     positions: Tensor  # [B, C] int64, in the sequence

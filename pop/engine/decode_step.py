@@ -40,7 +40,7 @@ class DecodeStep(LayerPass):
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
         self.tokens, self.positions, self.offsets = inputs.unbind()
         self.ends = torch.full_like(self.positions, cache.max_seq_len)  # no row attends to later positions
-        # The cache.lengths and rope_offsets that are on the device now. None: unknown, as after `cache.move_to`.
+        # The cache.lengths and rope_offsets that are on the device now. None: unknown.
         self.snapshot: tuple[Tensor, Tensor] | None = None
         # It does not hold the step: that would be a cycle.
         self.replay = stages.replay and stages.replay(module, f"decode of {cache.batch_size} rows")
