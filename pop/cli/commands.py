@@ -152,7 +152,7 @@ def calibrate(args) -> None:
     lengths = _lengths(args.longest)
     args.prune = "none"
     model = _load(args)
-    fitted, rest = calibration_texts(model, texts)
+    fitted, rest = calibration_texts(model, args.files, texts)
     compared(model, rest, lengths, least=SHORT)  # refuses now what pop.check would refuse after the work
     options = {name: getattr(args, name) for name in ("plan", "speedup", "rank", "longest", "steps", "seed")}
     plan = pop.calibrate(model, fitted, resume=resume, **options)

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from pop.calibration.texts import default_texts, parted, tokens_needed
+from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
 from pop.errors import InputError
 
 MOST = 20_000_000  # characters of a text
@@ -31,13 +31,20 @@ def reading(source: str) -> Iterator[None]:
         raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
 
 
-def calibration_texts(model, given: list[str]) -> tuple[list[str], list[str] | None]:
+def calibration_texts(model, paths: list[str], given: list[str]) -> tuple[list[str], list[str] | None]:
     """The parts of texts to fit and to judge the plan by. Built-in texts are fitted too if the given ones are short.
 
     None: no text is given, so the plan is judged as by pop.check without texts.
     """
     model.need_tokenizer("calibrate on text")
     fitted, rest = parted(given)
+    for path, text in zip(paths, rest, strict=True):
+        count = len(model.encode(text, bos=False))
+        if count < SHORTEST:
+            raise InputError(
+                f"the last fifth of {path}, which judges the plan, has {count} tokens, but needs {SHORTEST}; "
+                "give a longer text"
+            )
     found = sum(len(model.encode(text, bos=False)) for text in fitted)
     needed = tokens_needed(model)
     if found >= needed:

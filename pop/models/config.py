@@ -94,6 +94,7 @@ class Olmo2Config(FullAttentionConfig):
     family: ClassVar[str] = "olmo2"
 
     norm_eps: float = 1e-5
+    attention_bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,9 @@ def models(draw, families=FAMILIES):
         sizes["num_layers"] = num_layers
     if family in ("llama", "qwen3", "olmo2"):
         sizes["tie_embeddings"] = draw(st.booleans())
-    if family == "llama":
+    if family in ("llama", "olmo2"):
         sizes["attention_bias"] = draw(st.booleans())
+    if family == "llama":
         sizes["mlp_bias"] = draw(st.booleans())
     if family in ("qwen3", "qwen3_vl"):
         sizes["experts"] = draw(experts())

@@ -12,6 +12,7 @@ import torch
 
 import pop
 from pop.engine.chunks import Chunk, Prompts, chunk_bounds
+from pop.engine.modes import engine_modes
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
 from tools.bench.shapes import bandwidth_bytes
@@ -64,7 +65,7 @@ def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     tokens = torch.tensor([prompt], device=model.device)
     lengths = torch.tensor([len(prompt)])
     media = model.vision.prepare_batch([images], None, 1)
-    call = partial(model._images, model._stages.vision_module, media, tokens, lengths)
+    call = partial(engine_modes()(model.vision.images), model._stages.vision_module, media, tokens, lengths)
     return lambda: {"tower_s": seconds(call, model.device)}
 
 
