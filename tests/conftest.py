@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 pytest.register_assert_rewrite("support")  # so that a failure in it shows values
 
@@ -14,7 +14,8 @@ pytest.register_assert_rewrite("support")  # so that a failure in it shows value
 torch.set_num_threads(1)
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("ci", max_examples=12, derandomize=True, **_common)
+_without_shrinking = [Phase.explicit, Phase.reuse, Phase.generate]  # to make an example smaller can take minutes
+settings.register_profile("ci", max_examples=12, derandomize=True, phases=_without_shrinking, **_common)
 settings.register_profile("nightly", max_examples=400, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

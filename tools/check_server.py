@@ -10,7 +10,8 @@ if it runs with --enable-prompt-tokens-details.
 
 It reads a tokenizer and no weights. So it also judges a plan on a GPU, and on weights that the server has quantised. An
 answer is exact if the greedy text is the right one, but for spaces around it. Predictions are not compared: no KL.
-The exit status is 1 if the plan does not hold. Prompts that are too short for the plan show no difference.
+The exit status is 1 if the plan does not hold, and 2 if nothing was judged. Prompts that are too short for the plan
+show no difference.
 """
 
 from __future__ import annotations

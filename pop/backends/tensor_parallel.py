@@ -29,11 +29,7 @@ from pop.errors import InputError, reason_of
 from pop.models.olmo2 import HeadsNorm
 from pop.system.memory import to_device
 
-OF_KV_HEADS = (
-    "k_proj",
-    "v_proj",
-    "k_norm",
-)  # parts that have rows of the key-value heads, in which ranks may have copies
+OF_KV_HEADS = ("k_proj", "v_proj", "k_norm")  # their rows are those of key-value heads, of which ranks may have copies
 VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # how names in vision towers begin
 
 

@@ -130,7 +130,7 @@ def find_weights(name: str) -> Path:
     if folder is not None:
         return folder
     if entry.name in COMMANDS:
-        step = f"in a checkout of pop, run `{COMMANDS[entry.name]}`"
+        step = f"in a checkout of pop, run `{COMMANDS[entry.name]}`, and set POP_WEIGHTS to its folder weights"
     else:
         step = (
             f"run `pop download {name}`, or put config.json, the safetensors files and tokenizer.json of the Hugging "

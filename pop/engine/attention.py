@@ -115,7 +115,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, sca
 def cache_attention(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float) -> Tensor:
     """q [B, T, H, E] attends to keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
 
-    Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
+    Even fresh tokens are read back from the cache. Padding of k and v may be NaN. It goes to the spare slot, so a row
+    reads only what its own tokens wrote.
     """
     if metadata.held is None:
         return decode_attention(q, keys, values, metadata.spans, scale)

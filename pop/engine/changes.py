@@ -44,7 +44,7 @@ class Look:
         self.memory = [weight.untyped_storage() for weight in self.weights]  # which a captured step may read
         self.facts = self._facts()
         for weight in self.weights:
-            weight.squeeze()  # a view checks the memory, and a product does not
+            weight.squeeze()  # raises if the weight reaches beyond its storage, which a product would read
 
     def unchanged(self) -> bool:
         """Whether the layer is as it was, apart from values of weights that changed in place."""

@@ -126,7 +126,7 @@ class FullDepth(NamedTuple):
         C = tokens.valid.shape[1]
         if prompts.has_stepped_sizes:
             W = min(stepped(W), C)
-        valid = torch.arange(W) >= W - counts[:, None]  # [B, W]
+        valid = torch.arange(W) >= W - counts[:, None]  # [B, W]; here padding comes first
         if W == 0:
             no_columns = valid.long()  # [B, 0]
             return cls(plan, {}, no_columns, valid, last_is_full)
@@ -198,6 +198,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
     }
     if C == 1:
         return tables
+    # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the rest.
     starts = tokens.positions[tokens.valid[:, 0], 0]  # of the rows with tokens
     start = int(starts.max())
     is_exact = bool((starts == start).all())
@@ -234,7 +235,7 @@ def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary
     ends = cache.lengths + lengths  # [B]
     if not boundary:  # the prompts go on, so none is short, and none of these tokens is among the last
         plan = dataclasses.replace(plan, full_depth_below=0)
-        ends += plan.full_depth_last
+        ends += plan.full_depth_last  # so that no position is among the last
     positions = cache.lengths[:, None] + torch.arange(int(lengths.max()))  # [B, T]
     return plan.at_full_depth(positions, ends[:, None])
 

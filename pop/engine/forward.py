@@ -95,7 +95,7 @@ class Call:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
         cache = self.cache
         if self.skipped is not cache.skipped:
-            cache.intact = False  # between the two
+            cache.intact = False  # until both `lengths` and `skipped` are set
         cache.restore((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
         cache.skipped.copy_(self.skipped)
         cache.intact = True
@@ -118,6 +118,7 @@ class Call:
             if not prompts.full_depth.all() or earlier.others.any():
                 chunks = list(chunks)
                 entering = self.run_to_selecting_layer(prompts, chunks)
+                # A call that does not select leaves states for later ones here.
                 selection = self.select_tokens(prompts, entering, earlier, selects)
                 yield from self.run_from_selecting_layer(prompts, chunks, entering, selection)
                 return
@@ -156,9 +157,10 @@ class Call:
         received = earlier.received(cache, plan.selects_at) if N else self.stages.received
         entering = entering[:, :T]
         inputs = entering, rotary, prompts.lengths, others, counts, received
-        (others,) = to_device([others], cache.device)
-        tokens = select(self.module, plan, *inputs) if counts.any() else torch.zeros_like(others)
-        skips = (others & ~tokens)[:, N:]
+        (others_there,) = to_device([others], cache.device)
+        tokens = select(self.module, plan, *inputs) if counts.any() else torch.zeros_like(others_there)
+        skips = (others_there & ~tokens)[:, N:]
+        # Tokens that get features later, or that look ahead, cannot run again by themselves.
         has_features_later = plan.selects_at < self.module.deepstack_layers
         has_look_ahead = prompts.images.last_attended(index) is not None
         if not (cache.has_windows or has_features_later or has_look_ahead):

@@ -148,9 +148,10 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if _saved(prune):
             return cls.load(prune).check(num_layers)
+        no_file = ", which names no file" if isinstance(prune, (str, os.PathLike)) else ""
         raise PlanError(
-            f"the plan is {prune!r:.200}; it must be 'third', 'none', a share of the layers (0.5, or 1.0 for all), "
-            "layers such as '10,12,19-29' ('9-9' for layer 9), the path of a saved plan or of importance scores, "
+            f"the plan is {prune!r:.200}{no_file}; it must be 'third', 'none', a share of the layers (0.5, or 1.0 for "
+            "all), layers such as '10,12,19-29' ('9-9' for layer 9), the path of a saved plan or of importance scores, "
             f"the name of a plan that ships ({', '.join(_shipped())}), or a PrunePlan; with a model also 'default'"
         )
 

@@ -96,7 +96,8 @@ def test_several_processes_compute_what_one_computes(ranks, folder):
         expected = run(pop.load(folder / case["checkpoint"], prune=prune))
         for found in (_of(name, rank) for rank in ranks):
             for what in {"logits", "steps", "selected", "images", "sketch"} & expected.keys():
-                torch.testing.assert_close(found[what], expected[what], rtol=0, atol=2e-5)
+                named = f"{name}, {what}: {{}}".format
+                torch.testing.assert_close(found[what], expected[what], rtol=0, atol=2e-5, msg=named)
             for what in {"logits", "steps", "selected", "tokens", "sketch"}:  # the last row of tokens is sampled
                 assert torch.equal(found[what], _of(name, ranks[0])[what]), (name, what)
             if "chat" in expected:

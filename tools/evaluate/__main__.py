@@ -14,6 +14,7 @@ tools/evaluate/README.md defines every figure.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shlex
 import sys
 from pathlib import Path
@@ -201,10 +202,17 @@ def _settings(args, model: pop.Model, domains: dict[str, list[Path]], contenders
         "commit": commit(),
         "seed": args.seed,
         "tokens": {"prompt": args.prompt_tokens, "continuation": args.continuation_tokens, "new": args.new_tokens},
-        "text_files": {name: [path.name for path in paths] for name, paths in domains.items()},
+        "text_files": {
+            name: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+            for name, paths in domains.items()
+        },
         "calibration_files": args.calibration,
         "contenders": {
-            contender.name: {"method": contender.method, "pruned_layers": len(contender.plan.layers)}
+            contender.name: {
+                "method": contender.method,
+                "pruned_layers": len(contender.plan.layers),
+                "plan": contender.plan.fields() | {"name": contender.plan.name},
+            }
             for contender in contenders
         },
     }

@@ -89,6 +89,8 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
         changes["selecting_layer"] = int(layer)
         name += f" at {int(layer)}"
     plan = dataclasses.replace(plan, **changes)
+    if changes:
+        method = method.removesuffix(", the paper's method")
     if plan.full_depth_selected:
         method += f", {100 * plan.full_depth_selected:g} % of the tokens selected"
     if plan.full_depth_last > 1:

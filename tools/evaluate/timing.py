@@ -23,8 +23,8 @@ def measure_ttft(
         progress: receives a line for each round.
 
     Returns:
-        {contender: {"median_s", "fastest_s", "slowest_s", "speedup", "limit"}}. limit is the speedup that the shapes
-        allow, or None where pop/pruning/cost.py cannot count.
+        {contender: {"seconds", "median_s", "fastest_s", "slowest_s", "speedup", "limit"}}. seconds are those of each
+        round. limit is the speedup that the shapes allow, or None where pop/pruning/cost.py cannot count.
     """
     seconds = {contender.name: [] for contender in contenders}
     step = Countdown("ttft, the first of which warms up: run", runs + 1, progress)
@@ -41,6 +41,7 @@ def measure_ttft(
         times = seconds[contender.name]
         flops = contender.flops(len(prompt))
         result[contender.name] = {
+            "seconds": times,
             "median_s": median(times),
             "fastest_s": min(times),
             "slowest_s": max(times),
