@@ -86,7 +86,7 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
-    is_default = prune == "default"
+    is_default = isinstance(prune, str) and prune == "default"
     own_plan = folder / "default.plan"
     if is_default:
         prune = own_plan if own_plan.is_file() else "third"

@@ -5,7 +5,7 @@
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -130,12 +130,16 @@ class Runner:
         """Like `new_cache`, but it may be longer than the model's context, for the padding of a batch."""
         sizes = self.module.config  # in one process of several, those of its part
         options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
+        return self._allocated(functools.partial(KVCache, sizes, batch_size, max_seq_len, **options))
+
+    def _allocated(self, allocate: Callable):
+        """What `allocate` returns. If it lacks memory, spare caches give way, and it is called once more."""
         try:
-            return KVCache(sizes, batch_size, max_seq_len, **options)
+            return allocate()
         except CacheMemoryError:
             if not self.caches.clear():
                 raise
-        return KVCache(sizes, batch_size, max_seq_len, **options)
+        return allocate()
 
     def prefill(self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan=None) -> Tensor:
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
@@ -177,6 +181,8 @@ class Runner:
                 the plan selects no tokens.
         """
         self._check_cache(cache, lengths)
+        if plan.full_depth_selected:
+            self._allocated(cache.hold_states)
         stages = self._stages(len(tokens), plan)
         images = self.vision.images(self._stages.vision_module, media, tokens, lengths)
         chunk_size = self.chunk_size

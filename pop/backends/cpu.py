@@ -98,7 +98,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = multiply_rows(rows, weight)
     if bias is not None:
         out = out + bias
-    return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return out.to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
 
 def _product_in_float32(x: Tensor, weight: Tensor) -> Tensor:

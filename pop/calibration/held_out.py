@@ -99,6 +99,7 @@ class Judge:
         parts = []  # of each window, in the order of Losses
         for case in self.cases:
             h = self._pruned(plan, case) if plan.layers else case.full
+            # Row i predicts token i after the prompt.
             full, pruned = (self.model.module.head(x).log_softmax(-1) for x in (case.full, h))  # [N + 1, V]
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = max(1, len(case.passage) // CUE)

@@ -100,7 +100,7 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
             windows.append((tokens, media))
             continue
         bos = tokens[:1] if tokens[0] == model.config.bos_id else []
-        step = size - len(bos)
+        step = max(1, size - len(bos))
         windows += [(bos + tokens[begin : begin + step], []) for begin in range(len(bos), len(tokens), step)]
     return [(tokens, media) for tokens, media in windows if len(tokens) >= SHORTEST]
 

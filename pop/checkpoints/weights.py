@@ -291,7 +291,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = []
     for shard in sorted(set(weight_map.values())):
         # The name comes from outside and must not lead out of the folder. The file may be a symbolic link.
-        if not re.fullmatch(r"[\w .-]+\.safetensors", shard):
+        if not re.fullmatch(r"[^/\\:]+\.safetensors", shard):
             raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
         if not os.path.isfile(folder / shard):
             raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; fetch it")

@@ -31,7 +31,7 @@ from pop.system.memory import free_bytes
 # Options of the command line are handed on to the arguments that have their names.
 LOADING = inspect.signature(pop.load).parameters
 SAMPLING = [*OPTIONS, "sampling"]
-HELP = "/new starts a new conversation, /quit ends, /help shows this, Ctrl-C stops an answer."
+HELP = "/new starts a new conversation, /quit ends, /help shows this, Ctrl-C stops an answer; all else is a message."
 
 
 def run(args) -> int | None:

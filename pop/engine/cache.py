@@ -246,7 +246,7 @@ def _no_states(hidden: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _allocating(what: str, batch_size: int, max_seq_len: int, size: int, device: torch.device) -> Iterator[None]:
     """Allocate `size` bytes in this block. Raises CacheMemoryError before or in it if the device lacks the memory."""
-    wanted = f"{what} of {batch_size} x {max_seq_len} tokens takes {size:,} bytes"
+    wanted = f"{size:,} bytes are needed for {what} of {batch_size} x {max_seq_len} tokens"
     advice = "ask for fewer rows or a smaller max_seq_len"
     free = free_bytes(device)
     if free is not None and size > free:

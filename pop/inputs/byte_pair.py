@@ -30,7 +30,7 @@ _DIGITS_GPT2_PATTERN = (
 )
 
 # At a million whitespace characters in a row, tiktoken's regular expressions run out of stack.
-_TOO_MUCH_WHITESPACE = re.compile(r"(?<!\s)\s{900000}")
+_TOO_MUCH_WHITESPACE = re.compile(r"(?<!\s)\s{900001}")
 
 # A vocabulary may lack these bytes. In UTF-8 they never occur in a letter, a digit or a whitespace character.
 _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
@@ -68,8 +68,8 @@ class BytePairEncoding:
         self._lacking = bytes(token[0] for token, found in ids.items() if not found)
 
     def encode(self, text: str) -> list[int]:
-        if len(text) >= 900_000 and _TOO_MUCH_WHITESPACE.search(text):
-            raise InputError("the text has 900,000 whitespace characters in a row; remove some.")
+        if len(text) > 900_000 and _TOO_MUCH_WHITESPACE.search(text):
+            raise InputError("the text has more than 900,000 whitespace characters in a row; remove some.")
         if self._lacking and not set(self._lacking).isdisjoint(text.encode()):
             ranks = self._ranks_without_lacking(text)
         else:

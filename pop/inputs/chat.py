@@ -118,7 +118,9 @@ class ChatFormat:
         options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
         text = self._write(told, tools, **options)
         if tools and self._write(told, **options) == text:
-            raise UnsupportedError("this model's chat_template leaves out the tools; take another model")
+            raise UnsupportedError(
+                "this model's chat_template leaves out the tools; put them into a message, or take another model"
+            )
         without_calls = [{key: part for key, part in message.items() if key != "tool_calls"} for message in told]
         if without_calls != told and self._write(without_calls, tools, **options) == text:
             raise UnsupportedError("the chat_template leaves out the tool calls; put them into a message")

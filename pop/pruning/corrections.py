@@ -15,6 +15,7 @@ layers would have added to h. A z_t approximates that.
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ class Corrections:
         self.shared = shared
         self.update = update
         self.sketch = sketch
-        self.rows: range | None = None  # which of the K * E rows these are; None: all
+        self.rows: Sequence[int] | None = None  # which of the K * E rows these are; None: all
         self._copy: Corrections | None = None  # the latest result of `to`
         self._check()
 
@@ -149,7 +150,7 @@ class Corrections:
             update=self.update[number] if has_update else None,
         )
 
-    def to(self, device: torch.device, dtype: torch.dtype, rows: range | None = None) -> Corrections:
+    def to(self, device: torch.device, dtype: torch.dtype, rows: Sequence[int] | None = None) -> Corrections:
         """The same corrections on `device` in `dtype`. The latest copy is kept for the next call that asks for it.
 
         Args:
@@ -174,3 +175,6 @@ class Corrections:
 
     def __repr__(self) -> str:
         return f"Corrections(layers={len(self.layers)}, rank={self.rank})"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_copy": None}

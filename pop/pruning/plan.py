@@ -249,7 +249,7 @@ class PrunePlan:
             groups.append(Group(layers, is_pruned, corrections))
         return groups
 
-    def to(self, device: torch.device, dtype: torch.dtype, rows: list[int] | None = None) -> PrunePlan:
+    def to(self, device: torch.device, dtype: torch.dtype, rows: Sequence[int] | None = None) -> PrunePlan:
         """The same plan, with corrections as `Corrections.to` gives them if it has any."""
         if self.corrections is None:
             return self
@@ -302,6 +302,8 @@ def _read(path: str | os.PathLike) -> dict:
     except SafetensorError:  # a plan without corrections
         return files.read_json(path, PlanError)
     fields = json.loads(metadata["pop_plan"])
+    for name in tensors.keys() - {"weight", "shared", "update", "sketch"}:
+        raise PlanError(f"it has a tensor {name!r:.100}, and no corrections have one of this name; calibrate again")
     fields["corrections"] = Corrections(fields["layers"], **tensors)
     return fields
 

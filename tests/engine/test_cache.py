@@ -102,6 +102,17 @@ def test_states_that_do_not_fit_are_refused_before_the_cache_counts_tokens(monke
     assert cache.intact and cache.lengths.tolist() == [0]
 
 
+def test_spare_caches_give_way_to_states(monkeypatch):
+    config = tiny_config()
+    model = pop.Model(random_model(config, seed=3), config)
+    cache = model.new_cache(1, 30)
+    model.caches.most = 10**9
+    model.caches.give(model.new_cache(1, 30))
+    monkeypatch.setattr("pop.engine.cache.free_bytes", lambda device: 0 if model.caches._spare else 10**9)
+    model.prefill([range(9)], cache, plan=PrunePlan((3, 4), full_depth_selected=0.3, selecting_layer=1))
+    assert cache.has_states and not model.caches._spare
+
+
 def test_a_later_prompt_selects_among_the_tokens_of_rows_that_stay():
     module = random_model(tiny_config(), seed=3)
     plan = PrunePlan((3, 4), full_depth_selected=0.3, selecting_layer=1)

@@ -250,6 +250,7 @@ class Engine:
             except CacheMemoryError:
                 if not self.kept.caches:
                     raise
+            cache = None  # its memory, if it was the states that did not fit
             self.kept.caches.pop()
 
 

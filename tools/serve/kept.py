@@ -123,9 +123,9 @@ class Kept:
             self.caches.pop()
         try:
             cache = model.new_cache(1, tokens)
+            cache.copy_from(filled.cache)
         except CacheMemoryError:
             return
-        cache.copy_from(filled.cache)
         self.caches.insert(0, dataclasses.replace(filled, cache=cache))
 
 
