@@ -88,7 +88,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         is_torchs = x.dtype not in WIDENED
     if is_torchs or x.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])  # [rows, in]
     if not one_token:
         product = _product_in_float32 if has_gradients else multiply_rows
         out = product(rows.float(), weight)

@@ -72,7 +72,7 @@ class KVCache:
             self.values = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
             hidden = (config.num_layers, batch_size, config.hidden_size)
             self.previous_hidden = torch.zeros(hidden, dtype=dtype, device=device)
-            self.entered, self.skipped = _no_states(self.previous_hidden, 0)
+            self.entered, self.skipped = _empty_states(self.previous_hidden, 0)
 
     @staticmethod
     def size_in_bytes(
@@ -110,7 +110,7 @@ class KVCache:
         hidden = self.previous_hidden
         size = self.batch_size * self.max_seq_len * hidden[0, 0].nbytes
         with _allocating("the states of a KV cache", self.batch_size, self.max_seq_len, size, self.device):
-            self.entered, self.skipped = _no_states(hidden, self.max_seq_len)
+            self.entered, self.skipped = _empty_states(hidden, self.max_seq_len)
 
     def check(
         self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: Tensor, advice: str
@@ -237,7 +237,7 @@ def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device:
     return torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
 
 
-def _no_states(hidden: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def _empty_states(hidden: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """`entered` and `skipped` of a cache whose previous_hidden is `hidden`, with room for states in S slots."""
     B, D = hidden.shape[1:]
     return hidden.new_zeros(B, slots + 1, D), hidden.new_full((B, slots + 1), -1, dtype=torch.int16)

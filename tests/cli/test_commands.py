@@ -68,7 +68,7 @@ def test_the_help_ends_with_two_examples(command, capsys):
         assert parse([name, *words]).command == name
 
 
-@pytest.mark.parametrize("words", [["--version"], ["calibrate", "--help"]])
+@pytest.mark.parametrize("words", [[], ["--version"], ["--help"], ["calibrate", "--help"]])
 def test_the_help_does_without_torch(words):
     program = "import sys; sys.modules['torch'] = None; import pop.cli; pop.cli.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """`python -m tools.evaluate`: contenders from options, the command line end to end, the report and the plot."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shlex
@@ -117,6 +118,8 @@ def test_one_run_prints_the_report_of_the_figures_in_json(run, tiny_folder, text
     assert (result["model"], result["dtype"], result["seed"]) == (tiny_folder, "float32", 0)
     assert result["command"].endswith(f"  # called by {Path(sys.argv[0]).name}")  # as a script that adds a method does
     assert result["commit"] is None or re.fullmatch("[0-9a-f]{12}(-dirty)?", result["commit"])
+    assert result["contenders"]["0.6"]["plan"]["layers"] == [2, 3, 4]  # 0.6 of 5 layers
+    assert result["text_files"]["b"] == {text_file.name: hashlib.sha256(text_file.read_bytes()).hexdigest()}
     rows = ["full", "0.6", *selection.BASELINES]
     for part in (pooled["rows"], result["retrieval"]["rows"], result["ttft"], result["generation"]):
         assert list(part) == rows  # with retrieval, since text does not stand alone

@@ -112,6 +112,7 @@ def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, mo
     monkeypatch.setattr(Contender, "prefill", prefill)
     result = measure_ttft(contenders, list(range(40)), 3)
     assert calls == ["full", "pruned"] * 4
+    assert result["pruned"]["seconds"] == [3.0, 9.0, 3.5]
     assert result["pruned"]["median_s"] == 3.5 and result["pruned"]["speedup"] == 2.0
     assert (result["pruned"]["fastest_s"], result["pruned"]["slowest_s"]) == (3.0, 9.0)
     assert result["pruned"]["limit"] == pytest.approx(cost.speedup_limit(tiny.config, 40, contenders[1].plan))

@@ -13,6 +13,7 @@ from support.tiny_images import random_bytes
 
 import pop
 from pop.engine.cache import KVCache
+from pop.engine.spare_caches import size_of_cache
 from pop.generation.sampling import SamplingParams
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
@@ -370,6 +371,23 @@ def test_images_of_other_sizes_are_not_the_same_image():
     one, other = (Prepared("image", torch.ones(6, 4), (), Grid(1, *size)) for size in ((2, 3), (3, 2)))
     assert one.sha256 == other.sha256
     assert kept.keys_of([5, 6], [one], [range(1, 2)]) != kept.keys_of([5, 6], [other], [range(1, 2)])
+
+
+def test_a_cache_that_cannot_be_kept_is_left_out(monkeypatch):
+    """Although there is memory for its keys and values, there is none for its states."""
+    model = make("llama", pop.PrunePlan((3, 4), 2, full_depth_selected=0.3, selecting_layer=1))
+    engine, hold_states = new_engine(model), KVCache.hold_states
+
+    def scarce(cache):
+        if cache.max_seq_len < size_of_cache(1):  # kept ones take no more than they need
+            raise pop.CacheMemoryError("no memory")
+        hold_states(cache)
+
+    monkeypatch.setattr(KVCache, "hold_states", scarce)
+    jobs = jobs_of((30, 20))
+    work(engine, jobs)
+    assert all(job.events[-1].finish_reason for job in jobs)
+    assert not engine.kept.caches
 
 
 def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(paper, monkeypatch):
