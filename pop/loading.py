@@ -77,7 +77,7 @@ def load(
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype, dtype)
     if dtype not in (None, *DTYPES.values()):
-        raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
+        raise InputError(f"dtype is {dtype!r}; give None, {', '.join(DTYPES)}, or one of these as a torch.dtype")
     if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
         raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
 

@@ -116,6 +116,8 @@ class Model(Runner):
     def chat(self, messages, *, tools=None, enable_thinking: bool = True, plan=None, **options) -> Generation:
         """Answer a conversation in the checkpoint's chat format. No text of a message can become a control token.
 
+        `start_chat` gives an object whose `stream` yields an answer in pieces.
+
         Args:
             messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]. A user's content may also be a
                 list of {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.

@@ -46,6 +46,9 @@ class Prefix:
             self._cache = model.new_cache(1, cut)
             model.prefill_checked(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
 
+    def __repr__(self) -> str:
+        return f"<Prefix: {len(self.tokens):,} tokens, {len(self._left_tokens):,} of them encoded with each prompt>"
+
     def generate(self, rest, *, images=None, videos=None, **options) -> Any:
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 

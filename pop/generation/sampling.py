@@ -4,6 +4,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from numbers import Real
 
 import torch
@@ -78,7 +79,9 @@ def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
     sampling = given.pop("sampling", None)
     for name in given:
         if name not in OPTIONS:
-            raise InputError(f"there is no option {name!r}; the options are {', '.join(OPTIONS)}, sampling")
+            near = get_close_matches(name, OPTIONS, n=1)
+            instead = f", but there is {near[0]!r}" if near else ""
+            raise InputError(f"there is no option {name!r}{instead}; the options are {', '.join(OPTIONS)}, sampling")
     if sampling not in (None, "checkpoint"):
         raise InputError(f"sampling is {sampling!r}; it must be 'checkpoint' or None")
     if sampling is None:

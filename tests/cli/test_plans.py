@@ -37,6 +37,7 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "plain: without layers 2 to 3, last 8 and 25% whole",
         "  below 300 tokens: the whole model",
+        "  selected by: layer 1",
         f"  version: {pop.__version__}",
         "refit: without 2 layers, calibrated",
         f"  version: {pop.__version__}",

@@ -66,6 +66,7 @@ def test_prefixes_of_text_and_what_they_refuse():
     prefix = model.prefix("Once upon")
     expected = model.generate("Once upon a", max_new_tokens=9)
     assert prefix.tokens == [OTHER_END, *b"Once upon"]
+    assert repr(prefix) == "<Prefix: 10 tokens, 1 of them encoded with each prompt>"
     assert prefix.generate(" a", max_new_tokens=9).tokens == expected.tokens
     assert "".join(prefix.stream(" a", max_new_tokens=9)) == expected.text
     other = model.prefix("Once upon", plan=pop.PrunePlan.none())

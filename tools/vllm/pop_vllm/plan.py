@@ -1,8 +1,9 @@
 """What is refused before the weights load, and what a request says of POP_PLAN."""
 
+import os
 from functools import cache, wraps
 
-from pop import PlanError
+from pop import PlanError, PrunePlan
 from pop_vllm.checks import check_architecture
 
 
@@ -10,7 +11,8 @@ from pop_vllm.checks import check_architecture
 def install() -> None:
     """Wrap two methods of vLLM's input processor, which exists before the engine.
 
-    It refuses models that cannot be pruned, and requests for other plans where they arrive, so that clients see why.
+    It refuses models that cannot be pruned, a POP_PLAN that cannot be used, and requests for other plans where they
+    arrive, so that clients see why.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
@@ -21,6 +23,7 @@ def install() -> None:
     @wraps(init)
     def wrapped_init(self, vllm_config, *args, **kwargs):
         check_architecture(vllm_config)
+        PrunePlan.of(os.environ["POP_PLAN"], vllm_config.model_config.hf_text_config.num_hidden_layers)
         init(self, vllm_config, *args, **kwargs)
 
     @wraps(process)

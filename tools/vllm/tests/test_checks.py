@@ -30,6 +30,7 @@ def config(**changed):
         "is_moe": False,
         "use_ubatching": False,
         "kv_sharing_fast_prefill": False,
+        "hf_text_config": SimpleNamespace(num_hidden_layers=6),
         "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
     } | changed
     part = SimpleNamespace(**fields)
@@ -67,6 +68,10 @@ def test_other_models_and_versions_are_refused(monkeypatch):
     plan.install()
     with pytest.raises(UnsupportedError, match="MixtralForCausalLM"):  # before there is an engine
         InputProcessor(config(architecture="MixtralForCausalLM"))
+    for name in ("missing.plan", "9,11"):
+        monkeypatch.setenv("POP_PLAN", name)
+        with pytest.raises(PlanError, match=name if name == "missing.plan" else "layer 11"):
+            InputProcessor(config())
     monkeypatch.setattr(vllm, "__version__", "0.29.1")
     with pytest.raises(UnsupportedError, match="0.29.1"):
         checks.check_version()
