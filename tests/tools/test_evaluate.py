@@ -233,6 +233,9 @@ def test_the_report_has_each_figure_in_its_place():
     assert evaluate_report.report(without_text).split("\n\n")[1:] == [
         "      TTFT ms  speedup  limit\nfull      200    1.00x  1.00x\nhalf      125    1.59x      -"
     ]
+    with_interval = {name: row | {"low": 1.5, "high": 1.675} for name, row in RESULT["ttft"].items()}
+    rows = evaluate_report.summary_rows({"ttft": with_interval})
+    assert [cells[2] for cells in rows] == ["speedup", "1.00x", "1.59x [1.50, 1.68]"]
 
 
 def test_the_plot_joins_each_methods_points_and_leaves_out_the_full_model(monkeypatch):

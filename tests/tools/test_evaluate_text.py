@@ -116,3 +116,23 @@ def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, mo
     assert result["pruned"]["median_s"] == 3.5 and result["pruned"]["speedup"] == 2.0
     assert (result["pruned"]["fastest_s"], result["pruned"]["slowest_s"]) == (3.0, 9.0)
     assert result["pruned"]["limit"] == pytest.approx(cost.speedup_limit(tiny.config, 40, contenders[1].plan))
+    assert result["pruned"]["low"] is result["pruned"]["high"] is None  # three rounds are too few
+
+
+def test_the_interval_of_a_speedup_pairs_the_rounds(contenders, monkeypatch):
+    """A slow round is slow for all contenders, so it does not widen the interval. Another ratio in some rounds does."""
+    now = [0.0]
+
+    def prefill(self, tokens, cache):
+        now[0] += times[self.name].pop(0)
+        return torch.zeros(3)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Contender, "prefill", prefill)
+    rounds = [8.0, 6.0, 16.0, 6.5, 7.0]
+    times = {"full": [1.0, *rounds], "pruned": [1.0, *(seconds / 2 for seconds in rounds)]}
+    steady = measure_ttft(contenders, [5], len(rounds))["pruned"]
+    assert (steady["low"], steady["speedup"], steady["high"]) == (2.0, 2.0, 2.0)
+    times = {"full": [1.0, *rounds], "pruned": [1.0, 4.0, 4.0, 8.0, 4.0, 3.5]}
+    varied = measure_ttft(contenders, [5], len(rounds))["pruned"]
+    assert varied["low"] == 6 / 4 < varied["speedup"] == 7 / 4 < varied["high"] == 2

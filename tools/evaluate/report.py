@@ -56,7 +56,7 @@ def summary_rows(result: dict) -> list[list[str]]:
     if ttft:
         lines[0] += _TTFT_HEADS
         for number, name in enumerate(names):
-            lines[number + 1] += _ttft_cells(ttft[name])
+            lines[number + 1] += _ttft_cells(ttft[name], number)
     return lines
 
 
@@ -65,9 +65,12 @@ _TEXT_HEADS = ["perplexity", "KL", "same top", "KL first", "first"]
 _RETRIEVAL_HEADS = ["retrieved", "of full", "nats an answer"]
 
 
-def _ttft_cells(row: dict) -> list[str]:
+def _ttft_cells(row: dict, number: int) -> list[str]:
     limit = "-" if row["limit"] is None else f"{row['limit']:.2f}x"
-    return [f"{row['median_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", limit]
+    speedup = f"{row['speedup']:.2f}x"
+    if number and row.get("low") is not None:
+        speedup += f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return [f"{row['median_s'] * 1e3:,.0f}", speedup, limit]
 
 
 def _text_rows(rows: dict[str, dict]) -> list[list[str]]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
+import numpy as np
+
 from tools.common import Countdown, timed
 from tools.evaluate.contender import Contender
+from tools.evaluate.text import interval
 
 
 def measure_ttft(
@@ -23,8 +26,10 @@ def measure_ttft(
         progress: receives a line for each round.
 
     Returns:
-        {contender: {"seconds", "median_s", "fastest_s", "slowest_s", "speedup", "limit"}}. seconds are those of each
-        round. limit is the speedup that the shapes allow, or None where pop/pruning/cost.py cannot count.
+        {contender: {"seconds", "median_s", "fastest_s", "slowest_s", "speedup", "low", "high", "limit"}}. seconds are
+        those of each round. speedup is the ratio of medians. low and high are its 95 % interval by resampled rounds,
+        None for fewer than five. limit is the speedup that the shapes allow, or None where pop/pruning/cost.py cannot
+        count.
     """
     seconds = {contender.name: [] for contender in contenders}
     step = Countdown("ttft, the first of which warms up: run", runs + 1, progress)
@@ -36,16 +41,21 @@ def measure_ttft(
             if number:
                 seconds[contender.name].append(ttft)
     full = contenders[0]
+    full_times = seconds[full.name]
     result = {}
     for contender in contenders:
         times = seconds[contender.name]
         flops = contender.flops(len(prompt))
+        pairs = np.array([full_times, times]).T  # [rounds, 2]
+        speedup = interval(pairs, figure=lambda medians: medians[..., 0] / medians[..., 1], mean=np.median)
         result[contender.name] = {
             "seconds": times,
             "median_s": median(times),
             "fastest_s": min(times),
             "slowest_s": max(times),
-            "speedup": median(seconds[full.name]) / median(times),
+            "speedup": speedup["value"],
+            "low": speedup["low"],
+            "high": speedup["high"],
             "limit": None if flops is None else full.flops(len(prompt)) / flops,
         }
     return result
