@@ -183,11 +183,16 @@ def cells_of(row: dict) -> str:
     ]
     line = f"{row['plan']:58}" + "".join(f"{cell:>10}" for cell in cells)
     if row["speedup"] > row["speedup_limit"]:
-        line += f"\n{BUSY}"
+        line += f"\n{TOO_HIGH}"
+    elif row["speedup"] < 1:
+        line += f"\n{TOO_LOW}"
     return line
 
 
-BUSY = "  above its limit: the machine was busy while the full model ran, so the speedup is too high; run this again"
+TOO_HIGH = (
+    "  above its limit: the machine was busy while the full model ran, so the speedup is too high; run this again"
+)
+TOO_LOW = "  slower than the full model: if other programs were running, run this again; KL and answers hold anyway"
 
 
 GPU = """

@@ -1,7 +1,8 @@
 """Mixtures of experts without a loop over the experts: for GPUs, and as one operator for the compiler.
 
 How many tokens an expert gets is known on the device only, and a loop over the experts waits for these numbers. Grouped
-products read them on the device. A few tokens take copies of their experts' weights. Shapes: pop/models/experts.py.
+products read them on the device. A few tokens take copies of their experts' weights, which compiled code does not make.
+Shapes: pop/models/experts.py.
 """
 
 import torch
@@ -20,7 +21,7 @@ class Experts(experts.Experts):
     def forward(self, x, chosen, shares):
         run = fastest
         if torch.compiler.is_compiling():
-            run = few_tokens if len(x) == 1 else fastest_operator
+            run = few_tokens if len(x) == 1 else fastest_operator  # one token is compiled separately anyway
         return run(x, chosen, shares, self.gate_up_proj, self.down_proj)
 
 
@@ -48,7 +49,10 @@ def few_tokens(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down:
 
 
 def can_group(x: Tensor, *weights: Tensor) -> bool:
-    """Whether torch has a grouped product for these tensors that does not wait for the device (torch 2.10 to 2.13)."""
+    """Whether torch has a grouped product for these tensors that does not wait for the device.
+
+    On other capabilities it waits, by the source of torch 2.10 to 2.13.
+    """
     if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
         return False
     aligned = all(weight.shape[-1] * weight.itemsize % 16 == 0 for weight in weights)

@@ -101,7 +101,9 @@ class FullDepth(NamedTuple):
 
     plan: PrunePlan  # without layers if no token of the chunk is pruned
     attention: dict[int | None, AttentionMetadata]  # how the full-depth tokens attend, by the layers' window
-    columns: Tensor  # [B, W], in order; a row with fewer begins with columns that are not valid
+    # [B, W], in order. A row with fewer begins with columns that are not valid: those of pruned tokens, which run for
+    # nothing. Their K and V go to the spare slot, and their h is put back.
+    columns: Tensor
     valid: Tensor  # [B, W] bool
     last_is_full: Tensor  # [B, 1] bool, whether a row's last token in the chunk is one of them, the last
 
@@ -131,11 +133,11 @@ class FullDepth(NamedTuple):
             no_columns = valid.long()  # [B, 0]
             return cls(plan, {}, no_columns, valid, last_is_full)
 
-        windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans
+        windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans, as in decode
         ends = cache.lengths + chunk.bounds[1]
         held = [_held_by_slot(ends, C, cache.slots(window)).to(torch.int32) for window in windows]
         is_full, valid, last_is_full, *held = to_device([is_full, valid, last_is_full, *held], cache.device)
-        held = dict(zip(windows, held, strict=True))
+        held_by_window = dict(zip(windows, held, strict=True))
         if selection is not None:
             is_full[:, : selection.tokens.shape[1]] |= selection.tokens  # the columns after these are padding
         # False comes before true, so the last W are the full-depth tokens, in order.
@@ -145,7 +147,7 @@ class FullDepth(NamedTuple):
         for window, (rope, slots, spans, *_) in chunk.attention.items():
             rope, slots, spans = tree_map(lambda table: table[batch_rows, columns], (rope, slots, spans))
             slots = slots.where(valid, cache.slots(window))
-            keys = (held[window], None, torch.tensor(ALL_KEYS)) if W > 1 else ()
+            keys = (held_by_window[window], None, torch.tensor(ALL_KEYS)) if W > 1 else ()
             attention[window] = AttentionMetadata(rope, slots, spans, *keys)
         return cls(plan, attention, columns, valid, last_is_full)
 
@@ -198,7 +200,6 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
     }
     if C == 1:
         return tables
-    # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the rest.
     starts = tokens.positions[tokens.valid[:, 0], 0]  # of the rows with tokens
     start = int(starts.max())
     is_exact = bool((starts == start).all())
@@ -207,9 +208,13 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         look_ahead = int((tokens.last_attended - tokens.positions).max())
         is_exact = False
     if window is None:
+        # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the
+        # rest.
         own_key = start
         held = _held_by_slot(ends, C, ring)
-    else:  # the ring is not in the order of positions, which a band needs
+    else:
+        # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
+        # start. Negative positions hold no key, and spans mask them.
         own_key = min(start, before)
         held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
         tables["key_slots"] = held % ring

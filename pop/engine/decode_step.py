@@ -56,7 +56,7 @@ class DecodeStep(LayerPass):
         self.snapshot = None  # if the step fails, its positions are unknown
         step = partial(self.step, cache)
         logits, hidden = step() if self.replay is None else self.replay(step)
-        cache.restore((lengths + 1, hidden, offsets))
+        cache.move_to((lengths + 1, hidden, offsets))
         self.snapshot = (cache.lengths.clone(), offsets.clone())
         return logits
 

@@ -28,15 +28,20 @@ class Earlier(NamedTuple):
     """The last N tokens of each row of a cache, in order. All tensors are on the CPU. N is 0 if there are no others."""
 
     slots: Tensor  # [B, N]
-    others: Tensor  # [B, N] bool, which of them have skipped layers from the selecting layer on
-    is_attended: Tensor  # [B, N] bool, which count in the softmax: all of a row, if it has others
+    others: Tensor  # [B, N] bool, which of them have skipped layers from the selecting layer on, so may be selected
+    # [B, N] bool, which count in the softmax: all of a row, if it has others. A row without them scores its prompt
+    # alone, as it would by itself, since N may be above 0 for another row's sake.
+    is_attended: Tensor
 
     @classmethod
     def of(cls, cache: KVCache, selecting_layer: int, selects: bool) -> Earlier:
-        """Those of a call that selects tokens or not. Waits for the device, unless there are surely none."""
+        """The tokens for a call that selects, and none for one that does not.
+
+        Waits for the device, unless there are surely none.
+        """
         N = int(cache.lengths.max()) if selects and cache.has_states else 0
         positions = cache.lengths[:, None] - N + torch.arange(N)
-        slots = positions.clamp(min=0)
+        slots = positions.clamp(min=0)  # the states are only kept without windows, where position p is in slot p
         others = positions >= 0
         if N:
             others &= cache.skipped.cpu().gather(1, slots) == selecting_layer

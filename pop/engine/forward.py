@@ -96,7 +96,7 @@ class Call:
         cache = self.cache
         if self.skipped is not cache.skipped:
             cache.intact = False  # until both `lengths` and `skipped` are set
-        cache.restore((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
+        cache.move_to((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
         cache.skipped.copy_(self.skipped)
         cache.intact = True
 
@@ -118,7 +118,6 @@ class Call:
             if not prompts.full_depth.all() or earlier.others.any():
                 chunks = list(chunks)
                 entering = self.run_to_selecting_layer(prompts, chunks)
-                # A call that does not select leaves states for later ones here.
                 selection = self.select_tokens(prompts, entering, earlier, selects)
                 yield from self.run_from_selecting_layer(prompts, chunks, entering, selection)
                 return
@@ -145,31 +144,38 @@ class Call:
         return entering
 
     def select_tokens(self, prompts: Prompts, entering: Tensor, earlier: Earlier, selects: bool) -> Selection:
-        """Select tokens of the prompts, and run those of earlier ones that are selected as well."""
+        """Choose among the N earlier and the T new tokens. Returns the chosen new ones.
+
+        It also keeps states for later prompts, and runs the chosen earlier tokens again. Unless it `selects`, it
+        chooses none, and only keeps states.
+        """
         cache = self.cache
         plan = self.plan
         B, T = prompts.full_depth.shape
         N = earlier.slots.shape[1]
+        entering = entering[:, :T]
         index = torch.arange(T).expand(B, -1)
         rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
-        others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)
+
+        others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)  # [B, N + T]
         counts = torch.tensor([selects * plan.num_selected(number) for number in others.sum(1).tolist()])
         received = earlier.received(cache, plan.selects_at) if N else self.stages.received
-        entering = entering[:, :T]
         inputs = entering, rotary, prompts.lengths, others, counts, received
         (others_there,) = to_device([others], cache.device)
-        tokens = select(self.module, plan, *inputs) if counts.any() else torch.zeros_like(others_there)
-        skips = (others_there & ~tokens)[:, N:]
+        chosen = select(self.module, plan, *inputs) if counts.any() else torch.zeros_like(others_there)
+
         # Tokens that get features later, or that look ahead, cannot run again by themselves.
         has_features_later = plan.selects_at < self.module.deepstack_layers
         has_look_ahead = prompts.images.last_attended(index) is not None
         if not (cache.has_windows or has_features_later or has_look_ahead):
+            skips = (others_there & ~chosen)[:, N:]
             self.skipped = remember(cache, entering, rotary, skips, plan.selects_at)
+
         if N:
-            again = tokens[:, :N].cpu()
+            again = chosen[:, :N].cpu()
             self.run_again(*in_front(earlier.slots, again))
             counts = counts - again.sum(1)
-        return Selection(tokens[:, N:], counts)
+        return Selection(chosen[:, N:], counts)
 
     def run_again(self, positions: Tensor, valid: Tensor) -> None:
         """Run tokens at positions [B, W] of the cache from the selecting layer on, those that are valid [B, W]."""

@@ -73,7 +73,7 @@ def run_layers(
         if selected is not None and index > plan.selects_at:
             skips[: len(selected)] &= ~selected
         if index == group.layers[0]:
-            z = code(layer, group, h)  # None, unless the plan is calibrated
+            z = code(layer, group, h)  # None in kept groups, and in plans without corrections
 
         q, k, v = layer.queries_keys_values(h, rope)  # [1, T, H, E] and [1, T, K, E]
         if z is not None:

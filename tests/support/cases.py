@@ -38,9 +38,11 @@ FAMILIES = {
 def assert_close(actual, expected):
     """To 1e-4 of the scale of the expected values, the bound of the whole suite for float32."""
     assert actual.shape == expected.shape
-    error = (actual - expected).abs().max().item()
+    errors = (actual - expected).abs()
+    error = errors.max().item()
     allowed = 1e-4 * expected.std(correction=0).item() + 1e-7
-    assert error <= allowed, f"values differ by up to {error:.2g}, but {allowed:.2g} is allowed"
+    place = tuple(map(int, torch.unravel_index(errors.argmax(), errors.shape)))
+    assert error <= allowed, f"values differ by up to {error:.2g}, at {place}, but {allowed:.2g} is allowed"
 
 
 @st.composite

@@ -2,8 +2,8 @@
 
 `python -m tools.examples.micro_pop` takes a minute on one core. The line marked "prefill-only pruning" is the method.
 
-- A virtual gate is a factor of 1 on what a layer adds. The squared gradient of the loss by it estimates the curvature,
-  and so how much the layer is needed. In prefill, the deep half has the lowest scores, far below decode's.
+- A virtual gate is a factor of 1 on what a layer adds. The squared gradient by it says how much an answer that the
+  model gives needs the layer. In prefill, the deep half has the lowest scores, far below decode's.
 - So prefill may skip the deep half. The last prompt token may not, because it predicts the first token of the answer.
   And the skipped layers must still give keys and values, because generated tokens attend to them.
 """
