@@ -90,9 +90,9 @@ class Model(Runner):
                 images, or a pop.Video. pop/inputs/README.md has all forms.
             plan: The plan of this call, as `load` takes it for `prune`. But None and "default" take the model's, and
                 "none" is full depth.
-            options: max_new_tokens=256, temperature=0.0 (greedy), top_k, top_p, seed, stop, and the other fields of
-                SamplingParams in pop/generation/sampling.py. sampling="checkpoint" takes those that the checkpoint's
-                generation_config.json states, in place of those that are not given.
+            options: max_new_tokens=256 (fewer if the context is full), temperature=0.0 (greedy), top_k, top_p, seed,
+                stop, and the other fields of SamplingParams in pop/generation/sampling.py. sampling="checkpoint" takes
+                those that the checkpoint's generation_config.json states, in place of those that are not given.
 
         Raises:
             InputError: An argument cannot be used, or the logits overflow. ContextOverflow: A prompt is too long.
@@ -174,7 +174,10 @@ class Model(Runner):
         return Conversation(self, earlier, enable_thinking=enable_thinking, plan=plan)
 
     def prefix(self, prompt, *, images=None, videos=None, plan=None) -> Prefix:
-        """Encode once what many prompts begin with; then call `prefix.generate(rest)`. Arguments as in `generate`."""
+        """Encode once what many prompts begin with; then call `prefix.generate(rest)`. Arguments as in `generate`.
+
+        The prompt may also be messages, as in `chat`. A rest is then the user's next message.
+        """
         return Prefix(self, prompt, images=images, videos=videos, plan=plan)
 
     def score(self, context, continuation, *, images=None, videos=None, plan=None) -> Any:

@@ -3,9 +3,11 @@
 import time
 from typing import Any
 
-from pop.generation.batch import Batch, Stream
+from pop.errors import InputError
+from pop.generation.batch import Batch, Stream, as_prompts
 from pop.generation.sampling import sampling_params
 from pop.generation.scoring import score
+from pop.inputs.processors import Prepared
 from pop.runner import padded
 
 
@@ -13,9 +15,11 @@ class Prefix:
     """The beginning of many prompts, made by `model.prefix`. No call changes it, so threads may share it.
 
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
-    both. If the plan selects tokens, this holds without sliding windows and images, and for plans that keep no layer
-    after the pruned ones that follow the selecting layer, with a full_depth_last of at least 16. Otherwise the answers
-    are about those.
+    both. If the prefix is messages, a rest is the user's next message, and the answers are those of `model.chat`.
+
+    If the plan selects tokens, this holds without sliding windows and images, and for plans that keep no layer after
+    the pruned ones that follow the selecting layer, with a full_depth_last of at least 16. Otherwise the answers are
+    about those.
 
     The last full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. So is all of
     a prefix of fewer than full_depth_below tokens. If an image or a video would be cut, all of it is encoded with each
@@ -25,8 +29,16 @@ class Prefix:
     def __init__(self, model, prompt, *, images=None, videos=None, plan=None):
         self.model = model
         self.plan = model.resolve(plan)
-        (media,) = model.vision.prepare_batch(images, videos, 1)
-        self.tokens = model.encode(prompt, "prefix", media=media)
+        is_messages = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
+        self.messages = list(prompt) if is_messages else None
+        if self.messages is None:
+            (media,) = model.vision.prepare_batch(images, videos, 1)
+            self.tokens = model.encode(prompt, "prefix", media=media)
+        else:
+            one, media = self._chat("A", images, videos)
+            other, _ = self._chat("1", images, videos)
+            is_shared = [token == another for token, another in zip(one, other, strict=False)]
+            self.tokens = one[: is_shared.index(False)]
         model.check_fits(len(self.tokens), "the prefix")
 
         ranges = model.vision.locate(self.tokens, media)  # where each image or video is in the tokens
@@ -53,7 +65,8 @@ class Prefix:
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
         Args:
-            rest: Text or token ids, or a list of either. Text is tokenized apart from the prefix, without BOS.
+            rest: Text or token ids, or a list of either. Text is tokenized apart from the prefix, without BOS. After
+                messages: the text of the user's next message, or a list of such texts.
             images, videos, options: As in `Model.generate`, for the rest. The plan is the prefix's.
         """
         began = time.perf_counter()
@@ -73,7 +86,12 @@ class Prefix:
 
     def _batch(self, rest, images, videos, options: dict) -> Batch:
         params = sampling_params(options, self.model.sampling)
-        rests, media, is_list = self.model.encode_batch(rest, images, videos, bos=False)
+        if self.messages is None:
+            rests, media, is_list = self.model.encode_batch(rest, images, videos, bos=False)
+        else:
+            texts, is_list = as_prompts(rest)
+            rests = [self._after_messages(*self._chat(text, images, videos)) for text in texts]
+            media = [[] for _ in rests]
         return Batch(
             self.model,
             [self._left_tokens + rest for rest in rests],
@@ -84,3 +102,16 @@ class Prefix:
             earlier=self._cache,
             earlier_tokens=self._encoded,
         )
+
+    def _chat(self, text, images, videos) -> tuple[list[int], list[Prepared]]:
+        """The conversation with one more message of the user: its token ids, and its images and videos."""
+        if images is not None or videos is not None:
+            raise InputError("a prefix of messages takes images and videos in them, as {'type': 'image', 'image': ...}")
+        return self.model.chat_format().prompt([*self.messages, {"role": "user", "content": text}])
+
+    def _after_messages(self, tokens: list[int], media: list[Prepared]) -> list[int]:
+        """What follows the prefix in the token ids of a conversation."""
+        count = len(self.tokens)
+        if tokens[:count] != self.tokens:
+            raise InputError("the message changes how those before it are tokenized; begin it otherwise, or call chat")
+        return tokens[count:]

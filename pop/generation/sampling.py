@@ -79,8 +79,8 @@ def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
     sampling = given.pop("sampling", None)
     for name in given:
         if name not in OPTIONS:
-            near = get_close_matches(name, OPTIONS, n=1)
-            instead = f", but there is {near[0]!r}" if near else ""
+            near = ["a method `stream`"] if name == "stream" else get_close_matches(name, OPTIONS, n=1)
+            instead = f", but there is {near[0]}" if near else ""
             raise InputError(f"there is no option {name!r}{instead}; the options are {', '.join(OPTIONS)}, sampling")
     if sampling not in (None, "checkpoint"):
         raise InputError(f"sampling is {sampling!r}; it must be 'checkpoint' or None")

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -149,7 +150,10 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if _saved(prune):
             return cls.load(prune).check(num_layers)
-        no_file = ", which names no file" if isinstance(prune, (str, os.PathLike)) else ""
+        no_file = ""
+        if isinstance(prune, (str, os.PathLike)):
+            near = get_close_matches(str(prune), [*SHARES, *_shipped()], n=1)
+            no_file = ", which names no file" + (f" (a near name is {near[0]})" if near else "")
         raise PlanError(
             f"the plan is {prune!r:.200}{no_file}; it must be 'third', 'none', a share of the layers (0.5, or 1.0 for "
             "all), layers such as '10,12,19-29' ('9-9' for layer 9), the path of a saved plan or of importance scores, "

@@ -84,3 +84,46 @@ def test_prefixes_of_text_and_what_they_refuse():
         prefix.generate("a" * 31)
     with pytest.raises(pop.ContextOverflow, match="prefix has 41"):
         model.prefix("a" * 40)
+
+
+DOCUMENT = [{"role": "system", "content": "A whale is no fish."}, {"role": "user", "content": "Read it."}]
+DOCUMENT.append({"role": "assistant", "content": "Done."})
+
+
+def test_after_messages_a_rest_is_the_users_next_message(model, notes):
+    """The answers are those of `chat`, and only what is new runs."""
+    prefix = model.prefix(DOCUMENT)
+    questions = ["Why?", "A", "1 2"]
+    expected = [model.chat([*DOCUMENT, {"role": "user", "content": text}], max_new_tokens=4) for text in questions]
+    ran = notes(type(model.module), "embed", lambda self, tokens: tokens.numel())
+    for question, answer in zip(questions, expected, strict=True):
+        ran.clear()
+        found = prefix.generate(question, max_new_tokens=4)
+        assert (found.tokens, found.prompt_tokens) == (answer.tokens, answer.prompt_tokens)
+        ahead = max(0, len(prefix.tokens) - model.plan.full_depth_last)
+        assert sum(ran) == answer.prompt_tokens - ahead + len(answer.tokens) - 1
+    assert [answer.tokens for answer in prefix.generate(questions, max_new_tokens=4)] == [a.tokens for a in expected]
+    assert "".join(prefix.stream("Why?", max_new_tokens=4)) == expected[0].text
+
+
+def test_what_a_prefix_of_messages_refuses():
+    model = make("llama", pop.PrunePlan.none())
+    prefix = model.prefix(DOCUMENT)
+    for call, named in (
+        (lambda: model.prefix(DOCUMENT, images=[]), "in them"),
+        (lambda: prefix.generate("a", videos=[]), "in them"),
+        (lambda: prefix.generate([5, 6]), "message 3: a part"),
+        (lambda: model.prefix([{"role": "bishop", "content": "a"}]), "'bishop'"),
+        (lambda: model.generate(DOCUMENT), "prefix take these"),
+    ):
+        with pytest.raises(pop.InputError, match=named):
+            call()
+    template = (
+        "{% if messages[-1].content|length > 1 %}long{% endif %}{% for message in messages %}<|im_start|>"
+        "{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}"
+    )
+    late = make("llama", pop.PrunePlan.none(), chat_format=template)
+    document = late.prefix(DOCUMENT)
+    document.generate("B", max_new_tokens=1)
+    with pytest.raises(pop.InputError, match="call chat"):
+        document.generate("BC")

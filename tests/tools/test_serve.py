@@ -495,6 +495,8 @@ def test_a_schema_decides_what_an_answer_may_be(model, monkeypatch):
     schemas = []
 
     def processor(served, schema):
+        if schema == {"type": "objekt"}:
+            raise pop.InputError("the JSON schema cannot be used")
         schemas.append(schema)
         allowed = len(schemas) + 64
 
@@ -515,6 +517,9 @@ def test_a_schema_decides_what_an_answer_may_be(model, monkeypatch):
         body = {"response_format": {"type": "json_object"}}
         assert client.completions.create(**TEXT, max_tokens=3, extra_body=body).choices[0].text == "CCC"
         assert schemas == [schema, schema, {"type": "object"}]
+        bad = {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}}
+        status, answer = ask(url, "/completions", TEXT | {"response_format": bad})
+        assert (status, answer["error"]["param"]) == (400, "response_format")
 
 
 # ---- Wrong requests ----
@@ -570,6 +575,8 @@ def test_a_wrong_request_gets_an_error_object(url, path, body, status, says):
         ("/completions", {"top_p": 2}, "top_p"),
         ("/completions", {"top_k": 0.5}, "top_k"),
         ("/completions", {"prompt": "a" * 600}, None),
+        ("/chat/completions", {"messages": [{"role": "usr", "content": "a"}]}, "messages"),
+        ("/chat/completions", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ],
 )
 def test_an_error_names_its_argument(url, path, changes, param):

@@ -161,7 +161,10 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
         if template.keys() != {"enable_thinking"}:
             raise Wrong("chat_template_kwargs may have enable_thinking only", param="chat_template_kwargs")
         thinks = _typed(template, "enable_thinking", bool, True)
-        prompts = [model.chat_format().prompt(messages, tools=tools, enable_thinking=thinks)]
+        try:
+            prompts = [model.chat_format().prompt(messages, tools=tools, enable_thinking=thinks)]
+        except pop.UnsupportedError as error:
+            raise Wrong(str(error), param="tools" if tools else "messages") from None
     else:
         _check_size(model, size)
         prompts, _ = as_prompts(body["prompt"])
@@ -195,7 +198,10 @@ def _format(served: Served, body: dict) -> JsonSchema | None:
         raise Wrong("the type of response_format is text, json_object or json_schema", param="response_format")
     if len(json.dumps(schema)) > MAX_SCHEMA:
         raise Wrong(f"a schema may have {MAX_SCHEMA:,} characters", param="response_format")
-    return served.schema(schema)
+    try:
+        return served.schema(schema)
+    except pop.InputError as error:
+        raise Wrong(str(error), param="response_format") from None
 
 
 def _typed(values: dict, key: str, kind: type, default):
