@@ -23,21 +23,24 @@ FIGURES = json.loads((GOLDENS / "evaluate" / "run.json").read_bytes())
     [
         (
             (),
-            "18.28 |  | 98 % |  | -1.50 | 300 | 1.00x | 1.00x",
-            "+9.4 % [+8.4 %, +10.4 %] | 0.050 [0.040, 0.060] | 50 % | 51 % [41 %, 61 %] | -0.50 [-0.75, -0.25]"
+            "18.28 |  | 98 % |  |  |  | -1.50 | 300 | 1.00x | 1.00x",
+            "+9.4 % [+8.4 %, +10.4 %] | 0.050 [0.040, 0.060] | 50 % | 51 % [41 %, 61 %] | 1 | 1 | -0.50 [-0.75, -0.25]"
             " | 200 | 1.50x | -",
         ),
-        (("text", "ttft"), "98 % |  | -1.50", "50 % | 51 % [41 %, 61 %] | -0.50 [-0.75, -0.25]"),
+        (("text", "ttft"), "98 % |  |  |  | -1.50", "50 % | 51 % [41 %, 61 %] | 1 | 1 | -0.50 [-0.75, -0.25]"),
     ],
 )
 def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({name: value for name, value in FIGURES.items() if name not in left_out}))
+    figures = {name: value for name, value in FIGURES.items() if name not in left_out}
+    path.write_text(json.dumps(figures | {"unfinished": list(left_out)}))
     assert main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "## run: mine in float32, prompts of 64 tokens"
-    windows = "" if left_out else "24 windows of text, "
-    counts = f"{windows}180 questions, seed 3"
+    assert lines[0] == "## run: mine in float32"
+    assert [line for line in lines if line.startswith("Unfinished")] == [f"Unfinished: {task}." for task in left_out]
+    windows = "" if left_out else "24 windows of 64 tokens of text and what follows, "
+    times = "" if left_out else "times of a prompt of 64 tokens, "
+    counts = f"{windows}180 questions about prompts of 512 and 2,048 tokens, {times}seed 3"
     machine = "A|B, 2 threads, torch 2.0, Python 3.11.0, pop 0.1.0"
     assert f"{machine}. {counts}. Intervals cover 95 %." in lines and FIGURES["command"] in lines
     assert lines[-2:] == [f"| the full model | {full} |", f"| half: calibrated | {half} |"]
@@ -61,13 +64,21 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
     result = {"text": {"all": {"rows": rows}}, "retrieval": {"rows": answers}, "contenders": {"a": {}, "b": {}}}
     path.write_text(json.dumps(result))
     assert compare.main([str(path), "a", "b"]) == 0
-    _, low, high = interval(np.array([0, -1, 0, 0, 0, 0])).values()
+    everything, low, high = interval(np.array([0, -1, 0, 0, 0, 0])).values()
     assert capsys.readouterr().out.splitlines() == [
         "a minus b, with intervals of 95 %",
         "KL, all, nats: +0.0100 [+0.0100, +0.0100]",
-        f"exact answers, share of the questions: -0.1667 [{low:+.4f}, {high:+.4f}]",
-        "log-probability of an answer, nats: +0.0000 [+0.0000, +0.0000]",
+        f"exact answers, share: -0.1667 [{low:+.4f}, {high:+.4f}]",
+        "log-probability, nats: +0.0000 [+0.0000, +0.0000]",
     ]
+    for row in answers.values():
+        row["by_question"]["kind"] = ["codes 512", *["needle 512"] * 5]
+    path.write_text(json.dumps({"retrieval": result["retrieval"], "contenders": result["contenders"]}))
+    assert compare.main([str(path), "a", "b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and everything == pytest.approx(-1 / 6)
+    assert "exact answers, codes 512, share: +0.0000 too few for an interval" in lines
+    assert any(line.startswith("exact answers, needle 512, share: -0.2000 [") for line in lines)
     for name, changed in (("c", result), ("b", result | {"text": {"all": {"rows": {}}}})):
         path.write_text(json.dumps(changed))
         assert compare.main([str(path), "a", name]) == 2
@@ -158,7 +169,7 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
         assert f"{other}; measure with" in capsys.readouterr().err
         del cells[other]
     path.write_text(json.dumps(result | {"unfinished": ["retrieval"]}))
-    for command in (leaderboard.main, ["--from", str(path)]), (main, [str(path)]):
+    for command in (leaderboard.main, ["--from", str(path)]), (compare.main, [str(path), "full", "half"]):
         assert command[0](command[1]) == 2
         assert "unfinished: ['retrieval']" in capsys.readouterr().err
 

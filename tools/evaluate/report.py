@@ -52,7 +52,7 @@ def summary_rows(result: dict) -> list[list[str]]:
     if retrieval:
         lines[0] += _RETRIEVAL_HEADS
         for number, name in enumerate(names):
-            lines[number + 1] += _retrieval_cells(retrieval[name], number)
+            lines[number + 1] += _retrieval_cells(retrieval[name], retrieval[names[0]])
     if ttft:
         lines[0] += _TTFT_HEADS
         for number, name in enumerate(names):
@@ -62,7 +62,7 @@ def summary_rows(result: dict) -> list[list[str]]:
 
 _TTFT_HEADS = ["TTFT ms", "speedup", "limit"]
 _TEXT_HEADS = ["perplexity", "KL", "same top", "KL first", "first"]
-_RETRIEVAL_HEADS = ["retrieved", "of full", "nats an answer"]
+_RETRIEVAL_HEADS = ["retrieved", "of full", "lost", "gained", "nats an answer"]
 
 
 def _ttft_cells(row: dict, number: int) -> list[str]:
@@ -92,11 +92,14 @@ def _text_cells(row: dict, number: int) -> list[str]:
     ]
 
 
-def _retrieval_cells(row: dict, number: int) -> list[str]:
-    if number == 0:
-        return [f"{row['exact']:.0%}", "", f"{row['log_prob']:.2f}"]
+def _retrieval_cells(row: dict, full: dict) -> list[str]:
+    if row is full:
+        return [f"{row['exact']:.0%}", "", "", "", f"{row['log_prob']:.2f}"]
     share = "-" if row["share"] is None else _with_interval(row["share"], "{:.0%}".format)
-    return [f"{row['exact']:.0%}", share, _with_interval(row["difference"], "{:+.2f}".format)]
+    pairs = list(zip(full["by_question"]["exact"], row["by_question"]["exact"], strict=True))
+    lost = pairs.count((1, 0))  # exact answers of the full model, but not of this one
+    gained = pairs.count((0, 1))
+    return [f"{row['exact']:.0%}", share, f"{lost}", f"{gained}", _with_interval(row["difference"], "{:+.2f}".format)]
 
 
 def _retrieval_report(retrieval: dict) -> str:

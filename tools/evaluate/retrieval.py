@@ -39,7 +39,7 @@ def evaluate_retrieval(
         {"questions", "rows": {contender: figures}}. The figures are exact and log_prob, means over all questions; share
         and difference, which compare these two with the full model's as {"value", "low", "high"}; and kinds, with
         {"questions", "exact", "log_prob"} for each pair "KIND LENGTH". The share is None if the full model has no
-        exact answer. by_question has lists of exact and log_prob.
+        exact answer. by_question has lists of kind, exact and log_prob.
     """
     marks = {contender.name: [] for contender in contenders}
     batches = list(_batches(questions))
@@ -60,7 +60,7 @@ def evaluate_retrieval(
             "share": _share(values[:, 0], full[:, 0], samples, seed),
             "difference": interval(values[:, 1] - full[:, 1], samples, seed),
             "kinds": _by_kind(values, kinds),
-            "by_question": dict(zip(("exact", "log_prob"), values.T.tolist(), strict=True)),
+            "by_question": {"kind": kinds, "exact": values[:, 0].tolist(), "log_prob": values[:, 1].tolist()},
         }
     return {"questions": len(kinds), "rows": rows}
 

@@ -26,13 +26,18 @@ def differences(path: str, first: str, second: str) -> dict[str, dict]:
     Raises InputError for a file or a method that lacks them.
     """
     result = read_result(path)
+    methods = first, second
     found = {}
     try:
-        for domain, text in result["text"].items():
-            found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", (first, second))
+        for domain, text in result.get("text", {}).items():
+            found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", methods)
         answers = result["retrieval"]["rows"]
-        found["exact answers, share of the questions"] = _paired(answers, "by_question", "exact", (first, second))
-        found["log-probability of an answer, nats"] = _paired(answers, "by_question", "log_prob", (first, second))
+        kinds = answers[first]["by_question"].get("kind", [])
+        for kind in [None, *dict.fromkeys(kinds)]:
+            of_kind = slice(None) if kind is None else [other == kind for other in kinds]
+            name = f", {kind}" if kind else ""
+            found[f"exact answers{name}, share"] = _paired(answers, "by_question", "exact", methods, of_kind)
+            found[f"log-probability{name}, nats"] = _paired(answers, "by_question", "log_prob", methods, of_kind)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(result.get("contenders", ()))
         advice = f"it has the methods {names}; write it with tools.evaluate --tasks text --json"
@@ -40,8 +45,9 @@ def differences(path: str, first: str, second: str) -> dict[str, dict]:
     return found
 
 
-def _paired(rows: dict[str, dict], figures: str, name: str, methods: tuple[str, str]) -> dict:
-    first, second = (np.array(rows[method][figures][name]) for method in methods)
+def _paired(rows: dict[str, dict], figures: str, name: str, methods: tuple[str, str], which=slice(None)) -> dict:
+    """The first method's figures minus the second's, of `which` windows or questions."""
+    first, second = (np.array(rows[method][figures][name])[which] for method in methods)
     return interval(first - second)
 
 

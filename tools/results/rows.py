@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_result(path: str | Path) -> dict:
-    """What `tools.evaluate --json` has written. Raises InputError for a run that did not end."""
+    """What `tools.evaluate --json` has written of a run that ended. Raises InputError for another one."""
     result = read_json(path, InputError)
     unfinished = result.get("unfinished")
     if unfinished:
@@ -39,8 +39,8 @@ def read_result(path: str | Path) -> dict:
 
 
 def section(path: str) -> str:
-    """A file's figures as a section of README.md. Raises InputError for other files."""
-    result = read_result(path)
+    """A file's figures as a section of README.md, also of a run that did not end. Raises InputError for other files."""
+    result = read_json(path, InputError)
     try:
         return _section(Path(path).stem, result)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -56,9 +56,10 @@ def _section(title: str, result: dict) -> str:
     if not rows:
         raise ValueError("text, retrieval or ttft")
     lines = [
-        f"## {title}: {result['model']} in {result['dtype']}, prompts of {result['tokens']['prompt']:,} tokens",
+        f"## {title}: {result['model']} in {result['dtype']}",
         "",
         f"{computer['device']}, {computer['threads']} threads, {versions}. {_counts(result)}. Intervals cover 95 %.",
+        *(f"Unfinished: {task}." for task in result.get("unfinished", ())),
         "",
         "```bash",
         result["command"],
@@ -74,12 +75,18 @@ def _section(title: str, result: dict) -> str:
 
 
 def _counts(result: dict) -> str:
-    """How many windows and questions there are, and the seed."""
+    """How many windows and questions there are, how long their prompts are, and the seed."""
     counts = []
+    length = f"{result['tokens']['prompt']:,} tokens"
     for domain in list(result.get("text", {}).values())[:1]:  # the first one is all of them
-        counts.append(f"{domain['windows']} windows of text")
+        counts.append(f"{domain['windows']} windows of {length} of text and what follows")
     if "retrieval" in result:
-        counts.append(f"{result['retrieval']['questions']} questions")
+        retrieval = result["retrieval"]
+        (row, *_) = retrieval["rows"].values()
+        lengths = dict.fromkeys(f"{int(kind.split()[-1]):,}" for kind in row["kinds"])  # as in "codes 512"
+        counts.append(f"{retrieval['questions']} questions about prompts of {' and '.join(lengths)} tokens")
+    if "ttft" in result:
+        counts.append(f"times of a prompt of {length}")
     return ", ".join([*counts, f"seed {result['seed']}"])
 
 
