@@ -101,7 +101,18 @@ WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
         (lambda m: m.generate([1], stop=5), pop.InputError, ["stop", "5"]),
         (lambda m: m.generate([1], images=[object()]), pop.InputError, ["llama", "text only", "images"]),
         (lambda m: m.generate([1], plan="most"), pop.PlanError, ["plan", "'most'"]),
-        (lambda m: m.generate([1], plan="smollm2-135m-thrid"), pop.PlanError, ["a near name is smollm2-135m-third"]),
+        *(
+            (
+                partial(lambda m, name: m.generate([1], plan=name), name=wrong),
+                pop.PlanError,
+                [f"a near name is {near})"],
+            )
+            for wrong, near in (
+                ("smollm2-135m-thrid", "smollm2-135m-third"),
+                ("thrid", "third"),
+                ("defualt", "default"),
+            )
+        ),
         (lambda m: m.generate([1], plan=pop.PrunePlan((9,))), pop.PlanError, ["layer 9"]),
         (lambda m: m.generate([1] * 129), pop.ContextOverflow, ["prompt", "129", "128"]),
         (lambda m: m.logits([[1] * 129]), pop.ContextOverflow, ["129", "128"]),

@@ -28,7 +28,7 @@ def plans(args) -> None:
         print(f"{path}: {describe(plan)}")
         if plan.full_depth_below:
             print(f"  below {plan.full_depth_below} tokens: the whole model")
-        if plan.full_depth_selected:
+        if plan.layers and plan.full_depth_selected:
             print(f"  selected by: layer {plan.selects_at}")
         for name, value in plan.about.items():
             for line in lines_of(name, value):

@@ -29,16 +29,16 @@ class Prefix:
     def __init__(self, model, prompt, *, images=None, videos=None, plan=None):
         self.model = model
         self.plan = model.resolve(plan)
-        is_messages = isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
-        self.messages = list(prompt) if is_messages else None
-        if self.messages is None:
-            (media,) = model.vision.prepare_batch(images, videos, 1)
-            self.tokens = model.encode(prompt, "prefix", media=media)
-        else:
+        self.messages = None
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
+            self.messages = list(prompt)
             one, media = self._chat("A", images, videos)
             other, _ = self._chat("1", images, videos)
             is_shared = [token == another for token, another in zip(one, other, strict=False)]
-            self.tokens = one[: is_shared.index(False)]
+            self.tokens = one[: [*is_shared, False].index(False)]
+        else:
+            (media,) = model.vision.prepare_batch(images, videos, 1)
+            self.tokens = model.encode(prompt, "prefix", media=media)
         model.check_fits(len(self.tokens), "the prefix")
 
         ranges = model.vision.locate(self.tokens, media)  # where each image or video is in the tokens
@@ -78,7 +78,9 @@ class Prefix:
         return self._batch(rest, images, videos, options).stream(began)
 
     def score(self, continuation) -> Any:
-        """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list."""
+        """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list. Not after messages."""
+        if self.messages is not None:
+            raise InputError("a prefix of messages ends where the user speaks, so it scores nothing; call model.score")
         continuations, _, is_list = self.model.encode_batch(continuation, what="continuation", bos=False)
         contexts = [self._left_tokens]
         scores = score(self.model, contexts, continuations, [self._left_media], self.plan, earlier=self._cache)
@@ -88,14 +90,16 @@ class Prefix:
         params = sampling_params(options, self.model.sampling)
         if self.messages is None:
             rests, media, is_list = self.model.encode_batch(rest, images, videos, bos=False)
+            prompts = [self._left_tokens + rest for rest in rests]
+            media = [self._left_media + row for row in media]
         else:
             texts, is_list = as_prompts(rest)
-            rests = [self._after_messages(*self._chat(text, images, videos)) for text in texts]
-            media = [[] for _ in rests]
+            prompts = [self._after_messages(self._chat(text, images, videos)[0]) for text in texts]
+            media = [self._left_media] * len(prompts)
         return Batch(
             self.model,
-            [self._left_tokens + rest for rest in rests],
-            [self._left_media + row for row in media],
+            prompts,
+            media,
             params,
             self.plan,
             is_list=is_list,
@@ -105,13 +109,16 @@ class Prefix:
 
     def _chat(self, text, images, videos) -> tuple[list[int], list[Prepared]]:
         """The conversation with one more message of the user: its token ids, and its images and videos."""
-        if images is not None or videos is not None:
-            raise InputError("a prefix of messages takes images and videos in them, as {'type': 'image', 'image': ...}")
+        if not isinstance(text, str) or images is not None or videos is not None:
+            raise InputError(
+                "after messages, a rest is the text of the user's next message; images are in the messages"
+            )
         return self.model.chat_format().prompt([*self.messages, {"role": "user", "content": text}])
 
-    def _after_messages(self, tokens: list[int], media: list[Prepared]) -> list[int]:
-        """What follows the prefix in the token ids of a conversation."""
-        count = len(self.tokens)
-        if tokens[:count] != self.tokens:
-            raise InputError("the message changes how those before it are tokenized; begin it otherwise, or call chat")
+    def _after_messages(self, tokens: list[int]) -> list[int]:
+        """What follows the encoded tokens in the token ids of a conversation."""
+        count = len(self._encoded)
+        if tokens[:count] != self._encoded:
+            advice = "make the prefix anew if the template writes the time, and otherwise call chat"
+            raise InputError(f"the chat_template now writes the messages before this one in another way; {advice}")
         return tokens[count:]

@@ -79,7 +79,9 @@ def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
     sampling = given.pop("sampling", None)
     for name in given:
         if name not in OPTIONS:
-            near = ["a method `stream`"] if name == "stream" else get_close_matches(name, OPTIONS, n=1)
+            near = get_close_matches(name, OPTIONS, n=1)
+            if name == "stream":
+                near = ["model.stream, and start_chat(...).stream for messages"]
             instead = f", but there is {near[0]}" if near else ""
             raise InputError(f"there is no option {name!r}{instead}; the options are {', '.join(OPTIONS)}, sampling")
     if sampling not in (None, "checkpoint"):

@@ -1,5 +1,7 @@
 """Prefixes: an answer to a prefix and a rest is the answer to the whole prompt, and the prefix runs once."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.cases import assert_close
@@ -93,7 +95,7 @@ DOCUMENT.append({"role": "assistant", "content": "Done."})
 def test_after_messages_a_rest_is_the_users_next_message(model, notes):
     """The answers are those of `chat`, and only what is new runs."""
     prefix = model.prefix(DOCUMENT)
-    questions = ["Why?", "A", "1 2"]
+    questions = ["Why?", "A", "\n\n1 2"]
     expected = [model.chat([*DOCUMENT, {"role": "user", "content": text}], max_new_tokens=4) for text in questions]
     ran = notes(type(model.module), "embed", lambda self, tokens: tokens.numel())
     for question, answer in zip(questions, expected, strict=True):
@@ -110,9 +112,13 @@ def test_what_a_prefix_of_messages_refuses():
     model = make("llama", pop.PrunePlan.none())
     prefix = model.prefix(DOCUMENT)
     for call, named in (
-        (lambda: model.prefix(DOCUMENT, images=[]), "in them"),
-        (lambda: prefix.generate("a", videos=[]), "in them"),
-        (lambda: prefix.generate([5, 6]), "message 3: a part"),
+        (lambda: model.prefix(DOCUMENT, images=[]), "images are in the messages"),
+        (lambda: prefix.generate("a", videos=[]), "images are in the messages"),
+        *(
+            (partial(prefix.generate, rest), "the text of the user's next message")
+            for rest in ([5, 6], [], [[{"type": "text", "text": "a"}]], ["a", 5])
+        ),
+        (lambda: prefix.score("a"), "scores nothing"),
         (lambda: model.prefix([{"role": "bishop", "content": "a"}]), "'bishop'"),
         (lambda: model.generate(DOCUMENT), "prefix take these"),
     ):

@@ -81,6 +81,12 @@ def test_marks_in_the_texts_of_a_conversation_stay_text(model):
     assert tokens.count(IMAGE) == 8 * 8 + 12 * 6 and text["text"] in model.tokenizer.decode(tokens)
     answer = model.chat(messages, max_new_tokens=5)
     assert answer.tokens == model.generate(tokens, images=[A, B], videos=[FILM], max_new_tokens=5).tokens
+    messages.append({"role": "assistant", "content": "A film."})
+    prefix = model.prefix(messages)
+    asked = model.chat([*messages, {"role": "user", "content": "And?"}], max_new_tokens=5)
+    assert prefix.generate("And?", max_new_tokens=5).tokens == asked.tokens
+    with pytest.raises(InputError, match="text of the user's next message"):
+        prefix.generate([[{"type": "image", "image": A}]])
 
 
 def test_the_turn_of_a_model_that_always_thinks_is_opened_with_a_tag(model):

@@ -567,6 +567,9 @@ def test_a_wrong_request_gets_an_error_object(url, path, body, status, says):
     assert "Traceback" not in error["message"] and ".py" not in error["message"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
 @pytest.mark.parametrize(
     ("path", "changes", "param"),
     [
@@ -576,7 +579,8 @@ def test_a_wrong_request_gets_an_error_object(url, path, body, status, says):
         ("/completions", {"top_k": 0.5}, "top_k"),
         ("/completions", {"prompt": "a" * 600}, None),
         ("/chat/completions", {"messages": [{"role": "usr", "content": "a"}]}, "messages"),
-        ("/chat/completions", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ("/chat/completions", {"messages": [{"role": "usr", "content": "a"}], "tools": TOOLS}, "messages"),
+        ("/chat/completions", {"tools": TOOLS}, "tools"),
     ],
 )
 def test_an_error_names_its_argument(url, path, changes, param):

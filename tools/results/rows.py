@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from pop.errors import InputError
+from pop.errors import InputError, some
 from pop.system.files import read_json
 from tools.common import exit_status
 from tools.evaluate.report import summary_rows
@@ -79,14 +79,14 @@ def _counts(result: dict) -> str:
     counts = []
     length = f"{result['tokens']['prompt']:,} tokens"
     for domain in list(result.get("text", {}).values())[:1]:  # the first one is all of them
-        counts.append(f"{domain['windows']} windows of {length} of text and what follows")
+        counts.append(f"{domain['windows']} windows of text after {length}")
     if "retrieval" in result:
         retrieval = result["retrieval"]
         (row, *_) = retrieval["rows"].values()
         lengths = dict.fromkeys(f"{int(kind.split()[-1]):,}" for kind in row["kinds"])  # as in "codes 512"
-        counts.append(f"{retrieval['questions']} questions about prompts of {' and '.join(lengths)} tokens")
+        counts.append(f"{retrieval['questions']} questions about prompts of {some(list(lengths))} tokens")
     if "ttft" in result:
-        counts.append(f"times of a prompt of {length}")
+        counts.append(f"TTFT after {length}")
     return ", ".join([*counts, f"seed {result['seed']}"])
 
 

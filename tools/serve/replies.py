@@ -125,7 +125,6 @@ def error_object(error: Exception) -> tuple[int, dict]:
     elif isinstance(error, pop.PopError):
         status, message = 400, str(error)
         first = message.partition(" ")[0]
-        first = {"message": "messages"}.get(first, first)  # as in "message 3: ..."
         param = first if first in CHAT | TEXT else None  # the library's messages begin with the argument
         code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"

@@ -163,8 +163,11 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
         thinks = _typed(template, "enable_thinking", bool, True)
         try:
             prompts = [model.chat_format().prompt(messages, tools=tools, enable_thinking=thinks)]
-        except pop.UnsupportedError as error:
-            raise Wrong(str(error), param="tools" if tools else "messages") from None
+        except (pop.InputError, pop.UnsupportedError) as error:
+            param = "tools" if tools and "tool" in str(error) else "messages"
+            if "enable_thinking" in str(error):
+                param = "chat_template_kwargs"
+            raise Wrong(str(error), param=param) from None
     else:
         _check_size(model, size)
         prompts, _ = as_prompts(body["prompt"])

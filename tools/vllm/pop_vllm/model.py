@@ -57,11 +57,14 @@ class Pruned:
         self.is_tested = False
         runner_v1.install()
         if get_tensor_model_parallel_rank() == 0:
-            name = os.environ["POP_PLAN"]
-            counts = len(self.plan.layers), len(self.model.layers), self.plan.full_depth_below
-            logger.info("pop: POP_PLAN is %s: %d of %d layers, for prompts of %d tokens or more", name, *counts)
-            if self.selects_at is not None and self.reruns_at is None:
-                logger.info("pop: with this plan, a prompt in chunks selects among the tokens of its last chunk only")
+            self.announce(os.environ["POP_PLAN"])
+
+    def announce(self, name: str) -> None:
+        """Log what the plan with this name does."""
+        counts = len(self.plan.layers), len(self.model.layers), self.plan.full_depth_below
+        logger.info("pop: POP_PLAN is %s: %d of %d layers, for prompts of %d tokens or more", name, *counts)
+        if self.selects_at is not None and self.reruns_at is None:
+            logger.info("pop: with this plan, a prompt in chunks selects among the tokens of its last chunk only")
 
     def get_model_state_cls(self):
         """The ModelState that runner V2 asks for. Where V1 runs, its module need not load."""

@@ -68,6 +68,17 @@ def test_a_selecting_plan_whose_pruned_layers_kept_ones_follow(engine):
     assert_equals_the_reference(engine, calibrated(engine, (1, 3, 4), full_depth_selected=0.2), 2048)
 
 
+@on_llama
+@pytest.mark.parametrize(("layers", "lines"), [((3, 4, 5), 1), ((1, 3, 4), 2)])
+def test_the_log_says_if_a_prompt_in_chunks_selects_in_its_last_one_only(engine, layers, lines, monkeypatch):
+    said = []
+    monkeypatch.setattr("pop_vllm.model.logger.info", lambda text, *values: said.append(text % values))
+    engine.use(PrunePlan(layers, full_depth_selected=0.2, selecting_layer=2), 2048)
+    engine.llm.apply_model(lambda module: module.announce("my.plan"))
+    assert said[0] == "pop: POP_PLAN is my.plan: 3 of 6 layers, for prompts of 0 tokens or more"
+    assert ["its last chunk only" in line for line in said] == [False, True][:lines]
+
+
 @pytest.mark.parametrize("budget", [2048, 33])
 @pytest.mark.parametrize("name", ["deepest", "calibrated"])
 def test_a_prefix_from_the_cache_ends_before_the_full_depth_tokens(engine, name, budget):
