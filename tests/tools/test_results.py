@@ -87,7 +87,7 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
 
 ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef-dirty", "kl": 0.0123}
 ROW |= {"kept": [0.62, 0.49, 0.74], "prompt_tokens": 512, "questions": 180, "question_tokens": 2048}
-ROW |= {"speedup_2048": 1.5, "kinds": {"codes": 0.876}, "retrieved": 0.5, "lambada": None}
+ROW |= {"dtype": "float32", "speedup_2048": 1.5, "kinds": {"codes": 0.876}, "retrieved": 0.5, "lambada": None}
 
 
 def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
@@ -98,10 +98,10 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
     assert leaderboard.main(paths) == 0
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"| a | b |{' - |' * 15}",
-        f"| m | faster | 2.00x |{' - |' * 14}",
-        "| m | p/q | 1.50x | - | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | 2048 | - | two cores"
-        " | 0123456-dirty |",
+        f"| a | b |{' - |' * 16}",
+        f"| m | faster | 2.00x |{' - |' * 15}",
+        "| m | p/q | 1.50x | - | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | 2048 | - | float32"
+        " | two cores | 0123456-dirty |",
     ]
 
 

@@ -29,7 +29,7 @@ COUNTS = ("prompt_tokens", "windows", "questions", "question_tokens", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
 FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
 HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", "after tokens", *KINDS, "all", "of full")
-HEADS += ("questions", "of tokens", "LAMBADA", "machine", "commit")
+HEADS += ("questions", "of tokens", "LAMBADA", "losses in", "machine", "commit")
 
 
 def read_row(path: Path) -> dict:
@@ -167,6 +167,7 @@ def _cells(row: dict) -> list[str]:
         cell(row.get("questions"), "{}"),
         cell(row.get("question_tokens"), "{}"),
         cell(row.get("lambada"), "{:.1%}"),
+        row.get("dtype") or "-",
         row.get("machine") or "-",
         re.sub("(?<=^.{7})[0-9a-f]*", "", row.get("commit") or "-"),
     ]

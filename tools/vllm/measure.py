@@ -44,7 +44,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = pop.load(args.model, dtype=torch.float32, compile=False, prune=None, progress=False)
     ids = model.tokenizer.encode("\n".join(path.read_text() for path in sorted(TEXTS.glob("*.txt"))))
-    options = {"max_model_len": 2304, "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": 1 << 30}
+    longest = max(2304, *args.lengths) + 64
+    options = {"max_model_len": longest, "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": 1 << 30}
     llm = LLM(args.model, dtype="float32", enforce_eager=not args.compile, block_size=32, **options)
     plans = {"none": pop.PrunePlan.none()} | {name: plan_of(name, model) for name in args.plans}
 
