@@ -134,7 +134,7 @@ def _divergence(module, full: Tensor, pruned: Tensor) -> Tensor:
     q = module.head(h).log_softmax(-1)
     loss = F.kl_div(q, p, log_target=True, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, h)
-    # Its value is 0, and its derivative by `pruned` is `gradient`. So backward goes on from there without the logits.
+    # Its value is 0, and its derivative by `pruned` is `gradient`. So backward continues there, without the logits.
     zero = (gradient * (pruned - h.detach())).sum()
     return loss.detach() + zero
 

@@ -32,6 +32,7 @@ class Prefix:
         self.messages = None
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             self.messages = list(prompt)
+            # What two conversations share whose next messages differ from the first character on.
             one, media = self._chat("A", images, videos)
             other, _ = self._chat("1", images, videos)
             is_shared = [token == another for token, another in zip(one, other, strict=False)]

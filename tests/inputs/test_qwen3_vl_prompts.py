@@ -82,9 +82,12 @@ def test_marks_in_the_texts_of_a_conversation_stay_text(model):
     answer = model.chat(messages, max_new_tokens=5)
     assert answer.tokens == model.generate(tokens, images=[A, B], videos=[FILM], max_new_tokens=5).tokens
     messages.append({"role": "assistant", "content": "A film."})
-    prefix = model.prefix(messages)
-    asked = model.chat([*messages, {"role": "user", "content": "And?"}], max_new_tokens=5)
-    assert prefix.generate("And?", max_new_tokens=5).tokens == asked.tokens
+    asked = [*messages, {"role": "user", "content": "And?"}]
+    for last in (1, 1000):  # with the images encoded ahead, and with each message
+        plan = pop.PrunePlan((0, 3, 4), full_depth_last=last)
+        prefix = model.prefix(messages, plan=plan)
+        expected = model.chat(asked, plan=plan, max_new_tokens=5)
+        assert prefix.generate("And?", max_new_tokens=5).tokens == expected.tokens
     with pytest.raises(InputError, match="text of the user's next message"):
         prefix.generate([[{"type": "image", "image": A}]])
 
