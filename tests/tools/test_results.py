@@ -86,7 +86,7 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
 
 
 ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef-dirty", "kl": 0.0123}
-ROW |= {"kept": [0.62, 0.49, 0.74], "prompt_tokens": 512, "questions": 180, "question_tokens": 2048}
+ROW |= {"run": "r.json", "kept": [0.62, 0.49, 0.74], "prompt_tokens": 512, "questions": 180, "question_tokens": 2048}
 ROW |= {"dtype": "float32", "speedup_2048": 1.5, "kinds": {"codes": 0.876}, "retrieved": 0.5, "lambada": None}
 
 
@@ -98,10 +98,10 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
     assert leaderboard.main(paths) == 0
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"| a | b |{' - |' * 16}",
-        f"| m | faster | 2.00x |{' - |' * 15}",
+        f"| a | b |{' - |' * 17}",
+        f"| m | faster | 2.00x |{' - |' * 16}",
         "| m | p/q | 1.50x | - | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | 2048 | - | float32"
-        " | two cores | 0123456-dirty |",
+        " | two cores | 0123456-dirty | r.json |",
     ]
 
 
@@ -147,7 +147,7 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     assert (row["kl"], row["retrieved"], row["kept"]) == (0.05, 0.5, [0.51, 0.41, 0.61])
     assert row["kinds"] == {"codes": 0.5, "quotes": 0.5}
     assert (row["windows"], row["questions"], row["seed"], row["dtype"]) == (24, 180, 3, "float32")
-    assert (row["question_tokens"], row["python"]) == (512, result["machine"]["python"])
+    assert (row["question_tokens"], row["python"], row["run"]) == (512, result["machine"]["python"], "run.json")
     assert row["speedup_2048"] is None  # it was measured for prompts of 64 tokens
     path.write_text(json.dumps(result | {"tokens": {"prompt": 2048}}))
     assert leaderboard.row_of(path, "half")["speedup_2048"] == 1.5
@@ -188,6 +188,18 @@ def test_the_leaderboard_has_the_plans_that_ship(capsys):
         kl = f"{float(kl):.3f}"
         assert re.search(rf"\| smollm2-135m \| [^|]+ \| {speedup} \| [^|]+ \| {kl} \|", out), row
     assert len(shipped) == 5
+
+
+def test_rows_that_name_a_stored_run_have_its_figures():
+    """The row has its own name for a plan and a machine, and may add figures that tools.evaluate does not measure."""
+    own = {"plan", "machine", "commit", "lambada", "speedup_8192"}
+    with_runs = [row for row in map(leaderboard.read_row, leaderboard.PLANS.glob("*.json")) if row.get("run")]
+    assert len(with_runs) >= 4
+    for row in with_runs:
+        run = RESULTS / "runs" / row["run"]
+        measured = [leaderboard.row_of(run, plan).items() for plan in json.loads(run.read_bytes())["retrieval"]["rows"]]
+        wanted = [(name, value) for name, value in row.items() if name not in own and value is not None]
+        assert [all(pair in figures for pair in wanted) for figures in measured].count(True) == 1, row
 
 
 def rows(path: str) -> list[list[str]]:

@@ -23,13 +23,13 @@ from tools.results.rows import read_result
 PLANS = Path(__file__).parent / "plans"
 # What a row must say, and what it may. A figure that is null or missing is not known.
 NEEDED = ("model", "plan")
-TEXTS = (*NEEDED, "machine", "commit", "dtype", "python")
+TEXTS = (*NEEDED, "machine", "commit", "run", "dtype", "python")
 FIGURES = ("speedup_2048", "speedup_8192", "kl", "retrieved", "lambada")
 COUNTS = ("prompt_tokens", "windows", "questions", "question_tokens", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
 FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
 HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", "after tokens", *KINDS, "all", "of full")
-HEADS += ("questions", "of tokens", "LAMBADA", "losses in", "machine", "commit")
+HEADS += ("questions", "of tokens", "LAMBADA", "losses in", "machine", "commit", "run")
 
 
 def read_row(path: Path) -> dict:
@@ -91,6 +91,7 @@ def row_of(path: Path, plan: str) -> dict:
             "plan": plan,
             "machine": f"{machine['device']}, {machine['threads']} threads",
             "commit": result["commit"],
+            "run": path.name,
             "dtype": result["dtype"],
             "python": machine["python"],
             "speedup_2048": None,
@@ -170,6 +171,7 @@ def _cells(row: dict) -> list[str]:
         row.get("dtype") or "-",
         row.get("machine") or "-",
         re.sub("(?<=^.{7})[0-9a-f]*", "", row.get("commit") or "-"),
+        row.get("run") or "-",
     ]
 
 
