@@ -3,20 +3,25 @@
 Prefill, decode and caches are in runner.py. The loop that answers is in pop/generation.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream, as_prompts
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
-from pop.generation.sampling import sampling_params
+from pop.generation.sampling import Options, sampling_params
 from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared
 from pop.runner import Runner, token_ids
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 REPORTED = 2048  # tokens of the prompt whose speedup repr(model) states
 
@@ -69,15 +74,21 @@ class Model(Runner):
         return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}{plan.judgement}>"
 
     @overload
-    def generate(self, prompt: str | list[int], **options) -> Generation: ...
+    def generate(
+        self, prompt: str | list[int], *, images=None, videos=None, plan=None, **options: Unpack[Options]
+    ) -> Generation: ...
 
     @overload
-    def generate(self, prompt: list[str] | list[list[int]], **options) -> list[Generation]: ...
+    def generate(
+        self, prompt: list[str] | list[list[int]], *, images=None, videos=None, plan=None, **options: Unpack[Options]
+    ) -> list[Generation]: ...
 
     @overload
-    def generate(self, prompt, **options) -> Generation | list[Generation]: ...
+    def generate(
+        self, prompt, *, images=None, videos=None, plan=None, **options: Unpack[Options]
+    ) -> Generation | list[Generation]: ...
 
-    def generate(self, prompt, *, images=None, videos=None, plan=None, **options):
+    def generate(self, prompt, *, images=None, videos=None, plan=None, **options: Unpack[Options]):
         """Continue a prompt, or a list of prompts as one batch, which returns a list.
 
         An answer ends at an end token, before a stop string, after max_new_tokens, or in a full context.
@@ -100,7 +111,7 @@ class Model(Runner):
         began = time.perf_counter()
         return self._batch(prompt, images, videos, plan, options).generate(began)
 
-    def stream(self, prompt, *, images=None, videos=None, plan=None, **options) -> Stream:
+    def stream(self, prompt, *, images=None, videos=None, plan=None, **options: Unpack[Options]) -> Stream:
         """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come.
 
         From the last piece on, the stream's `generation` is the Generation.
@@ -113,7 +124,9 @@ class Model(Runner):
         prompts, media, is_list = self.encode_batch(prompt, images, videos)
         return Batch(self, prompts, media, params, self.resolve(plan), is_list=is_list)
 
-    def chat(self, messages, *, tools=None, enable_thinking: bool = True, plan=None, **options) -> Generation:
+    def chat(
+        self, messages, *, tools=None, enable_thinking: bool = True, plan=None, **options: Unpack[Options]
+    ) -> Generation:
         """Answer a conversation in the checkpoint's chat format. No text of a message can become a control token.
 
         `start_chat` gives an object whose `stream` yields an answer in pieces.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream
-from pop.generation.sampling import sampling_params
+from pop.generation.sampling import Options, sampling_params
 from pop.inputs.processors import Prepared
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class State(NamedTuple):
@@ -55,7 +58,7 @@ class Conversation:
         """The token ids of all prompts and answers, in order."""
         return list(self._state.tokens)
 
-    def send(self, message, **options) -> Generation:
+    def send(self, message, **options: Unpack[Options]) -> Generation:
         """Answer one more message.
 
         Args:
@@ -65,7 +68,7 @@ class Conversation:
         began = time.perf_counter()
         return self._next_turn(message, options).generate(began)
 
-    def stream(self, message, **options) -> Stream:
+    def stream(self, message, **options: Unpack[Options]) -> Stream:
         """Like `send`, but yields pieces, as `Model.stream`. The turn counts once the last one has been read."""
         began = time.perf_counter()
         return self._next_turn(message, options).stream(began)

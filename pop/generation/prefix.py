@@ -1,14 +1,19 @@
 """Prefixes: what many prompts begin with, encoded once."""
 
+from __future__ import annotations
+
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pop.errors import InputError
 from pop.generation.batch import Batch, Stream, as_prompts
-from pop.generation.sampling import sampling_params
+from pop.generation.sampling import Options, sampling_params
 from pop.generation.scoring import score
 from pop.inputs.processors import Prepared
 from pop.runner import padded
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Prefix:
@@ -62,7 +67,7 @@ class Prefix:
     def __repr__(self) -> str:
         return f"<Prefix: {len(self.tokens):,} tokens, {len(self._left_tokens):,} of them encoded with each prompt>"
 
-    def generate(self, rest, *, images=None, videos=None, **options) -> Any:
+    def generate(self, rest, *, images=None, videos=None, **options: Unpack[Options]) -> Any:
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
         Args:
@@ -73,7 +78,7 @@ class Prefix:
         began = time.perf_counter()
         return self._batch(rest, images, videos, options).generate(began)
 
-    def stream(self, rest, *, images=None, videos=None, **options) -> Stream:
+    def stream(self, rest, *, images=None, videos=None, **options: Unpack[Options]) -> Stream:
         """Like `generate` for one rest, but yields the answer in pieces, as `Model.stream` does."""
         began = time.perf_counter()
         return self._batch(rest, images, videos, options).stream(began)

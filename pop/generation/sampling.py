@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from numbers import Real
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -63,11 +64,27 @@ class SamplingParams:
         return [int(self.seed)] * batch_size
 
 
+class Options(TypedDict, total=False):
+    """The options of a call, for editors and type checkers: the fields of SamplingParams, and `sampling`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    min_p: float | None
+    repetition_penalty: float
+    logits_processor: Callable[[list[int], Tensor], Tensor] | None
+    logprobs: bool
+    sampling: str | None  # "checkpoint": see `sampling_params`
+
+
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 OPTIONS = list(DEFAULTS)
 
 
-def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
+def sampling_params(options: Options, stated: dict | None) -> SamplingParams:
     """Check the options of a call. Raises InputError for an unknown name or a value that cannot be used.
 
     Args:

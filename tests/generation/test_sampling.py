@@ -1,5 +1,6 @@
 """Sampling: which tokens are drawn, how often, and which settings are refused."""
 
+import dataclasses
 import math
 import re
 from fractions import Fraction
@@ -13,7 +14,7 @@ from support.goldens import REFUSED
 from support.meta_device import META, device_only
 
 import pop
-from pop.generation.sampling import SamplingParams, pick, read_tokens, sample_tokens
+from pop.generation.sampling import Options, SamplingParams, pick, read_tokens, sample_tokens
 
 
 def generators(*seeds):
@@ -121,6 +122,11 @@ def test_nothing_waits_for_the_device(settings):
     with device_only():
         assert pick(logits, params, numbers if params.temperature else None).shape == (2,)
     assert sample_tokens(logits, params, generators(0, 1)).device == META  # the numbers are copied there
+
+
+def test_editors_and_type_checkers_know_the_options():
+    fields = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
+    assert Options.__annotations__ == {**fields, "sampling": str | None}
 
 
 def test_settings_out_of_range_are_refused_by_name():
