@@ -550,6 +550,7 @@ BAD = [  # path, body, status, and what the message or the code says
         400,
         "text only",
     ),
+    ("/completions", TEXT | {"prompt": HELLO}, 400, "send these to /v1/chat/completions"),
     ("/responses", {"model": "tiny", "input": "Hello", "max_new_tokens": 5}, 400, "max_output_tokens"),
     ("/responses", {"model": "tiny", "input": HELLO * 3000}, 400, "items"),
     ("/responses", {"model": "tiny", "input": "a" * 600}, 400, "context_length_exceeded"),

@@ -170,6 +170,8 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
             raise Wrong(str(error), param=param) from None
     else:
         _check_size(model, size)
+        if isinstance(body["prompt"], list) and any(isinstance(one, dict) for one in body["prompt"]):
+            raise Wrong("the prompt is a list of messages; send these to /v1/chat/completions", param="prompt")
         prompts, _ = as_prompts(body["prompt"])
         if len(prompts) * answers > MAX_ANSWERS:
             raise Wrong(f"there are {len(prompts)} prompts; a request may have {MAX_ANSWERS} answers", param="prompt")
