@@ -26,7 +26,7 @@ from support.cases import (
     with_chosen,
 )
 from support.replay import Replay
-from support.tiny import random_model, tiny_gemma3_config
+from support.tiny import random_model, tiny_gemma3_config, tiny_qwen3_vl_config
 from support.tiny_images import both_ways
 
 from pop import engine
@@ -152,3 +152,30 @@ def test_a_first_full_depth_token_sees_the_rest_of_its_image():
     logits = engine.prefill(module, tokens, new_cache(module, 1), lengths, plan, 1000, images=images)
     expected, _ = reference.forward(module, tokens[0], reference.full_depth_tokens(30, 30, plan), plan, images)
     assert_close(logits[0], expected[-1])
+
+
+def test_a_later_prompt_continues_at_the_rotary_position_after_an_image():
+    """Its tokens have no position that counts tokens, so none of them is kept to be selected again."""
+    module = random_model(tiny_qwen3_vl_config(), seed=3)
+    tokens = torch.arange(24)[None]  # 4 of text, an image of 8, 4 of text; then a prompt of 8
+    numbers = torch.full((1, 24), -1)
+    numbers[0, 4:12] = torch.arange(8)
+    positions = torch.arange(24).expand(3, 1, 24).clone()
+    positions[:, :, 4:12] = 4 + torch.tensor([[0] * 8, [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3] * 2])[:, None]
+    positions[:, :, 12:] -= 4  # the image's longer side has 4 tokens
+    whole = Images(torch.randn(8, 30, generator=torch.Generator().manual_seed(1)), numbers, rope_positions=positions)
+    first = dataclasses.replace(whole, feature_index=numbers[:, :16], rope_positions=positions[:, :, :16])
+
+    cache = new_cache(module, 1)
+    engine.prefill(module, tokens[:, :16], cache, torch.tensor([16]), NONE, 5, images=first)
+    logits = engine.prefill(module, tokens[:, 16:], cache, torch.tensor([8]), NONE, 5)
+    expected, _ = reference.forward(module, tokens[0], torch.ones(24, dtype=torch.bool), NONE, whole)
+    assert_close(logits[0], expected[-1])
+
+    last = len(module.layers) - 1
+    plan = PrunePlan((last,), full_depth_selected=0.3, selecting_layer=last - 1)
+    cache = new_cache(module, 1)
+    engine.prefill(module, tokens[:, :16], cache, torch.tensor([16]), plan, 5, images=first)
+    engine.prefill(module, tokens[:, 16:], cache, torch.tensor([8]), plan, 5)
+    is_kept = cache.skipped[0] >= 0
+    assert is_kept[:5].all() and not is_kept[5:].any()  # the first token of the image has its position yet
