@@ -29,6 +29,7 @@ SHORTEST_PROMPT = 128  # tokens; the longest has as many as the longest window
 CONTINUATION = 160  # tokens; at most a third of prompt and continuation
 PASSAGE = (14, 40)  # tokens, from and to
 FACTS = (5, 12)  # facts in a table, from and to; a fact is two words of the prompt and a random value
+SCATTERED = 0.6  # the share of tables whose facts are at places of their own, and not together
 FORMS = (
     "The {0} of {1} is {2}.", "{0} {1} = {2}", "| {0} | {1} | {2} |", "{1}.{0}: {2}", "For {1}, set {0} to {2}.",
     '"{0} {1}": {2},', "Q: What is the {0} of {1}?\nA: {2}", '{{"call": "{0}", "with": {{"{1}": "{2}"}}}}',
@@ -135,7 +136,7 @@ def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
     kept = len(prompt) - sum(map(len, lines))
     if kept < 1:
         return prompt, []
-    if rng.random() < 0.6:
+    if rng.random() < SCATTERED:
         places = [rng.randint(1, kept) for _ in facts]
     else:
         places = [rng.randint(1, kept)] * count

@@ -198,12 +198,12 @@ class KVCache:
                 latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
                 target[:, latest % slots] = source[:, latest % other_slots]
         B = self.batch_size
-        self.lengths = other.lengths.repeat(B)
+        self.lengths = other.lengths.repeat(B)  # now, or move_to would forget what a longer row has skipped
         self.move_to((self.lengths, other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
 
     @torch.inference_mode(False)  # as above
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep `rows` [R] of the batch, in that order, and free the memory of the others."""
+        """Keep `rows` of the batch, a list of indices, in that order, and free the memory of the others."""
         (device_rows,) = to_device([rows], self.device)
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory
@@ -211,7 +211,7 @@ class KVCache:
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)
         self.entered = self.entered[device_rows]
         self.skipped = self.skipped[device_rows]
-        self.lengths = self.lengths[rows]
+        self.lengths = self.lengths[rows]  # now, since move_to compares them with the new ones
         self.move_to((self.lengths, self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
         self.step = None
         self.passes = None

@@ -133,6 +133,7 @@ class FullDepth(NamedTuple):
             no_columns = valid.long()  # [B, 0]
             return cls(plan, {}, no_columns, valid, last_is_full)
 
+        # These tokens are not consecutive. So they attend to all slots, in the slots' order, and spans mask the others.
         windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans, as in decode
         ends = cache.lengths + chunk.bounds[1]
         held = [_held_by_slot(ends, C, cache.slots(window)).to(torch.int32) for window in windows]
@@ -214,7 +215,8 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         held = _held_by_slot(ends, C, ring)
     else:
         # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
-        # start. Negative positions hold no key, and spans mask them.
+        # start, with as many before it as the row has that begins last. Negative positions hold no key, and spans mask
+        # them.
         own_key = min(start, before)
         held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
         tables["key_slots"] = held % ring
@@ -225,7 +227,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
 def _held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
     """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none.
 
-    There are as many slots as columns, at least, if the ring has them.
+    There are as many slots as columns, at least, if the ring has them: a chunk's padding needs a slot of its own.
     """
     latest = ends[:, None] - 1
     slot = torch.arange(min(max(int(ends.max()), columns), ring))

@@ -62,7 +62,7 @@ class LayerPass:
             if group.is_pruned:
                 h = self.run_pruned(chunk, full, h, group, previous, hidden)
             else:
-                for index in inside:  # in this frame: another one would keep the first h in memory
+                for index in inside:  # not in a method, whose caller would keep the first h in memory
                     hidden[index] = chunk.latest(h)
                     h = self.run_layer(index, h, chunk.attention)
             h = chunk.images.add_deepstack(h, inside[-1])

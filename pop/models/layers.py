@@ -7,7 +7,7 @@ Shape letters, here and in the rest of `pop`:
     B batch rows      T tokens of a call   S cache slots       L layers
     D model width     H query heads        K key-value heads   G = H / K query heads that share a key-value head
     E head width      V vocabulary         C tokens of a batch row in a chunk
-    R size of a code  N tokens of a prompt W full-depth tokens of a chunk
+    R size of a code  N keys, or tokens    W full-depth tokens of a chunk
 """
 
 import math

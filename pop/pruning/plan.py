@@ -243,7 +243,7 @@ class PrunePlan:
         pruned = set(self.layers)
 
         def kind(index: int) -> tuple[bool, int]:
-            # The index of a DeepStack layer, which is thus alone, and one number for all later layers.
+            # The index of a DeepStack layer, which is thus alone, and the same number for all later layers.
             return index in pruned, min(index, deepstack_layers)
 
         groups = []

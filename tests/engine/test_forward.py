@@ -117,8 +117,8 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         assert cache.lengths[row] == len(said[row])
         logits, kv = token_by_token(module, said[row], *zip(*applied[row], strict=True), again[row])
         for position, found in predicted[row].items():
-            assert_close(found, logits[position])
-        assert_close(cached_kv(module, cache, row), in_windows(module, kv))
+            assert_close(found, logits[position], f"row {row}, position {position}, logits at {[*predicted[row]]}:")
+        assert_close(cached_kv(module, cache, row), in_windows(module, kv), f"row {row}, keys and values:")
 
 
 @given(models(), st.data())

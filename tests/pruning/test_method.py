@@ -1,6 +1,6 @@
 """What must hold for prefill-only pruning, whatever the model, the plan, the batch and the chunks.
 
-The first test holds the reference (pop/pruning/reference.py) to the paper. The others run the engine, which
+The first four tests hold the reference (pop/pruning/reference.py) to the paper. The others run the engine, which
 tests/engine/test_forward.py holds to the reference. All use float32 and tiny random models with awkward sizes.
 """
 

@@ -35,14 +35,14 @@ FAMILIES = {
 }
 
 
-def assert_close(actual, expected):
-    """To 1e-4 of the scale of the expected values, the bound of the whole suite for float32."""
+def assert_close(actual, expected, where=""):
+    """To 1e-4 of the scale of the expected values, the bound of the whole suite for float32. An error says `where`."""
     assert actual.shape == expected.shape
     errors = (actual - expected).abs()
     error = errors.max().item()
     allowed = 1e-4 * expected.std(correction=0).item() + 1e-7
     place = tuple(map(int, torch.unravel_index(errors.argmax(), errors.shape)))
-    assert error <= allowed, f"values differ by up to {error:.2g}, at {place}, but {allowed:.2g} is allowed"
+    assert error <= allowed, f"{where} values differ by up to {error:.2g}, at {place}, but {allowed:.2g} is allowed"
 
 
 @st.composite

@@ -149,12 +149,13 @@ def main(folder: Path) -> None:
     found = {}
     size = int(os.environ["WORLD_SIZE"])
     cases = json.loads((folder / f"cases-{size}.json").read_text())
-    for name, case in cases.items():
+
+    def run_case(name: str, case: dict) -> None:
         prune = pop.PrunePlan.load(folder / case["plan"]) if "plan" in case else "default"
         read.clear()
         agreed.clear()
         model = pop.load(folder / case["checkpoint"], prune=prune, parallel="auto", compile=False)
-        found |= {f"{name}/{what}": tensor.contiguous() for what, tensor in run(model).items()}
+        found.update({f"{name}/{what}": tensor.contiguous() for what, tensor in run(model).items()})
         found[f"{name}/read"] = torch.tensor([sum(read)])
         found[f"{name}/agreed"] = torch.tensor([len(agreed)])
         if case.get("compile") and (size == 2 or THOROUGH):
@@ -162,7 +163,13 @@ def main(folder: Path) -> None:
         if case.get("calibrate"):
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
             plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False, steps=0)
-            found |= {f"{name}/{what}": tensor for what, tensor in corrections(plan).items()}
+            found.update({f"{name}/{what}": tensor for what, tensor in corrections(plan).items()})
+
+    for name, case in cases.items():
+        try:
+            run_case(name, case)
+        except Exception as error:  # the last line of the output says which case it was
+            raise RuntimeError(f"{name}, rank {os.environ['RANK']} of {size}: {error}") from error
     rank = dist.get_rank()
     save_file(found, folder / f"rank-{rank}-of-{size}.safetensors")
     if size == 2:
