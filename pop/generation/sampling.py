@@ -99,6 +99,8 @@ def sampling_params(options: Options, stated: dict | None) -> SamplingParams:
             near = get_close_matches(name, OPTIONS, n=1)
             if name == "stream":
                 near = ["model.stream, and start_chat(...).stream for messages"]
+            if name == "plan":
+                near = ["that of start_chat and prefix, which holds for all their answers"]
             instead = f", but there is {near[0]}" if near else ""
             raise InputError(f"there is no option {name!r}{instead}; the options are {', '.join(OPTIONS)}, sampling")
     if sampling not in (None, "checkpoint"):

@@ -15,6 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -383,6 +384,20 @@ def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(monkeypatch
     assert f"127.0.0.1 port {port} cannot be served" in capsys.readouterr().err
     assert main(["smollm2-135m", "--port", "99999"]) == 2
     assert "cannot be served" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_while_the_model_loads_is_refused(tmp_path, monkeypatch, capsys):
+    folder = write_chat_checkpoint(tmp_path / "chat")
+    loaded = pop.load(folder)
+    other = socket.socket()
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    other.bind(("127.0.0.1", 0))
+    monkeypatch.setattr(pop, "load", lambda *args, **kwargs: other.listen() or loaded)
+    monkeypatch.setattr("tools.serve.__main__.threading.Thread", Mock())
+    with other:
+        port = other.getsockname()[1]
+        assert main([str(folder), "--port", str(port)]) == 2
+    assert f"127.0.0.1 port {port} cannot be served" in capsys.readouterr().err
 
 
 # ---- /v1/responses ----

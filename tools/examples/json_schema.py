@@ -21,8 +21,11 @@ SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer"}},
     "required": ["city", "population"],
-    "additionalProperties": False,
+    "additionalProperties": False,  # otherwise a model may add properties until the answer is cut
 }
+# As json.dumps writes. Otherwise JSON may have any white space, and a small model may write nothing else. The
+# "x-guidance" of a schema replaces this.
+FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class JsonSchema:
@@ -39,7 +42,7 @@ class JsonSchema:
     def __init__(self, model: pop.Model, schema: dict[str, Any], tokenizer: Any = None):
         tokenizer = tokenizer or tokenizer_of(model)
         matcher = import_llguidance().LLMatcher
-        self.start = matcher(tokenizer, matcher.grammar_from_json_schema(schema))
+        self.start = matcher(tokenizer, matcher.grammar_from_json_schema(schema, defaults=FORM))
         if self.start.is_error():
             raise InputError(f"the JSON schema cannot be used: {self.start.get_error()}")
 

@@ -67,7 +67,10 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     options = {"log_level": "warning", "ws": "none", "lifespan": "off", "server_header": False}
     options |= {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 5}
     config = uvicorn.Config(app, **options)
-    listener.listen()  # from now on clients may connect
+    try:
+        listener.listen()  # from now on clients may connect
+    except OSError as error:  # another server has taken the port while this one was loading
+        raise unavailable(args.host, args.port, error) from None
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} is served at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
     uvicorn.Server(config).run([listener])
@@ -81,9 +84,13 @@ def bound(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        advice = "give another --host or --port; --port 0 takes any free one"
-        raise InputError(f"{host} port {port} cannot be served at ({error}); {advice}") from None
+        raise unavailable(host, port, error) from None
     return listener
+
+
+def unavailable(host: str, port: int, error: Exception) -> InputError:
+    advice = "give another --host or --port; --port 0 takes any free one"
+    return InputError(f"{host} port {port} cannot be served at ({error}); {advice}")
 
 
 def main(argv: list[str] | None = None) -> int:
