@@ -16,7 +16,7 @@ INTERVAL = 60.0  # seconds between two lines
 @cache
 def counters() -> tuple[Counter, Counter]:
     """Registered once a process."""
-    pruned = Counter("pop:pruned_tokens", "Prompt tokens that skipped pruned layers.")
+    pruned = Counter("pop:pruned_tokens", "Prompt tokens not at full depth by position; selected ones are among them.")
     rows = Counter("pop:full_depth_rows", "Tokens that ran a pruned layer, in steps that pruned others.", ["layer"])
     return pruned, rows
 
