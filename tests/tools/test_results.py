@@ -235,6 +235,19 @@ def test_the_tables_are_those_of_the_run():
             assert f": {pairs.count((1, 0))} lost, {pairs.count((0, 1))} gained |" in READMES["README.md"]
 
 
+@pytest.mark.parametrize("run", ["smollm2-135m-512", "smollm2-135m-unseen"])
+def test_kl_and_answers_in_the_tables_are_those_of_the_run(run):
+    result = json.loads((RESULTS / "runs" / f"{run}.json").read_bytes())
+    text, answers = result["text"]["all"]["rows"], result["retrieval"]["rows"]
+    results = rows("tools/results/README.md")
+    for name in [*text][1:]:
+        pairs = list(zip(answers["full"]["by_question"]["exact"], answers[name]["by_question"]["exact"], strict=True))
+        kept = f"{answers[name]['share']['value']:.0%}".replace("%", " %")
+        changes = f"{pairs.count((1, 0))}, {pairs.count((0, 1))}"
+        wanted = {f"{text[name]['kl']['value']:.3f}", f"{text[name]['kl_first']['value']:.3f}", kept, changes}
+        assert any(wanted <= {*row} for row in results), (name, wanted)
+
+
 def test_each_loss_of_the_readme_is_among_the_results():
     """KL and the share of answers kept, in the README's rows that begin with a measured speedup."""
     results = [set(row) for row in rows("tools/results/README.md")]
