@@ -63,8 +63,10 @@ class Pruned:
         """Log what the plan with this name does."""
         counts = len(self.plan.layers), len(self.model.layers), self.plan.full_depth_below
         logger.info("pop: POP_PLAN is %s: %d of %d layers, for prompts of %d tokens or more", name, *counts)
+        if self.plan.layers and self.plan.corrections is None:
+            logger.warning("pop: this plan is not calibrated, so answers about prompts are lost")
         if self.selects_at is not None and self.reruns_at is None:
-            logger.info("pop: with this plan, a prompt in chunks selects among the tokens of its last chunk only")
+            logger.warning("pop: with this plan, a prompt in chunks selects among the tokens of its last chunk only")
 
     def get_model_state_cls(self):
         """The ModelState that runner V2 asks for. Where V1 runs, its module need not load."""

@@ -69,14 +69,18 @@ def test_a_selecting_plan_whose_pruned_layers_kept_ones_follow(engine):
 
 
 @on_llama
-@pytest.mark.parametrize(("layers", "lines"), [((3, 4, 5), 1), ((1, 3, 4), 2)])
-def test_the_log_says_if_a_prompt_in_chunks_selects_in_its_last_one_only(engine, layers, lines, monkeypatch):
-    said = []
+@pytest.mark.parametrize("is_calibrated", [True, False])
+@pytest.mark.parametrize(("layers", "is_deepest"), [((3, 4, 5), True), ((1, 3, 4), False)])
+def test_the_log_says_what_a_plan_does_and_what_it_cannot(engine, layers, is_deepest, is_calibrated, monkeypatch):
+    said, warned = [], []
     monkeypatch.setattr("pop_vllm.model.logger.info", lambda text, *values: said.append(text % values))
-    engine.use(PrunePlan(layers, full_depth_selected=0.2, selecting_layer=2), 2048)
+    monkeypatch.setattr("pop_vllm.model.logger.warning", warned.append)
+    make = calibrated if is_calibrated else lambda _, layers, **fields: PrunePlan(layers, **fields)
+    engine.use(make(engine, layers, full_depth_selected=0.2, selecting_layer=2), 2048)
     engine.llm.apply_model(lambda module: module.announce("my.plan"))
-    assert said[0] == "pop: POP_PLAN is my.plan: 3 of 6 layers, for prompts of 0 tokens or more"
-    assert ["its last chunk only" in line for line in said] == [False, True][:lines]
+    assert said == ["pop: POP_PLAN is my.plan: 3 of 6 layers, for prompts of 0 tokens or more"]
+    assert any("is not calibrated" in line for line in warned) != is_calibrated
+    assert any("its last chunk only" in line for line in warned) != is_deepest
 
 
 @pytest.mark.parametrize("budget", [2048, 33])
