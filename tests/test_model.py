@@ -105,7 +105,7 @@ WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
             (
                 partial(lambda m, name: m.generate([1], plan=name), name=wrong),
                 pop.PlanError,
-                [f"a near name is {near})"],
+                [f"a near name is {near!r})"],
             )
             for wrong, near in (
                 ("smollm2-135m-thrid", "smollm2-135m-third"),

@@ -236,7 +236,10 @@ def as_prompts(prompt, what: str = "prompt") -> tuple[list, bool]:
     if not isinstance(prompt, Sequence):
         raise InputError(f"the {what} has the type {type(prompt).__name__}; give text, token ids, or a list of either")
     if prompt and isinstance(prompt[0], dict):
-        raise InputError(f"the {what} is a list of messages; model.chat, start_chat and prefix take these")
+        raise InputError(
+            f"the {what} is a list of messages; model.chat, start_chat and prefix take these, and "
+            "model.stream(model.chat_tokens(messages)) streams the answer"
+        )
     if isinstance(prompt, str) or not prompt:
         return [prompt], False
     is_list = isinstance(prompt[0], Sequence) or getattr(prompt[0], "ndim", 0) > 0

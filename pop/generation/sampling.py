@@ -82,6 +82,11 @@ class Options(TypedDict, total=False):
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 OPTIONS = list(DEFAULTS)
+INSTEAD = {  # of options that there are elsewhere
+    "stream": "model.stream, and start_chat(...).stream for messages",
+    "plan": "that of start_chat and prefix, which holds for all their answers",
+    "response_format": "tools/examples/json_schema.py, which makes a logits_processor of a JSON schema",
+}
 
 
 def sampling_params(options: Options, stated: dict | None) -> SamplingParams:
@@ -96,11 +101,7 @@ def sampling_params(options: Options, stated: dict | None) -> SamplingParams:
     sampling = given.pop("sampling", None)
     for name in given:
         if name not in OPTIONS:
-            near = get_close_matches(name, OPTIONS, n=1)
-            if name == "stream":
-                near = ["model.stream, and start_chat(...).stream for messages"]
-            if name == "plan":
-                near = ["that of start_chat and prefix, which holds for all their answers"]
+            near = [INSTEAD[name]] if name in INSTEAD else get_close_matches(name, OPTIONS, n=1)
             instead = f", but there is {near[0]}" if near else ""
             raise InputError(f"there is no option {name!r}{instead}; the options are {', '.join(OPTIONS)}, sampling")
     if sampling not in (None, "checkpoint"):

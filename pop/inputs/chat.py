@@ -119,7 +119,8 @@ class ChatFormat:
         text = self._write(told, tools, **options)
         if tools and self._write(told, **options) == text:
             raise UnsupportedError(
-                "this model's chat_template leaves out the tools; put them into a message, or take another model"
+                "this model's chat_template leaves out the tools; put them into a message, or take a model that knows "
+                "them, such as qwen3-0.6b"
             )
         without_calls = [{key: part for key, part in message.items() if key != "tool_calls"} for message in told]
         if without_calls != told and self._write(without_calls, tools, **options) == text:

@@ -153,7 +153,7 @@ class PrunePlan:
         no_file = ""
         if isinstance(prune, (str, os.PathLike)):
             near = get_close_matches(str(prune), [*SHARES, "default", *_shipped()], n=1)
-            no_file = ", which names no file" + (f" (a near name is {near[0]})" if near else "")
+            no_file = ", which names no file" + (f" (a near name is {near[0]!r})" if near else "")
         raise PlanError(
             f"the plan is {prune!r:.200}{no_file}; it must be 'third', 'none', a share of the layers (0.5, or 1.0 for "
             "all), layers such as '10,12,19-29' ('9-9' for layer 9), the path of a saved plan or of importance scores, "

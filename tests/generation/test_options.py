@@ -49,6 +49,7 @@ def test_what_a_method_cannot_take_is_said_at_once(model):
     for method, given, options, words in (
         (chat.send, "Hi", {"plan": None}, "no option 'plan', but there is that of start_chat and prefix"),
         (model.generate, "a", {"max_tokens": 3}, "no option 'max_tokens', but there is max_new_tokens"),
+        (model.generate, "a", {"response_format": {}}, "but there is tools/examples/json_schema.py"),
         (chat.send, "Hi", {"stream": True}, "no option 'stream', but there is model.stream, and start_chat"),
         (prefix.stream, "Hi", {"plan": None}, "no option 'plan'"),
         (model.chat, MESSAGES, {"images": []}, "images and videos in its messages"),

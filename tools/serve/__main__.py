@@ -55,6 +55,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     model.need_tokenizer("the server")
     for plan in plans.values():
         model.resolve(plan)  # refuses one of another model
+    if model.plan.name:
+        plans.setdefault(model.plan.name.removesuffix(".plan"), None)  # the default by its own name
     model.warmup(min(args.batch, 2))
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
@@ -73,6 +75,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         raise unavailable(args.host, args.port, error) from None
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} is served at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
+    print(f"without a plan, requests take that of {model!r}", file=sys.stderr)
     uvicorn.Server(config).run([listener])
 
 
@@ -98,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="a name that `pop models` lists, or a folder")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
-    plans = "as in pop.load: default, none, a share, a plan's path or name; repeat it to name plans for requests"
+    plans = "as in pop.load: default, none, a share, a plan's path or name; repeat it to name plans for requests, of "
+    plans += "which the first one is the default"
     parser.add_argument("--prune", action="append", help=plans)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")

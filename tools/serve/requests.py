@@ -147,7 +147,10 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
     params = dataclasses.replace(params, logits_processor=_format(served, body))
     plan = body.get("plan", "default")
     if not isinstance(plan, str) or plan not in served.plans:
-        raise Wrong(f"plan is {plan!r:.80}; this server has {', '.join(served.plans)}", param="plan")
+        raise Wrong(
+            f"plan is {plan!r:.80}; this server has {', '.join(served.plans)}; start it with --prune for others",
+            param="plan",
+        )
     uses_kept = _typed(body, "cache_prompt", bool, True)
     tools = None
     if is_chat:
@@ -198,7 +201,10 @@ def _format(served: Served, body: dict) -> JsonSchema | None:
         return None
     schema = {"type": "object"}
     if wanted.get("type") == "json_schema":
-        schema = _typed(_typed(wanted, "json_schema", dict, {}), "schema", dict, None)
+        schema = _typed(wanted, "json_schema", dict, {}).get("schema")
+        if not isinstance(schema, dict):
+            place = "response_format.json_schema.schema (in /v1/responses: text.format.schema)"
+            raise Wrong(f"{place} is {schema!r:.80}; it must be a JSON schema", param="response_format")
     elif wanted.get("type") != "json_object":
         raise Wrong("the type of response_format is text, json_object or json_schema", param="response_format")
     if len(json.dumps(schema)) > MAX_SCHEMA:
