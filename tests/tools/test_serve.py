@@ -386,6 +386,24 @@ def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(monkeypatch
     assert "cannot be served" in capsys.readouterr().err
 
 
+def test_the_first_plan_is_the_default_and_has_its_own_name_too(tmp_path, monkeypatch, capsys):
+    folder = write_chat_checkpoint(tmp_path / "chat")
+    made, load = [], pop.load
+    monkeypatch.setattr("tools.serve.__main__.threading.Thread", Mock())
+    monkeypatch.setattr("tools.serve.__main__.uvicorn", Mock())
+    monkeypatch.setattr("tools.serve.__main__.Server", lambda *args: made.append(args) or Mock())
+    assert main([str(folder), "--port", "0", "--prune", "0.2", "--prune", "1,3"]) == 0
+    engine, *_, plans = made.pop()
+    assert engine.model.plan.layers == (4,)
+    assert plans == {"0.2": None, "1,3": pop.PrunePlan((1, 3))}
+    assert "skips 1 of 5 layers" in capsys.readouterr().err
+
+    shipped = pop.PrunePlan((2, 3), name="shipped.plan")
+    monkeypatch.setattr(pop, "load", lambda *args, prune, **options: load(*args, prune=shipped, **options))
+    assert main([str(folder), "--port", "0"]) == 0
+    assert made.pop()[-1] == {"default": None, "shipped": None}
+
+
 def test_a_port_that_is_taken_while_the_model_loads_is_refused(tmp_path, monkeypatch, capsys):
     folder = write_chat_checkpoint(tmp_path / "chat")
     loaded = pop.load(folder)

@@ -55,8 +55,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     model.need_tokenizer("the server")
     for plan in plans.values():
         model.resolve(plan)  # refuses one of another model
-    if model.plan.name:
-        plans.setdefault(model.plan.name.removesuffix(".plan"), None)  # the default by its own name
+    if default == "default" and model.plan.name:
+        plans[model.plan.name.removesuffix(".plan")] = None  # the default by its own name
     model.warmup(min(args.batch, 2))
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
