@@ -86,7 +86,15 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
 
 
 ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef-dirty", "kl": 0.0123}
-ROW |= {"run": "r.json", "kept": [0.62, 0.49, 0.74], "prompt_tokens": 512, "questions": 180, "question_tokens": 2048}
+ROW |= {
+    "run": "r.json",
+    "texts": "alice",
+    "seed": 3,
+    "kept": [0.62, 0.49, 0.74],
+    "prompt_tokens": 512,
+    "questions": 180,
+    "question_tokens": 2048,
+}
 ROW |= {"dtype": "float32", "speedup_2048": 1.5, "kinds": {"codes": 0.876}, "retrieved": 0.5, "lambada": None}
 
 
@@ -98,10 +106,10 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
     assert leaderboard.main(paths) == 0
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"| a | b |{' - |' * 17}",
-        f"| m | faster | 2.00x |{' - |' * 16}",
+        f"| a | b |{' - |' * 19}",
+        f"| m | faster | 2.00x |{' - |' * 18}",
         "| m | p/q | 1.50x | - | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | 2048 | - | float32"
-        " | two cores | 0123456-dirty | r.json |",
+        " | alice | 3 | two cores | 0123456-dirty | r.json |",
     ]
 
 
@@ -160,7 +168,8 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     for wrong, says in ((result, "it has full, half"), (result | {"text": {}}, "run.json lacks")):
         path.write_text(json.dumps(wrong))
         assert leaderboard.main(["--from", str(path), "--plan", "third"]) == 2
-        assert says in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert says in err and err.count("it with tools.evaluate") == ("lacks" in says)  # one advice
     for other in ("keys 512", "codes 1024"):  # another kind, and another length
         cells = result["retrieval"]["rows"]["half"]["kinds"]
         cells[other] = cells["codes 512"]

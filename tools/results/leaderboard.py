@@ -23,13 +23,13 @@ from tools.results.rows import read_result
 PLANS = Path(__file__).parent / "plans"
 # What a row must say, and what it may. A figure that is null or missing is not known.
 NEEDED = ("model", "plan")
-TEXTS = (*NEEDED, "machine", "commit", "run", "dtype", "python")
+TEXTS = (*NEEDED, "machine", "commit", "run", "dtype", "texts", "python")
 FIGURES = ("speedup_2048", "speedup_8192", "kl", "retrieved", "lambada")
 COUNTS = ("prompt_tokens", "windows", "questions", "question_tokens", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
 FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
 HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", "after tokens", *KINDS, "all", "of full")
-HEADS += ("questions", "of tokens", "LAMBADA", "losses in", "machine", "commit", "run")
+HEADS += ("questions", "of tokens", "LAMBADA", "losses in", "on texts", "seed", "machine", "commit", "run")
 
 
 def read_row(path: Path) -> dict:
@@ -93,6 +93,7 @@ def row_of(path: Path, plan: str) -> dict:
             "commit": result["commit"],
             "run": path.name,
             "dtype": result["dtype"],
+            "texts": ", ".join(name for name in domains if name != "all"),
             "python": machine["python"],
             "speedup_2048": None,
             "speedup_8192": None,
@@ -110,6 +111,8 @@ def row_of(path: Path, plan: str) -> dict:
         measured = f"speedup_{row['prompt_tokens']}"
         if measured in FIGURES and "ttft" in result:
             row[measured] = round(result["ttft"][plan]["speedup"], 2)
+    except InputError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise InputError(
             f"{path} lacks figures ({error!r}); write it with tools.evaluate --tasks text --json"
@@ -169,6 +172,8 @@ def _cells(row: dict) -> list[str]:
         cell(row.get("question_tokens"), "{}"),
         cell(row.get("lambada"), "{:.1%}"),
         row.get("dtype") or "-",
+        row.get("texts") or "-",
+        cell(row.get("seed"), "{}"),
         row.get("machine") or "-",
         re.sub("(?<=^.{7})[0-9a-f]*", "", row.get("commit") or "-"),
         row.get("run") or "-",
