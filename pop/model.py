@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
+
+from typing_extensions import Unpack  # torch needs this package
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Generation
@@ -19,9 +21,6 @@ from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared
 from pop.runner import Runner, token_ids
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 REPORTED = 2048  # tokens of the prompt whose speedup repr(model) states
 

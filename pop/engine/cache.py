@@ -203,7 +203,7 @@ class KVCache:
 
     @torch.inference_mode(False)  # as above
     def keep_rows(self, rows: Tensor) -> None:
-        """Keep `rows` of the batch, a list of indices, in that order, and free the memory of the others."""
+        """Keep `rows` of the batch, a tensor of indices, in that order, and free the memory of the others."""
         (device_rows,) = to_device([rows], self.device)
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory

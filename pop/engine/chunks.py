@@ -215,8 +215,8 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         held = _held_by_slot(ends, C, ring)
     else:
         # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
-        # start, with as many before it as the row has that begins last. Negative positions hold no key, and spans mask
-        # them.
+        # start. All rows have as many keys before it, those of the row that begins last. Negative positions hold no
+        # key, and spans mask them.
         own_key = min(start, before)
         held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
         tables["key_slots"] = held % ring

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from typing_extensions import Unpack
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError
@@ -12,9 +14,6 @@ from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream
 from pop.generation.sampling import Options, sampling_params
 from pop.inputs.processors import Prepared
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class State(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from typing_extensions import Unpack
 
 from pop.errors import InputError
 from pop.generation.batch import Batch, Stream, as_prompts
@@ -11,9 +13,6 @@ from pop.generation.sampling import Options, sampling_params
 from pop.generation.scoring import score
 from pop.inputs.processors import Prepared
 from pop.runner import padded
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Prefix:

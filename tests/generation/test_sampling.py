@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from fractions import Fraction
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.goldens import REFUSED
 from support.meta_device import META, device_only
+from typing_extensions import Unpack
 
 import pop
+from pop.generation.conversation import Conversation
+from pop.generation.prefix import Prefix
 from pop.generation.sampling import Options, SamplingParams, pick, read_tokens, sample_tokens
 
 
@@ -127,6 +131,11 @@ def test_nothing_waits_for_the_device(settings):
 def test_editors_and_type_checkers_know_the_options():
     fields = {field.name: field.type for field in dataclasses.fields(SamplingParams)}
     assert Options.__annotations__ == {**fields, "sampling": str | None}
+    for owner, names in ((pop.Model, ("generate", "stream", "chat")), (Conversation, ("send", "stream"))):
+        for name in names:
+            assert get_type_hints(getattr(owner, name))["options"] == Unpack[Options]
+    for name in ("generate", "stream"):
+        assert get_type_hints(getattr(Prefix, name))["options"] == Unpack[Options]
 
 
 def test_settings_out_of_range_are_refused_by_name():

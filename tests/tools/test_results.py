@@ -183,6 +183,7 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
         assert "unfinished: ['retrieval']" in capsys.readouterr().err
 
 
+ENDS = ("value", "low", "high")  # of an interval
 SPEEDUP = r"\d\.\d\dx( of \d\.\d\dx)?"  # measured, and its limit
 
 
@@ -201,7 +202,7 @@ def test_the_leaderboard_has_the_plans_that_ship(capsys):
 
 def test_rows_that_name_a_stored_run_have_its_figures():
     """The row has its own name for a plan and a machine, and may add figures that tools.evaluate does not measure."""
-    own = {"plan", "machine", "commit", "lambada", "speedup_8192"}
+    own = {"plan", "machine", "commit", "lambada", "speedup_8192"}  # a row may shorten its commit
     with_runs = [row for row in map(leaderboard.read_row, leaderboard.PLANS.glob("*.json")) if row.get("run")]
     assert len(with_runs) >= 4
     for row in with_runs:
@@ -209,6 +210,7 @@ def test_rows_that_name_a_stored_run_have_its_figures():
         measured = [leaderboard.row_of(run, plan).items() for plan in json.loads(run.read_bytes())["retrieval"]["rows"]]
         wanted = [(name, value) for name, value in row.items() if name not in own and value is not None]
         assert [all(pair in figures for pair in wanted) for figures in measured].count(True) == 1, row
+        assert json.loads(run.read_bytes())["commit"].startswith(row["commit"])
 
 
 def rows(path: str) -> list[list[str]]:
@@ -255,6 +257,15 @@ def test_kl_and_answers_in_the_tables_are_those_of_the_run(run):
         changes = f"{pairs.count((1, 0))}, {pairs.count((0, 1))}"
         wanted = {f"{text[name]['kl']['value']:.3f}", f"{text[name]['kl_first']['value']:.3f}", kept, changes}
         assert any(wanted <= {*row} for row in results), (name, wanted)
+        if run == "smollm2-135m-unseen":
+            perplexity = f"{text[name]['perplexity_change']['value']:+.1%}".replace("%", " %")
+            kl = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**text[name]["kl"])
+            share = "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * answers[name]["share"][end] for end in ENDS))
+            nats = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**answers[name]["difference"])
+            table = READMES["tools/results/README.md"]
+            assert re.search(rf"\| {re.escape(perplexity)} \| {re.escape(kl)} .* {re.escape(nats)} \|", table), name
+            if name != "third":
+                assert f"{text[name]['kl']['value']:.3f}, {share}" in READMES["README.md"]
 
 
 def test_each_loss_of_the_readme_is_among_the_results():

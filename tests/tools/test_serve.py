@@ -584,6 +584,13 @@ BAD = [  # path, body, status, and what the message or the code says
         "text only",
     ),
     ("/completions", TEXT | {"prompt": HELLO}, 400, "send these to /v1/chat/completions"),
+    ("/completions", TEXT | {"response_format": {"type": "json_schema", "schema": {}}}, 400, "must be a JSON schema"),
+    (
+        "/responses",
+        {"model": "tiny", "input": "a", "text": {"format": {"type": "json_schema"}}},
+        400,
+        "text.format.schema",
+    ),
     ("/responses", {"model": "tiny", "input": "Hello", "max_new_tokens": 5}, 400, "max_output_tokens"),
     ("/responses", {"model": "tiny", "input": HELLO * 3000}, 400, "items"),
     ("/responses", {"model": "tiny", "input": "a" * 600}, 400, "context_length_exceeded"),

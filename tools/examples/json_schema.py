@@ -23,8 +23,8 @@ SCHEMA = {
     "required": ["city", "population"],
     "additionalProperties": False,  # otherwise a model may add properties until the answer is cut
 }
-# As json.dumps writes. Otherwise JSON may have any white space, and a small model may write nothing else. The
-# "x-guidance" of a schema replaces this.
+# As json.dumps writes. Otherwise JSON may have any white space, and a small model may write nothing else. The keys of a
+# schema's "x-guidance" win over these.
 FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 

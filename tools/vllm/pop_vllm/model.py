@@ -64,7 +64,7 @@ class Pruned:
         counts = len(self.plan.layers), len(self.model.layers), self.plan.full_depth_below
         logger.info("pop: POP_PLAN is %s: %d of %d layers, for prompts of %d tokens or more", name, *counts)
         if self.plan.layers and self.plan.corrections is None:
-            logger.warning("pop: this plan is not calibrated, so answers about prompts are lost")
+            logger.warning("pop: this plan is not calibrated, so it may lose answers about the prompt")
         if self.selects_at is not None and self.reruns_at is None:
             logger.warning("pop: with this plan, a prompt in chunks selects among the tokens of its last chunk only")
 
