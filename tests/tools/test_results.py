@@ -9,6 +9,7 @@ import pytest
 from support.goldens import GOLDENS
 from support.readme import READMES
 
+import pop
 from tools.evaluate.text import interval
 from tools.results import compare, leaderboard
 from tools.results.rows import main
@@ -269,6 +270,15 @@ def test_kl_and_answers_in_the_tables_are_those_of_the_run(run):
             assert re.search(rf"\| {re.escape(perplexity)} \| {re.escape(kl)} .* {re.escape(nats)} \|", table), name
             if name != "third":
                 assert f"{text[name]['kl']['value']:.3f}, {share}" in READMES["README.md"]
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "gemma3-270m"])
+def test_the_shares_of_importance_are_those_of_the_stored_scores(model):
+    scores = pop.Importance.load(RESULTS / "runs" / f"importance-{model}.json")
+    deepest = len(scores.prefill) // 3
+    prefill, decode = (stage[-deepest:].sum() / stage.sum() for stage in (scores.prefill, scores.decode))
+    text = " ".join(READMES["pop/calibration/README.md"].split())
+    assert f"{prefill:.0%} of prefill's importance and {decode:.0%} of decode's".replace("%", " %") in text
 
 
 def test_each_loss_of_the_readme_is_among_the_results():
