@@ -138,7 +138,7 @@ def test_a_gpu_takes_bfloat16_and_promises_no_speedup(has_gpu, dtype, arguments,
 
 
 def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
-    """The built-in text ends in its question, and reaches the model whole."""
+    """The built-in text ends in its question, and reaches the model whole. No line tells of one plan for all rows."""
     asked = []
     monkeypatch.setattr(pop.Model, "chat_tokens", lambda self, messages: asked.extend(messages) or [1, 2, 3])
     assert main(["--model", folder, "--runs", "1", "--max-new-tokens", "2"]) == 0
@@ -146,7 +146,8 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     assert message["role"] == "user"
     assert message["content"].startswith("ALICE'S ADVENTURES IN WONDERLAND")
     assert message["content"].endswith(f"a row of lamps hanging from the roof.\n\nQuestion: {demo.QUESTION}")
-    assert demo.QUESTION in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert demo.QUESTION in out and "skips" not in err
 
 
 @pytest.mark.parametrize("settings", [{}, {"chat_template": "{{ 1 / 0 }}"}])
