@@ -15,6 +15,7 @@ from tools.results import compare, leaderboard
 from tools.results.rows import main
 
 RESULTS = Path(leaderboard.__file__).parent
+FIGURE = RESULTS.parent / "figures" / "loss-over-speed.svg"
 # Made-up figures, as tools.evaluate writes them.
 FIGURES = json.loads((GOLDENS / "evaluate" / "run.json").read_bytes())
 
@@ -45,6 +46,18 @@ def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     machine = "A|B, 2 threads, torch 2.0, Python 3.11.0, pop 0.1.0"
     assert f"{machine}. {counts}. Intervals cover 95 %." in lines and FIGURES["command"] in lines
     assert lines[-2:] == [f"| the full model | {full} |", f"| half: calibrated | {half} |"]
+
+
+def test_a_stored_run_is_drawn_again(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install matplotlib)")
+    run, figure = RESULTS / "runs" / "smollm2-135m.json", tmp_path / "a.svg"
+    assert main([str(run), "--plot", str(figure)]) == 0
+    drawn = figure.read_text()
+    stored = re.findall("<text[^>]*>([A-Za-z][^<]+)", FIGURE.read_text())  # without the numbers on the axes
+    assert stored and re.findall("<text[^>]*>([A-Za-z][^<]+)", drawn) == stored
+    assert main([str(RESULTS / "runs" / "smollm2-135m-512.json"), "--plot", str(figure)]) == 2
+    assert "has no text or no ttft" in capsys.readouterr().err
+    assert figure.read_text() == drawn
 
 
 def test_figures_without_a_table_are_refused(tmp_path, capsys):

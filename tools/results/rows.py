@@ -13,16 +13,19 @@ from pathlib import Path
 
 from pop.errors import InputError, some
 from pop.system.files import read_json
-from tools.common import exit_status
-from tools.evaluate.report import summary_rows
+from tools.common import check_plot, exit_status, write_plot
+from tools.evaluate.report import plot, summary_rows
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.results.rows", description=__doc__.splitlines()[0])
     parser.add_argument("files", help="written by tools.evaluate --json", nargs="+")
+    parser.add_argument("--plot", help="an SVG or PNG: draw the first file's losses over its speeds", metavar="FILE")
     args = parser.parse_args(argv)
 
     def work() -> None:
+        if args.plot:
+            draw(args.files[0], args.plot)
         for path in args.files:
             print(section(path))
 
@@ -36,6 +39,14 @@ def read_result(path: str | Path) -> dict:
     if unfinished:
         raise InputError(f"{path} is unfinished: {unfinished} did not run to the end; run its command again")
     return result
+
+
+def draw(path: str, target: str) -> None:
+    """What `tools.evaluate --plot` draws of a run. Raises InputError for one without text or ttft."""
+    result = read_result(path)
+    if not {"text", "ttft"} <= result.keys():
+        raise InputError(f"{path} has no text or no ttft; measure with --tasks text,ttft")
+    write_plot(target, plot(result, check_plot(target)))
 
 
 def section(path: str) -> str:
