@@ -55,9 +55,9 @@ def span_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale
 
 
 def warn_of(error: Exception, kernel: str) -> None:
-    """Say that attention does without a kernel from now on, or raise an error that tells nothing about the kernel.
+    """Say that attention does without a kernel from now on.
 
-    These are too little memory, and whatever ends a capture.
+    Raises the error again if it is lack of memory or happens in a capture: neither says that the kernel fails.
     """
     if isinstance(error, torch.OutOfMemoryError) or torch.cuda.is_current_stream_capturing():
         raise error

@@ -31,7 +31,8 @@ class KVCache:
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
     skipped: For each slot, -1, or the selecting layer of the plan whose pruned layers its token has skipped:
-        [B, S + 1] int16. Later prompts may select such tokens (earlier.py). S is 0 here until `hold_states`.
+        [B, S + 1] int16. Later prompts may select such tokens (earlier.py). It is -1 from a row's length on, since a
+        decode step does not write it. S is 0 here until `hold_states`.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     step, passes: The decode step and the passes that are replayed on this cache's tensors, if any.

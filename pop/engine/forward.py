@@ -182,7 +182,7 @@ class Call:
         if not valid.any():
             return
         cache = self.cache
-        cache.intact = False
+        cache.intact = False  # until `commit`, since `skipped` may be the cache's own
         rows = torch.arange(len(positions), device=cache.device)[:, None]
         pieces = positions.split(self.chunk_size, dim=1), valid.split(self.chunk_size, dim=1)
         for at, is_valid in zip(*pieces, strict=True):

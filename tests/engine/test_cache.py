@@ -26,6 +26,17 @@ def test_what_windows_save():
     assert round(1 - size / everything, 2) == 0.76
 
 
+def test_no_slot_after_a_rewind_is_taken_for_a_token_that_skipped_layers():
+    """A decode step fills such slots, and leaves `skipped` as it is."""
+    module = random_model(tiny_config(), seed=3)
+    plan = PrunePlan((3, 4), full_depth_selected=0.5, selecting_layer=1)
+    _, cache = prefill(module, torch.arange(30)[None], torch.tensor([30]), plan)
+    assert (cache.skipped[0, :30] == 1).any()
+    for length in range(29, -1, -1):
+        cache.restore((torch.tensor([length]), *cache.snapshot()[1:]))
+        assert (cache.skipped[:, length:] == -1).all()
+
+
 @given(cases())
 def test_a_reset_cache_is_a_new_cache(case):
     module, plan, tokens, lengths, chunk = case

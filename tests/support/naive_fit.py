@@ -26,10 +26,10 @@ def fitted(model, windows, plan, rank=None, ridge=RIDGE) -> PrunePlan:
 def assert_fit(module, found, keys_values, updates):
     """Compare Corrections of full rank with a naive fit, by the matrices that compute K and V, and updates of h."""
     own = own_projections(module, found.layers)
-    assert_close(whole_projections(module, found), own + keys_values.float())
+    assert_close(whole_projections(module, found), own + keys_values.float(), "K and V:")
     assert (found.update is None) == (updates is None)
     if updates is not None:
-        assert_close(found.update @ found.shared[: len(found.update)], updates.float())
+        assert_close(found.update @ found.shared[: len(found.update)], updates.float(), "updates of h:")
 
 
 def own_projections(module, layers):

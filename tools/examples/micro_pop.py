@@ -143,7 +143,7 @@ def main():
     print("prefill skips the deep half of the layers    ", exact_answers(model, deep))
     print("  and so does the last prompt token          ", exact_answers(model, deep, boundary=deep))
     print("  or the prompt's K and V there are dropped  ", exact_answers(model, deep, without_kv=deep))
-    print("prefill and decode skip them                 ", exact_answers(model, deep, deep, deep))
+    print("all tokens skip them                         ", exact_answers(model, deep, deep, deep))
 
 
 if __name__ == "__main__":
