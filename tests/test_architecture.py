@@ -103,10 +103,10 @@ def test_modules_that_other_code_imports():
 
 # What makes code dense.
 
-# Syntax nodes of all files, a hundredth above what is there. The aim is 92,000 (tools/results/DECISIONS.md). Lower the
-# bound when nodes go. For a feature that is worth its size, raise it in the feature's own commit by as much as that
-# takes, with a row in tools/results/DECISIONS.md. So the slack is left for the next fix.
-NODES = 103_000
+# Syntax nodes of all files. The aim is 92,000 (tools/results/DECISIONS.md). Lower the bound when nodes go. Raise it for
+# a family of models or another feature that is worth its size, by as much as that takes, and give it a row in
+# tools/results/DECISIONS.md.
+NODES = 102_000
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 
 

@@ -227,7 +227,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
 def _held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
     """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none.
 
-    There are as many slots as columns, at least, if the ring has them: a chunk's padding needs a slot of its own.
+    There are at least as many slots as columns, if the ring has them: chunk_attention may read one for each column.
     """
     latest = ends[:, None] - 1
     slot = torch.arange(min(max(int(ends.max()), columns), ring))

@@ -178,4 +178,4 @@ def test_a_later_prompt_continues_at_the_rotary_position_after_an_image():
     engine.prefill(module, tokens[:, :16], cache, torch.tensor([16]), plan, 5, images=first)
     engine.prefill(module, tokens[:, 16:], cache, torch.tensor([8]), plan, 5)
     is_kept = cache.skipped[0] >= 0
-    assert is_kept[:5].all() and not is_kept[5:].any()  # the first token of the image has its position yet
+    assert is_kept[:5].all() and not is_kept[5:].any()  # the image's first token still has it

@@ -402,6 +402,7 @@ def test_the_first_plan_is_the_default_and_has_its_own_name_too(tmp_path, monkey
     monkeypatch.setattr(pop, "load", lambda *args, prune, **options: load(*args, prune=shipped, **options))
     assert main([str(folder), "--port", "0"]) == 0
     assert made.pop()[-1] == {"default": None, "shipped": None}
+    assert "requests that name no plan" not in capsys.readouterr().err  # `load` says it
 
 
 def test_a_port_that_is_taken_while_the_model_loads_is_refused(tmp_path, monkeypatch, capsys):

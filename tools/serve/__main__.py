@@ -75,7 +75,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         raise unavailable(args.host, args.port, error) from None
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} is served at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
-    print(f"requests that name no plan take the model's: {model!r}", file=sys.stderr)
+    if default != "default":  # otherwise `load` has said it
+        print(f"requests that name no plan take the model's: {model!r}", file=sys.stderr)
     uvicorn.Server(config).run([listener])
 
 
