@@ -12,7 +12,7 @@ import pop
 from pop.models.layers import causal_attention
 from pop.pruning import reference
 from pop.pruning.corrections import Corrections
-from tools.evaluate import baselines, controls
+from tools.evaluate import attended, baselines, controls
 from tools.evaluate.contender import Contender
 from tools.evaluate.slicegpt import principal_bases, slicegpt
 
@@ -194,6 +194,91 @@ def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_fir
 
     naive = naive_forward(model.module, TOKENS, lambda layer: without & (layer in layers), visible)
     assert_predicts(contender, naive)
+
+
+# ---- Tokens that the prompt's end attends to ----
+
+
+def received(module, layer: int) -> torch.Tensor:
+    """What each token but the last eight gets from these in a layer of the full model, by K/V heads: [K, N - 8]."""
+    h = module.embed(torch.tensor([PROMPT]))
+    rope = module.rope(torch.arange(N)[None])
+    for before in module.layers[:layer]:
+        q, k, v = before.queries_keys_values(h, rope[before.window])
+        h = h + before.attention_update(causal_attention(q, k, v, before.scale, before.window))
+        h = h + before.mlp_update(h)
+    q, k, _ = module.layers[layer].queries_keys_values(h, rope[module.layers[layer].window])
+    rows = []
+    for head in range(k.shape[2]):
+        row = torch.zeros(N - 8)
+        for query_head in range(q.shape[2] * head // k.shape[2], q.shape[2] * (head + 1) // k.shape[2]):
+            for query in range(N - 8, N):
+                products = k[0, : query + 1, head] @ q[0, query, query_head] * module.layers[layer].scale
+                row += products.softmax(0)[: N - 8]
+        padded = torch.cat((torch.zeros(3), row, torch.zeros(3)))
+        rows.append(torch.stack([padded[token : token + 7].mean() for token in range(N - 8)]))
+    return torch.stack(rows)
+
+
+def with_most(received: torch.Tensor, count: int) -> torch.Tensor:
+    """[N] bool: the prompt's last eight tokens, and the others that got most, `count` together."""
+    is_kept = torch.arange(N) >= N - 8
+    is_kept[received.argsort(descending=True)[: count - 8]] = True
+    return is_kept
+
+
+def causal(window: int | None) -> torch.Tensor:
+    """[T, T] bool."""
+    distance = torch.arange(len(TOKENS))[:, None] - torch.arange(len(TOKENS))
+    return (distance >= 0) & (distance < (window or len(TOKENS)))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(windows, monkeypatch):
+    """Of 5 layers, 3 and 4, or 4 alone with windows, where layer 3 has one. Layer 2 selects."""
+    monkeypatch.setattr(attended, "PROPAGATED", 0.6)
+    model = tiny_windows() if windows else tiny_model()
+    layers = model.module.layers
+    first, selecting = (4, 2) if windows else (3, 2)
+    assert layers[selecting].window is None and all(layer.window for layer in layers[selecting + 1 : first])
+    contender = attended.fastkv(model, (5 - first) / 5)
+    selected = with_most(received(model.module, selecting).sum(0), int(0.6 * N))
+    assert 8 < selected.sum() < N
+    absent = torch.cat((~selected, torch.zeros(len(CONTINUATION), dtype=torch.bool)))
+
+    def visible(layer):
+        hidden = absent if layer >= first else torch.zeros_like(absent)
+        return causal(layers[layer].window) & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
+
+    assert_predicts(contender, naive_forward(model.module, TOKENS, lambda layer: absent & (layer >= first), visible))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_snapkv_drops_what_the_prompts_end_does_not_attend_to_for_each_head(windows):
+    """Each K/V head hides its own tokens from the tokens after the prompt, of which each is computed by itself."""
+    model = tiny_windows() if windows else tiny_model()
+    module = model.module
+    contender = attended.snapkv(model, 0.3)
+    kept = [torch.stack([with_most(row, int(0.7 * N)) for row in received(module, layer)]) for layer in range(5)]
+    assert any((heads[0] != heads[1]).any() for heads in kept)
+
+    def visible(layer):  # [H, T, T]
+        hidden = torch.nn.functional.pad(~kept[layer], (0, len(CONTINUATION)))  # [K, T]
+        hidden = hidden.repeat_interleave(model.config.num_heads // hidden.shape[0], dim=0)  # [H, T]
+        after = torch.arange(len(TOKENS)) >= N
+        return causal(module.layers[layer].window) & ~(hidden[:, None] & after[:, None])
+
+    assert_predicts(contender, naive_forward(module, TOKENS, lambda layer: torch.zeros(len(TOKENS)).bool(), visible))
+
+
+def test_methods_that_keep_tokens_refuse_what_they_cannot_cut():
+    model = tiny_model()
+    for fraction in (0.0, 1.0):
+        with pytest.raises(pop.InputError, match="layers to cut"):
+            attended.fastkv(model, fraction)
+    for make in (attended.fastkv, attended.snapkv):
+        with pytest.raises(pop.InputError, match="more than 8 tokens"):
+            make(model, 0.4).logits(PROMPT[:8], [1])
 
 
 @pytest.mark.parametrize("windows", [False, True])

@@ -26,8 +26,8 @@ import pop
 from pop.calibration.texts import SHORTEST, text_windows
 from pop.engine.attention import write
 from pop.errors import InputError
-from pop.models.layers import causal_attention, masked_attention
 from tools.evaluate.contender import Contender, OneByOne
+from tools.evaluate.passes import WithGaps, attend_prompt, embed, visible, write_and_attend
 
 # ---- Layers removed from both stages ----
 
@@ -94,7 +94,7 @@ class NoBoundary(OneByOne):
         return module.head(h[0, -1])
 
 
-class NoKV(OneByOne):
+class NoKV(WithGaps):
     """In pruned layers, only the boundary token writes K and V. It attends to itself, decode to it and new tokens."""
 
     first = 0  # leading tokens of the prompt that also run at full depth, and that all others attend to
@@ -102,68 +102,27 @@ class NoKV(OneByOne):
     @torch.no_grad()
     def prefill(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
         module = self.model.module
-        boundary = len(tokens) - 1
-        everyone = slice(None)
-        kept = [*range(min(self.first, boundary)), boundary]
         h, rope = embed(module, torch.tensor(tokens, device=self.model.device))
         h = h.clone()
-        slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
+        slots = torch.arange(len(tokens), device=h.device)  # [N]
+        everyone = torch.ones_like(slots, dtype=torch.bool)
+        at_full_depth = (slots < self.first) | (slots == len(tokens) - 1)  # [N]
+        cache.present = []
         for index, layer in enumerate(module.layers):
-            pruned = index in self.plan.layers
-            rows = kept if pruned else everyone
+            rows = at_full_depth if index in self.plan.layers else everyone
+            present = rows.expand(module.config.num_kv_heads, -1)
+            mask = None if rows is everyone else visible(slots[rows], present, layer.window)
             tables = [table[:, rows] for table in rope[layer.window]]
-            mask = self.visible(slots[:, rows], boundary, layer.window) if pruned else None
-            h[:, rows] = layer(h[:, rows], tables, write_and_attend(cache, index, slots[:, rows], mask))
+            h[:, rows] = layer(h[:, rows], tables, write_and_attend(cache, index, slots[None, rows], mask))
+            cache.present.append(present)
         cache.lengths += len(tokens)
-        cache.boundary = boundary  # for `extend`: in pruned layers, earlier slots are empty
         return module.head(h[0, -1])
-
-    @torch.no_grad()
-    def extend(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
-        module = self.model.module
-        begin = int(cache.lengths[0])
-        positions = torch.arange(begin, begin + len(tokens), device=self.model.device)[None]  # [1, T]
-        h = module.embed(torch.tensor([tokens], device=self.model.device))
-        rope = module.rope(positions)
-        for index, layer in enumerate(module.layers):
-            boundary = cache.boundary if index in self.plan.layers else 0
-            mask = self.visible(positions, boundary, layer.window)
-            h = layer(h, rope[layer.window], write_and_attend(cache, index, positions, mask))
-        cache.lengths += len(tokens)
-        return module.head(h[0])
-
-    def visible(self, positions: torch.Tensor, boundary: int, window: int | None) -> torch.Tensor:
-        """Which slots tokens at increasing positions [1, T] attend to, if those before the boundary are empty.
-
-        Returns [1, T, S], where slot S - 1 is the last token's own.
-        """
-        slots = torch.arange(int(positions[0, -1]) + 1, device=positions.device)  # [S]
-        distance = positions[..., None] - slots  # [1, T, S]
-        filled = (slots >= boundary) | (slots < self.first)  # [S]
-        return (distance >= 0) & (distance < (window or len(slots))) & filled
 
 
 class FirstKV(NoKV):
     """As NoKV, but the first token also runs at full depth, and is attended to."""
 
     first = 1
-
-
-def write_and_attend(cache: pop.KVCache, index: int, slots: torch.Tensor, mask: torch.Tensor | None = None):
-    """An `attend` for layer `index`, which also writes K and V into slots [1, T] of the cache.
-
-    mask: [1, T, S], which of the first S slots each token attends to. None: the tokens attend to each other causally.
-    """
-    keys, values = cache.layer(index)
-
-    def attend(layer, q, k, v):
-        write(keys, values, slots, k, v)
-        if mask is None:
-            return attend_prompt(layer, q, k, v)
-        size = mask.shape[-1]
-        return masked_attention(q, keys[:, :size], values[:, :size], mask, layer.scale)
-
-    return attend
 
 
 def no_boundary(model: pop.Model, fraction: float, windows=None) -> Contender:
@@ -181,7 +140,7 @@ def no_kv(model: pop.Model, fraction: float, windows=None) -> Contender:
     return NoKV("no-kv", model, pop.PrunePlan.deepest(model.config.num_layers, fraction))
 
 
-# ---- Shared with slicegpt.py and controls.py ----
+# ---- Shared with slicegpt.py and selection.py ----
 
 
 def calibration_windows(model: pop.Model, texts: list, length: int = 512, most: int = 16) -> list[torch.Tensor]:
@@ -198,17 +157,6 @@ def calibration_windows(model: pop.Model, texts: list, length: int = 512, most: 
         raise InputError(f"no calibration text has {SHORTEST} tokens; give a longer one")
     step = max(1, math.ceil(len(windows) / most))
     return [torch.tensor(tokens, device=model.device) for tokens, _ in windows[::step]]
-
-
-def embed(module: nn.Module, tokens: torch.Tensor):
-    """tokens [T] -> h [1, T, D] and the rotary tables of their positions."""
-    positions = torch.arange(len(tokens), device=tokens.device)[None]  # [1, T]
-    return module.embed(tokens[None]), module.rope(positions)
-
-
-def attend_prompt(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention within the prompt, for `layer(h, rope, attend)`."""
-    return causal_attention(q, k, v, layer.scale, layer.window)
 
 
 def shared_copy(module: nn.Module) -> nn.Module:

@@ -16,8 +16,8 @@ import torch
 import pop
 from pop.engine.attention import write
 from pop.errors import InputError
-from tools.evaluate.baselines import attend_prompt, embed, write_and_attend
 from tools.evaluate.contender import Contender, OneByOne
+from tools.evaluate.passes import attend_prompt, embed, write_and_attend
 
 RIDGE = 0.1  # lambda of `embedding-kv`
 

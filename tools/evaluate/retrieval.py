@@ -33,7 +33,7 @@ def evaluate_retrieval(
         questions: by prompt length in tokens.
         samples: the number of bootstrap samples.
         seed: the seed of the bootstrap.
-        progress: receives a line for each batch.
+        progress: receives a line for each batch of each contender.
 
     Returns:
         {"questions", "rows": {contender: figures}}. The figures are exact and log_prob, means over all questions; share
@@ -43,10 +43,10 @@ def evaluate_retrieval(
     """
     marks = {contender.name: [] for contender in contenders}
     batches = list(_batches(questions))
-    step = Countdown("retrieval, batch", len(batches), progress)
+    step = Countdown("retrieval, batch of a method", len(batches) * len(contenders), progress)
     for batch in batches:
-        step()
         for contender in contenders:
+            step()
             logits = contender.batch_logits([q.prompt for q in batch], [q.answer for q in batch])
             for row, question in zip(logits, batch, strict=True):
                 marks[contender.name].append(_mark(row, question))

@@ -13,6 +13,7 @@ import torch
 import pop
 from pop.calibration.texts import builtin_texts
 from pop.errors import InputError
+from tools.evaluate.attended import fastkv, snapkv
 from tools.evaluate.baselines import calibration_windows, deepest_dropped, first_kv, no_boundary, no_kv, shortgpt
 from tools.evaluate.contender import Contender
 from tools.evaluate.controls import constant_kv, embedding_kv
@@ -23,6 +24,8 @@ BASELINES: dict[str, Callable[[pop.Model, float, list[torch.Tensor]], Contender]
     "shortgpt": shortgpt,
     "deepest-dropped": deepest_dropped,
     "slicegpt": slicegpt,
+    "fastkv": fastkv,
+    "snapkv": snapkv,
     "no-kv": no_kv,
     "no-boundary": no_boundary,
     "first-kv": first_kv,
@@ -34,6 +37,8 @@ TITLES = {
     "shortgpt": "ShortGPT",
     "deepest-dropped": "deepest layers removed",
     "slicegpt": "SliceGPT",
+    "fastkv": "FastKV",
+    "snapkv": "SnapKV",
     "no-kv": "plain pruning without K and V",
     "no-boundary": "plain pruning without boundary handling",
     "first-kv": "K and V of the first token only",

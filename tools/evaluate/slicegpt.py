@@ -19,8 +19,9 @@ from torch import nn
 import pop
 from pop.errors import InputError, UnsupportedError
 from pop.models.base import PrunableLayer, PrunableModel
-from tools.evaluate.baselines import attend_prompt, embed, shared_copy
+from tools.evaluate.baselines import shared_copy
 from tools.evaluate.contender import Contender
+from tools.evaluate.passes import attend_prompt, embed
 
 
 @dataclasses.dataclass
