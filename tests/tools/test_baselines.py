@@ -217,7 +217,9 @@ def received(module, layer: int) -> torch.Tensor:
                 row += products.softmax(0)[: N - 8]
         padded = torch.cat((torch.zeros(3), row, torch.zeros(3)))
         rows.append(torch.stack([padded[token : token + 7].mean() for token in range(N - 8)]))
-    return torch.stack(rows)
+    scores = torch.stack(rows)
+    torch.testing.assert_close(attended.scores(q, k, module.layers[layer].scale), scores, rtol=1e-4, atol=1e-6)
+    return scores
 
 
 def with_most(received: torch.Tensor, count: int) -> torch.Tensor:
