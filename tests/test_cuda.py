@@ -33,6 +33,8 @@ from pop.backends import cpu, cuda
 from pop.backends.cuda_graph import Graph
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.attention import cache_attention as general_attention
+from pop.engine.decode_step import DecodeStep
+from pop.engine.layer_pass import ReplayedPasses
 from pop.generation.sampling import SamplingParams, sample_tokens
 from pop.inputs.processors import Prepared
 from pop.models.config import ExpertsConfig
@@ -203,7 +205,7 @@ def test_replayed_prompts_are_the_references(family, plan, dtype, device):
         cache.reset()
         prefilled = model.prefill(prompts, cache, lengths=[prompts.shape[1], 7], plan=plan)
         found.append((prompts, prefilled, model.decode([5, 6], cache)))
-    kept = cache.passes.kept
+    kept = cache.passes[ReplayedPasses].kept
     assert len(kept) == 2
     if device.type == "cuda":
         assert all(replay.graph is not None for _, replay in kept.values())
@@ -394,7 +396,7 @@ def test_a_graph_reads_no_memory_that_was_freed(family, monkeypatch):
         gc.collect()
         torch.cuda.empty_cache()
         model.decode(tokens, cache)
-    assert cache.step.replay is not None
+    assert cache.passes[DecodeStep].replay is not None
 
 
 @pytest.mark.cuda

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from pop.errors import InputError, MissingExtra, PopError
-from pop.pruning.plan import PrunePlan
 from pop.system import files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,18 +201,6 @@ class Countdown:
             line += f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
         self.begun += 1
         self.tell(line)
-
-
-# ---- Plans ----
-
-
-def pruned_tokens(plan: PrunePlan, length: int, cached: int = 0) -> int:
-    """How many tokens of a prompt skip all layers that a plan prunes, in a prefill after `cached` tokens of it."""
-    if not plan.layers:
-        return 0
-    skips = ~plan.at_full_depth(torch.arange(cached, length), length)
-    others = int(skips.sum())
-    return others - plan.num_selected(others)
 
 
 # ---- Memory ----

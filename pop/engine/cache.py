@@ -61,8 +61,7 @@ class KVCache:
         size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
         self.intact = True
-        self.step = None  # see decode_step.py
-        self.passes = None  # see layer_pass.py
+        self.passes = {}  # that run on this cache's tensors, by their class (LayerPass.of)
 
         slots = [self.slots(window) for window in config.windows]
         with _allocating("a KV cache", batch_size, max_seq_len, size, device):
@@ -214,11 +213,10 @@ class KVCache:
         self.skipped = self.skipped[device_rows]
         self.lengths = self.lengths[rows]  # now, since move_to compares them with the new ones
         self.move_to((self.lengths, self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
-        self.step = None
-        self.passes = None
+        self.passes = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"step": None, "passes": None}  # a copy has other tensors
+        return self.__dict__ | {"passes": {}}  # a copy has other tensors
 
     def slots(self, window: int | None) -> int:
         """S of a layer with this window."""

@@ -25,11 +25,8 @@ def decode(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
 
     A full row may be decoded with the others. Its token goes to the spare slot, and its logits are meaningless.
     """
-    if stages.replay is None:
-        return DecodeStep(module, cache, stages)(tokens, cache)
-    if cache.step is None or not cache.step.serves(module, stages):
-        cache.step = DecodeStep(module, cache, stages)
-    return cache.step(tokens, cache)
+    step = DecodeStep if stages.replay is None else DecodeStep.of
+    return step(module, cache, stages)(tokens, cache)
 
 
 class DecodeStep(LayerPass):

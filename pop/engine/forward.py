@@ -17,7 +17,7 @@ from torch import Tensor
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
 from pop.engine.earlier import Earlier, attention_of, in_front, remember
-from pop.engine.layer_pass import LayerPass, replayed_passes
+from pop.engine.layer_pass import LayerPass, ReplayedPasses
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
@@ -89,7 +89,8 @@ class Call:
         self.hidden = cache.previous_hidden
         self.skipped = cache.skipped
         self.chunk_size = min(chunk_size, cache.chunk_size)
-        self.passes = replayed_passes(module, cache, stages) if replays else LayerPass(module, cache, stages)
+        passes = ReplayedPasses.of if replays else LayerPass
+        self.passes = passes(module, cache, stages)
 
     def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""

@@ -39,9 +39,16 @@ class LayerPass:
         # The tensors and not the cache, which may hold this object: a cycle would delay freeing them.
         self.slots = list(zip(cache.keys, cache.values, strict=True))
 
-    def serves(self, module, stages: Stages) -> bool:
-        """Whether it was made for this module and these stages, which are others after each change of the module."""
-        return module is self.module and stages is self.stages
+    @classmethod
+    def of(cls, module, cache: KVCache, stages: Stages):
+        """The one that a cache keeps, or a new one for another module or other stages.
+
+        Stages are others after each change of the module.
+        """
+        kept = cache.passes.get(cls)
+        if kept is None or kept.module is not module or kept.stages is not stages:
+            cache.passes[cls] = kept = cls(module, cache, stages)
+        return kept
 
     def run(self, layers: range, chunk: Chunk, full: FullDepth, h: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """Run a chunk through some layers: h [B, C, D] -> h [B, C, D], and the states of its rows' latest tokens.
@@ -126,7 +133,7 @@ class ReplayedPasses(LayerPass):
     def __init__(self, module, cache: KVCache, stages: Stages):
         super().__init__(module, cache, stages)
         # By plan and sizes: the memory of a pass's inputs, and what repeats it. The latest is the last.
-        self.kept: dict[tuple, tuple] = {}
+        self.kept = {}
 
     def run(self, layers, chunk, full, h, previous):
         inputs = chunk, full, h, previous
@@ -147,13 +154,6 @@ class ReplayedPasses(LayerPass):
             del self.kept[next(iter(self.kept))]
         fixed = tree_map_only(Tensor, torch.empty_like, inputs)
         return fixed, self.stages.replay(self.module, "prefill", other)
-
-
-def replayed_passes(module, cache: KVCache, stages: Stages) -> ReplayedPasses:
-    """Those of a cache, or new ones if these do not serve."""
-    if cache.passes is None or not cache.passes.serves(module, stages):
-        cache.passes = ReplayedPasses(module, cache, stages)
-    return cache.passes
 
 
 def _tensors(tree) -> list[Tensor]:

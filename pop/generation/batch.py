@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pop.engine.cache import KVCache
+from pop.engine.decode_step import DecodeStep
 from pop.errors import InputError
 from pop.generation.answers import Answer, Generation, end_ids
 from pop.generation.logits import LogitsRules
@@ -97,15 +98,18 @@ class Batch:
     def generation(self, row: int, began: float) -> Generation:
         """The finished answer of a row."""
         answer = self.answers[row]
+        num_earlier = len(self.earlier_tokens)
+        prompt_tokens = num_earlier + len(self.prompts[row])
         last = max(len(answer.tokens) - 1, 0)
         return Generation(
             text=answer.text,
             tokens=answer.tokens,
-            prompt_tokens=len(self.earlier_tokens) + len(self.prompts[row]),
+            prompt_tokens=prompt_tokens,
             ttft_s=self.times[0] - began,
             decode_s=self.times[last] - self.times[0],
             finish_reason=answer.finish_reason,
             logprobs=answer.logprobs if self.params.logprobs else None,
+            pruned_tokens=self.plan.num_pruned(prompt_tokens, num_earlier),
         )
 
     def stream(self, began: float) -> Stream:
@@ -172,11 +176,10 @@ class Batch:
 
         They do while more than half of the rows are unfinished, unless the caller's function would get their logits.
         """
-        is_captured = self.model.caches.most > 0 and self.cache.step is not None
-        is_full = bool((self.cache.lengths >= self.max_seq_len).any())  # the cache may have more room
-        if not is_captured or is_full or self.params.logits_processor is not None:
-            return False
-        return 2 * num_unfinished > num_rows
+        is_captured = self.model.caches.most and DecodeStep in self.cache.passes
+        is_full = (self.cache.lengths >= self.max_seq_len).any()  # the cache may have more room
+        is_watched = self.params.logits_processor is not None
+        return is_captured and not is_full and not is_watched and 2 * num_unfinished > num_rows
 
     def _keep_rows(self, numbers: list[int], tokens: Tensor) -> Tensor:
         """Continue with some rows of the cache only. Returns their tokens."""

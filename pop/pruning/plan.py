@@ -234,6 +234,12 @@ class PrunePlan:
         """How many of the `others`, a prompt's tokens that are not at full depth by their position, are selected."""
         return _floor(others * self.full_depth_selected) if self.layers else 0
 
+    def num_pruned(self, prompt_length: int, cached: int = 0) -> int:
+        """How many tokens of a prompt skip all pruned layers, in a prefill after the first `cached` of them."""
+        skips = ~self.at_full_depth(torch.arange(cached, prompt_length, device="cpu"), prompt_length)
+        others = int(skips.sum()) if self.layers else 0
+        return others - self.num_selected(others)
+
     def groups(self, num_layers: int, deepstack_layers: int = 0) -> list[Group]:
         """Split layers 0 to num_layers - 1 into groups of consecutive layers.
 

@@ -17,6 +17,7 @@ from pop import engine
 from pop.backends import cpu, cpu_graph
 from pop.backends.cpu_graph import CAN_RECORD, Graph
 from pop.engine.changes import Kinds
+from pop.engine.decode_step import DecodeStep
 
 NO_WEIGHTS = torch.nn.Module()
 
@@ -180,7 +181,7 @@ def test_weights_that_lie_otherwise_in_memory_are_not_read_as_before():
         for _ in range(4):
             found = engine.decode(module, torch.tensor([3]), cache, stages)
             cache.restore(snapshot)
-        assert cache.step.replay.record.calls
+        assert cache.passes[DecodeStep].replay.record.calls
         assert_close(found[0], module(torch.tensor([[5, 12, 44, 3]]))[0, 3])
         kind = kinds.of(layer)
         weight.data = smaller

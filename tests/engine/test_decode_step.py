@@ -15,6 +15,8 @@ from support.tiny import random_model, tiny_config
 from pop import engine
 from pop.backends import accelerate
 from pop.backends.cpu_graph import Graph, _Record
+from pop.engine.decode_step import DecodeStep
+from pop.engine.layer_pass import ReplayedPasses
 from pop.engine.stages import Stages
 from pop.pruning.plan import PrunePlan
 
@@ -80,16 +82,16 @@ def test_a_step_serves_one_cache_as_long_as_its_tensors_stay():
     module = random_model(tiny_config())
     cache, token = new_cache(module, 2), torch.tensor([1, 2])
     engine.decode(module, token, cache, REPLAYED)
-    step = cache.step
+    step = cache.passes[DecodeStep]
     engine.decode(module, token, cache, REPLAYED)
     cache.reset()
     engine.decode(module, token, cache, REPLAYED)
-    assert cache.step is step
-    assert copy.deepcopy(cache).step is None
+    assert cache.passes[DecodeStep] is step
+    assert copy.deepcopy(cache).passes == {}
     engine.decode(module, token, cache, Stages(replay=lambda *args: Replay(*args)))
-    assert cache.step is not step
+    assert cache.passes[DecodeStep] is not step
     cache.keep_rows(torch.tensor([1]))
-    assert cache.step is None
+    assert cache.passes == {}
 
 
 @pytest.mark.usefixtures("all_is_recorded")
@@ -114,7 +116,7 @@ def test_a_dropped_cache_is_freed_at_once():
     stages = REPLAYED._replace(replayed_tokens=9)
     engine.prefill(module, torch.tensor([[1, 2]]), cache, torch.tensor([2]), PrunePlan((1,)), 9, stages)
     engine.decode(module, torch.tensor([3]), cache, stages)
-    assert cache.passes is not None and cache.step is not None
+    assert {*cache.passes} == {DecodeStep, ReplayedPasses}
     keys = weakref.ref(cache.keys[0])
     gc.disable()
     try:

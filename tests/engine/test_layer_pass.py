@@ -13,6 +13,7 @@ from support.tiny import random_model, tiny_config
 
 from pop import engine
 from pop.engine import chunks, layer_pass
+from pop.engine.layer_pass import ReplayedPasses
 from pop.engine.stages import Stages
 from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
@@ -55,7 +56,7 @@ def test_replayed_prompts_are_prefill(case, shortened, room, more):
             assert_close(mine[:, :-1], others[:, :-1])  # the spare slot may differ
         assert_close(caches[1].previous_hidden, caches[0].previous_hidden)
         handed_out += [(tensor, tensor.clone()) for tensor in (results[1], caches[1].previous_hidden)]
-        for key, ((chunk, full, h, _), _) in caches[1].passes.kept.items():
+        for key, ((chunk, full, h, _), _) in caches[1].passes[ReplayedPasses].kept.items():
             assert h.shape[1] <= min(longest + room, chunk_size)
             attention = (*chunk.attention.values(), *full.attention.values())
             found = [metadata.band.tolist() for metadata in attention if metadata.band is not None]
@@ -69,13 +70,13 @@ def test_one_pass_serves_all_lengths_of_a_step():
     for num_tokens in (65, 80, 70):  # run as 80 tokens
         cache.reset()
         prefill(module, num_tokens, cache)
-    passes = len(cache.passes.kept)
+    passes = len(cache.passes[ReplayedPasses].kept)
     assert passes == 1, (
         f"{passes} passes were kept for lengths that are run as 80 tokens, so some size follows a length"
     )
     cache.reset()
     prefill(module, 81, cache)
-    passes = len(cache.passes.kept)
+    passes = len(cache.passes[ReplayedPasses].kept)
     assert passes == 2
 
 
@@ -89,7 +90,7 @@ def test_as_few_passes_serve_a_plan_that_selects():
         other.reset()
         expected = prefill(module, num_tokens, other, plan, Stages())
         torch.testing.assert_close(prefill(module, num_tokens, cache, plan), expected, **CLOSE)
-    assert len(cache.passes.kept) == 2
+    assert len(cache.passes[ReplayedPasses].kept) == 2
 
 
 def test_a_chunk_has_as_many_columns_as_tokens_at_full_depth():
@@ -118,7 +119,7 @@ def test_a_cache_keeps_passes_of_the_latest_sizes(monkeypatch):
     for num_tokens in (5, 6, 5, 7):
         cache.reset()
         prefill(module, num_tokens, cache, stages=stages)
-    h = [fixed[2] for fixed, _ in cache.passes.kept.values()]
+    h = [fixed[2] for fixed, _ in cache.passes[ReplayedPasses].kept.values()]
     assert [x.shape[1] for x in h] == [5, 7]
     assert others == [None, made[0], made[1]]  # each shares the memory of one before
 
@@ -133,7 +134,7 @@ def test_a_pass_has_one_plan():
         other.reset()
         expected = prefill(module, 9, other, plan, Stages())
         torch.testing.assert_close(prefill(module, 9, cache, plan), expected, **CLOSE)
-    assert len(cache.passes.kept) == 4
+    assert len(cache.passes[ReplayedPasses].kept) == 4
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_what_runs_as_it_is(what):
         engine.prefill(module, torch.ones(1, 9, dtype=torch.int64), cache, torch.tensor([9]), PLAN, 8, stages)
     else:
         prefill(module, 9, cache, stages=stages)
-    assert cache.passes is None
+    assert ReplayedPasses not in cache.passes
 
 
 def test_passes_serve_one_cache_as_long_as_its_tensors_stay():
@@ -166,16 +167,16 @@ def test_passes_serve_one_cache_as_long_as_its_tensors_stay():
     cache = new_cache(module, 2)
     tokens, lengths = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([3, 3])
     engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED)
-    passes = cache.passes
+    passes = cache.passes[ReplayedPasses]
     cache.reset()
     engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED)
-    assert cache.passes is passes
-    assert copy.deepcopy(cache).passes is None
+    assert cache.passes[ReplayedPasses] is passes
+    assert copy.deepcopy(cache).passes == {}
     cache.reset()
     engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED._replace(replayed_tokens=999))
-    assert cache.passes is not passes
+    assert cache.passes[ReplayedPasses] is not passes
     cache.keep_rows(torch.tensor([1]))
-    assert cache.passes is None
+    assert ReplayedPasses not in cache.passes
 
 
 def test_sizes_go_up_in_four_steps_to_twice_the_size():

@@ -32,6 +32,7 @@ def test_greedy_generation_is_the_reference(model):
         for answers in (alone, model.generate(PROMPTS, max_new_tokens=6, plan=plan)):
             assert [answer.tokens for answer in answers] == expected
             assert [answer.prompt_tokens for answer in answers] == [3, 1, 30]
+            assert [answer.pruned_tokens for answer in answers] == ([0, 0, 0] if plan else [2, 0, 29])
             assert {(answer.text, answer.finish_reason) for answer in answers} == {("", "length")}
 
 

@@ -14,6 +14,7 @@ from support.tiny_chat import write_chat_checkpoint
 import pop
 from pop import engine
 from pop.engine.cache import KVCache
+from pop.engine.layer_pass import ReplayedPasses
 from pop.engine.spare_caches import SpareCaches, size_of_cache
 from pop.runner import KEPT_CACHES
 
@@ -65,7 +66,7 @@ def test_many_answers_need_one_step(steps, tmp_path):
     for prompt in PROMPTS:
         model.generate(prompt, max_new_tokens=5)
     assert len(steps) == 1
-    assert len(model.caches._spare[0].passes.kept) == len(PROMPTS)
+    assert len(model.caches._spare[0].passes[ReplayedPasses].kept) == len(PROMPTS)
     next(model.stream([5, 9, 20], max_new_tokens=5))  # an abandoned stream gives its cache back
     model.generate([7], max_new_tokens=5)
     assert len(steps) == 1

@@ -27,6 +27,7 @@ def test_a_prefix_and_a_rest_are_one_prompt(model, length, notes):
         ran.clear()
         alone = prefix.generate(rest, max_new_tokens=4)
         assert (alone.tokens, alone.prompt_tokens) == (answer, length + len(rest))
+        assert alone.pruned_tokens == model.plan.num_pruned(length + len(rest), cached=ahead)
         assert sum(ran) == length - ahead + len(rest) + len(logits) - 1
         assert_close(logits[0][0], reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
     logits.clear()

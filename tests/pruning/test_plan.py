@@ -15,6 +15,7 @@ from support.tiny import tiny_config
 
 import pop
 from pop import InputError, PlanError, PrunePlan, cost
+from pop.pruning import reference
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,16 @@ def test_the_share_of_selected_tokens_is_rounded_down():
     assert [plan.num_selected(others) for others in (0, 3, 4, 100)] == [0, 0, 1, 29]
     assert PrunePlan((2,), full_depth_selected=1).num_selected(7) == 7
     assert PrunePlan(full_depth_selected=0.5).num_selected(100) == 0  # nothing is pruned
+
+
+@pytest.mark.parametrize("layers", [(), (2, 4)])
+@pytest.mark.parametrize("below", [0, 101, 102])
+@pytest.mark.parametrize("cached", [0, 1, 4, 90, 101])
+def test_pruned_tokens_are_those_that_the_prefill_runs_without_the_layers(layers, below, cached):
+    plan = PrunePlan(layers, 2, full_depth_first=3, full_depth_below=below, full_depth_selected=0.3)
+    at_full_depth = reference.full_depth_tokens(101, 101, plan)[cached:]
+    expected = int((~at_full_depth).sum()) if plan.layers else 0
+    assert plan.num_pruned(101, cached) == expected - math.floor(expected * plan.full_depth_selected)
 
 
 @pytest.mark.parametrize(("layers", "layer"), [((1, 3, 4), 1), ((1, 3, 4), 4), ((1, 3), 5), ((), 0), ((0, 1), None)])

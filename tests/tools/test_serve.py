@@ -30,7 +30,6 @@ from support.tiny_qwen3_vl import IMAGE, seeing_model
 
 import pop
 from pop.generation.sampling import SamplingParams
-from tools.common import pruned_tokens
 from tools.serve import requests as limits
 from tools.serve.__main__ import main
 from tools.serve.rows import Row
@@ -335,13 +334,6 @@ def test_every_route_says_how_many_tokens_were_pruned_and_when_the_first_one_cam
     assert [one.pruned_tokens for one in pruned[:3]] == [len(text) - 5, in_chat - 5, in_chat - 5]
     # An earlier answer's cache has this prompt, with its last tokens at full depth. Only the boundary token runs again.
     assert (pruned[3].cached_tokens, pruned[3].pruned_tokens) == (in_chat - 1, 0)
-
-
-@pytest.mark.parametrize("plan", [{"layers": (2, 3), "full_depth_selected": 0.3}, {}])
-def test_selected_tokens_do_not_count_as_pruned(plan):
-    plan = pop.PrunePlan(**plan)
-    assert pruned_tokens(plan, 101) == (70 if plan.layers else 0)
-    assert pruned_tokens(plan, 101, cached=91) == (7 if plan.layers else 0)
 
 
 def test_the_options_reach_the_model(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,6 @@ import torch
 
 import pop
 from pop.errors import InputError, check_count
-from tools.common import pruned_tokens
 from tools.evaluate.scoring import Request, rolling_windows, score
 
 logger = logging.getLogger("lm_eval.pop")  # below the harness's own logger, whose handlers show it
@@ -88,7 +87,7 @@ class PopAdapter:
         requests = [request.args for request in requests]
         pairs = [self.encode_pair(context, continuation) for context, continuation in requests]
         plan = self.model.plan
-        whole = sum(pruned_tokens(plan, len(context)) == 0 for context, _ in pairs)
+        whole = sum(plan.num_pruned(len(context)) == 0 for context, _ in pairs)
         if plan.layers and whole:
             self._warn_once("the plan prunes nothing in %d of %d contexts: they are too short", whole, len(pairs))
 
@@ -211,7 +210,7 @@ class PopAdapter:
     def _count(self, contexts: list[list[int]]) -> None:
         for context in contexts:
             self.context_tokens += len(context)
-            self.pruned_tokens += pruned_tokens(self.model.plan, len(context))
+            self.pruned_tokens += self.model.plan.num_pruned(len(context))
         self._contexts = (self._contexts + contexts)[:MOST_KEPT]
 
     def speedup(self) -> float:

@@ -35,7 +35,7 @@ from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import find_folder
 from pop.errors import ContextOverflow, InputError, MissingExtra, check_count
 from tools import transformers_pop
-from tools.common import ROOT, Countdown, exit_status, integers_in, machine, pruned_tokens, table
+from tools.common import ROOT, Countdown, exit_status, integers_in, machine, table
 
 TEXTS = ROOT / "tools" / "evaluate" / "texts"  # no plan was fitted to these
 PLANS = ["smollm2-135m-third", "smollm2-135m-14"]
@@ -197,7 +197,7 @@ def report(trace: list[Turn], plans: dict[str, pop.PrunePlan], rounds: dict[str,
     for name, plan in plans.items():
         times = [1000 * median(reply.seconds for reply in replies) for replies in zip(*rounds[name], strict=True)]
         replies = rounds[name][0]
-        pruned = [pruned_tokens(plan, end, reply.cached) for end, reply in zip(ends, replies, strict=True)]
+        pruned = [plan.num_pruned(end, reply.cached) for end, reply in zip(ends, replies, strict=True)]
         encoded = [end - reply.cached for end, reply in zip(ends, replies, strict=True)]
         exact = [reply.tokens == turn.answer for reply, turn in zip(replies, trace, strict=True)]
         cells = [[f"{name}, ms", "pruned", "exact"]]

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 import pop
 from pop import engine
 from pop.backends import cuda, cuda_graph, span_attention
+from pop.engine.decode_step import DecodeStep
+from pop.engine.layer_pass import ReplayedPasses
 from tools.bench import __main__ as bench
 from tools.bench.measure import measure_cold, measure_prefill
 from tools.bench.rounds import device_seconds, seconds
@@ -125,9 +127,11 @@ def paths(setup: Setup) -> Iterator[Figure]:
     if cuda.is_supported(q):
         causal = "flash" if cuda.has_flash(q) else "memory-efficient"
     runs_triton = span_attention._processors(q) and (q.device, q.dtype, q.shape[-1]) not in span_attention._failed
-    passes = cache.passes.kept.values() if cache.passes else ()
+    step = cache.passes.get(DecodeStep)
+    prompts = cache.passes.get(ReplayedPasses)
+    passes = prompts.kept.values() if prompts else ()
     replays = {
-        "a decode step": cache.step and cache.step.replay,
+        "a decode step": step and step.replay,
         "a short prompt": next((one for _, one in passes), None),
     }
     can_have_fa3 = torch.cuda.get_device_properties(q.device).major == 9 and find_spec("flash_attn_interface")
@@ -272,7 +276,7 @@ def _step(setup: Setup, model: pop.Model, name: str, stages, rows: int = 1) -> I
         read = decode_bytes(model.config, POSITION + 25, model.dtype)
         yield f"MBU, {name}", read / second / bandwidth_turn(setup.device)()["bytes_per_s"], ""
     if name.startswith("captured") and setup.device.type == "cuda":
-        graph = cache.step.replay.graph
+        graph = cache.passes[DecodeStep].replay.graph
         if graph is None:
             setup.slow.append(f"the decode step of {rows} rows was not captured")
             return

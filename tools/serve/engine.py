@@ -22,7 +22,6 @@ from pop.engine.cache import KVCache
 from pop.engine.spare_caches import size_of_cache
 from pop.errors import CacheMemoryError, InputError
 from pop.runner import padded
-from tools.common import pruned_tokens
 from tools.serve.kept import Filled, Kept, keys_of, rerun, row_of
 from tools.serve.rows import Busy, Job, Row
 
@@ -104,7 +103,7 @@ class Engine:
             source.copy_to(row.cache, model, n)
             self.kept.touch(source)
         job.cached_tokens = n
-        job.pruned_tokens = pruned_tokens(plan, end, n)
+        job.pruned_tokens = plan.num_pruned(end, n)
         row.floor = source.floor if n else 0
         row.whole = source.whole[:n] if n else []
         row.whole += plan.at_full_depth(torch.arange(n, end), end).tolist()
