@@ -10,6 +10,7 @@ from support.goldens import GOLDENS
 from support.readme import READMES
 
 import pop
+from tools.evaluate.retrieval import share_of
 from tools.evaluate.text import interval
 from tools.results import compare, leaderboard
 from tools.results.rows import main
@@ -184,17 +185,41 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
         assert leaderboard.main(["--from", str(path), "--plan", "third"]) == 2
         err = capsys.readouterr().err
         assert says in err and err.count("it with tools.evaluate") == ("lacks" in says)  # one advice
-    for other in ("keys 512", "codes 1024"):  # another kind, and another length
-        cells = result["retrieval"]["rows"]["half"]["kinds"]
-        cells[other] = cells["codes 512"]
-        path.write_text(json.dumps(result))
-        assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 2
-        assert f"{other}; measure with" in capsys.readouterr().err
-        del cells[other]
+    cells = result["retrieval"]["rows"]["half"]["kinds"]
+    cells["codes 1024"] = cells["codes 512"]  # a second length
+    path.write_text(json.dumps(result))
+    assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 2
+    assert "codes 1024; measure with" in capsys.readouterr().err
     path.write_text(json.dumps(result | {"unfinished": ["retrieval"]}))
     for command in (leaderboard.main, ["--from", str(path)]), (compare.main, [str(path), "full", "half"]):
         assert command[0](command[1]) == 2
         assert "unfinished: ['retrieval']" in capsys.readouterr().err
+
+
+def test_a_row_leaves_other_kinds_of_questions_out(tmp_path):
+    """It is that of a run without them: by the same seed, the same questions are resampled."""
+    result = json.loads(json.dumps(FIGURES)) | {"commit": "0123456"}
+    rng = np.random.default_rng(0)
+    asked = ["codes 512"] * 9 + ["variables 512"] * 7 + ["needle 512"] * 8
+    exact = {"full": rng.integers(2, size=24), "half": rng.integers(2, size=24)}
+    found = []
+    for is_asked in (np.ones(24, bool), np.array([kind != "variables 512" for kind in asked])):
+        kinds = np.array(asked)[is_asked]
+        for name, values in exact.items():
+            row = result["retrieval"]["rows"][name]
+            row["exact"] = values[is_asked].mean()
+            row["share"] = share_of(values[is_asked], exact["full"][is_asked], seed=result["seed"])
+            row["by_question"] = {"kind": kinds.tolist(), "exact": values[is_asked].tolist()}
+            row["kinds"] = {
+                kind: {"questions": int((kinds == kind).sum()), "exact": values[is_asked][kinds == kind].mean()}
+                for kind in dict.fromkeys(kinds.tolist())
+            }
+        result["retrieval"]["questions"] = len(kinds)
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps(result))
+        found.append(leaderboard.row_of(path, "half"))
+    assert found[0] == found[1]
+    assert found[0]["questions"] == 17 and {*found[0]["kinds"]} == {"codes", "needle"}
 
 
 ENDS = ("value", "low", "high")  # of an interval
@@ -225,7 +250,7 @@ def test_rows_that_name_a_stored_run_have_its_figures():
         measured = [leaderboard.row_of(run, plan) for plan in result["retrieval"]["rows"]]
         wanted = {name for name, value in row.items() if name not in own and value is not None}
         if "ttft" not in result:
-            wanted.remove("speedup_2048")
+            wanted.discard("speedup_2048")
         assert [all(row[name] == figures[name] for name in wanted) for figures in measured].count(True) == 1, row
         assert result["commit"].startswith(row["commit"])
 

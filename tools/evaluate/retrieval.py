@@ -57,7 +57,7 @@ def evaluate_retrieval(
         values = np.array(marks[contender.name])
         rows[contender.name] = {
             **_means(values),
-            "share": _share(values[:, 0], full[:, 0], samples, seed),
+            "share": share_of(values[:, 0], full[:, 0], samples, seed),
             "difference": interval(values[:, 1] - full[:, 1], samples, seed),
             "kinds": _by_kind(values, kinds),
             "by_question": {"kind": kinds, "exact": values[:, 0].tolist(), "log_prob": values[:, 1].tolist()},
@@ -95,7 +95,7 @@ def _means(values: np.ndarray) -> dict:
     return {"exact": float(exact), "log_prob": float(log_prob)}
 
 
-def _share(exact: np.ndarray, full: np.ndarray, samples: int, seed: int) -> dict | None:
+def share_of(exact: np.ndarray, full: np.ndarray, samples: int = 1000, seed: int = 0) -> dict | None:
     """The exact answers of a contender over the full model's. Few of these give no interval."""
     if full.sum() < LEAST:
         return {"value": float(exact.sum() / full.sum()), "low": None, "high": None} if full.any() else None

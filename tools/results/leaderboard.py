@@ -15,9 +15,12 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from pop.errors import InputError
 from pop.system.files import read_json
 from tools.common import exit_status
+from tools.evaluate.retrieval import share_of
 from tools.results.rows import read_result
 
 PLANS = Path(__file__).parent / "plans"
@@ -80,11 +83,10 @@ def row_of(path: Path, plan: str) -> dict:
         answers = result["retrieval"]
         if plan not in answers["rows"]:
             raise InputError(f"{path} has no {plan!r}; it has {', '.join(answers['rows'])}")
-        figures = answers["rows"][plan]
-        kinds = {kind_of(name) for name in figures["kinds"]}
+        figures = _lookups(answers, plan, result["seed"])
         lengths = {int(name.split()[1]) for name in figures["kinds"]}
-        if not kinds <= {*KINDS} or len(lengths) > 1:
-            asked = ", ".join(figures["kinds"])
+        if len(lengths) != 1:
+            asked = ", ".join(answers["rows"][plan]["kinds"])
             raise InputError(f"{path} has the questions {asked}; measure with --tasks text,retrieval and one length")
         row = {
             "model": Path(result["model"]).name,
@@ -103,8 +105,8 @@ def row_of(path: Path, plan: str) -> dict:
             "kinds": _pooled(figures["kinds"]),
             "prompt_tokens": result["tokens"]["prompt"],
             "windows": first["windows"],
-            "questions": answers["questions"],
-            "question_tokens": min(lengths, default=None),
+            "questions": figures["questions"],
+            "question_tokens": min(lengths),
             "seed": result["seed"],
             "lambada": None,
         }
@@ -118,6 +120,19 @@ def row_of(path: Path, plan: str) -> dict:
             f"{path} lacks figures ({error!r}); write it with tools.evaluate --tasks text --json"
         ) from None
     return row
+
+
+def _lookups(answers: dict, plan: str, seed: int) -> dict:
+    """The figures of a plan's answers to questions of KINDS, without those of other kinds, such as ruler's."""
+    figures = answers["rows"][plan]
+    kinds = {name: cell for name, cell in figures["kinds"].items() if kind_of(name) in KINDS}
+    if len(kinds) == len(figures["kinds"]):
+        return figures | {"questions": answers["questions"]}
+    asked = [kind in kinds for kind in figures["by_question"]["kind"]]
+    full = next(iter(answers["rows"].values()))
+    exact, of_full = (np.array(row["by_question"]["exact"])[asked] for row in (figures, full))
+    share = share_of(exact, of_full, seed=seed)
+    return {"exact": float(exact.mean()), "share": share, "kinds": kinds, "questions": len(exact)}
 
 
 def _kept(share: dict | None) -> list[float] | None:
