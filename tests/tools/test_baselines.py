@@ -12,6 +12,7 @@ import pop
 from pop.models.layers import causal_attention
 from pop.pruning import reference
 from pop.pruning.corrections import Corrections
+from pop.pruning.cost import prefill_flops
 from tools.evaluate import attended, baselines, controls
 from tools.evaluate.contender import Contender
 from tools.evaluate.slicegpt import principal_bases, slicegpt
@@ -271,6 +272,16 @@ def test_snapkv_drops_what_the_prompts_end_does_not_attend_to_for_each_head(wind
         return causal(module.layers[layer].window) & ~(hidden[:, None] & after[:, None])
 
     assert_predicts(contender, naive_forward(module, TOKENS, lambda layer: torch.zeros(len(TOKENS)).bool(), visible))
+
+
+def test_the_flops_of_fastkv_are_those_of_two_models():
+    """One of the first layers, which runs all tokens, and one of the others, without logits, which runs some."""
+    model = tiny_model()
+    full, first = (tiny_model(num_layers=count) for count in (5, 3))
+    flops = [prefill_flops(one.config, 100, pop.PrunePlan.none()) for one in (full, first)]
+    some = [prefill_flops(one.config, 20, pop.PrunePlan.none()) for one in (full, first)]
+    assert attended.fastkv(model, 0.4).flops(100) == flops[1] + some[0] - some[1]
+    assert attended.snapkv(model, 0.4).flops(100) == flops[0]
 
 
 def test_methods_that_keep_tokens_refuse_what_they_cannot_cut():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import pop
 from pop.errors import InputError
+from pop.pruning.cost import layer_flops, prefill_flops
 from tools.evaluate.contender import Contender
 from tools.evaluate.passes import WithGaps, embed, visible, write_and_attend
 
@@ -53,6 +54,15 @@ def kept(received: torch.Tensor, count: int) -> torch.Tensor:
 class FastKV(WithGaps):
     """Layers before the plan's run all tokens. The last one without a window selects those for the plan's layers."""
 
+    def flops(self, num_tokens: int) -> int:
+        config = self.model.config
+        selected = int(PROPAGATED * num_tokens)
+        total = 2 * config.hidden_size * config.vocab_size  # the boundary token's logits
+        for index in range(config.num_layers):
+            runs = num_tokens if index < self.plan.layers[0] else selected
+            total += layer_flops(config, index, torch.ones(runs, dtype=torch.bool))
+        return total
+
     @torch.no_grad()
     def prefill(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
         module = self.model.module
@@ -85,6 +95,9 @@ class SnapKV(WithGaps):
     """The full model's prefill, after which each K/V head keeps its own share of the prompt's tokens."""
 
     share: float = 1.0  # of the tokens, those that are kept
+
+    def flops(self, num_tokens: int) -> int:
+        return prefill_flops(self.model.config, num_tokens, self.plan)  # the full model's
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
