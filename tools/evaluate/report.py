@@ -182,7 +182,8 @@ _MARKERS = "osD^vPX*<"  # one more than colours: pairs come back late
 def _draw(axes, result: dict, values: dict[str, dict]) -> None:
     """Draw each contender's value over its speedup, but not the full model's."""
     lines = {}
-    for name in list(values)[1:]:
+    drawn = [name for name in result["contenders"] if name in list(values)[1:]]
+    for name in drawn:
         contender = result["contenders"][name]
         point = (result["ttft"][name]["speedup"], values[name], contender["pruned_layers"])
         lines.setdefault(contender["method"], []).append(point)
