@@ -35,7 +35,7 @@ class KVCache:
         decode step does not write it. S is 0 here until `hold_states`.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
-    step, passes: The decode step and the passes that are replayed on this cache's tensors, if any.
+    passes: The decode step, and the passes of prompts, that are replayed on this cache's tensors, by class.
     intact: False while a prefill may overwrite slots of a ring or of earlier tokens, and after one that has failed.
 
     Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
@@ -61,7 +61,7 @@ class KVCache:
         size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
         self.intact = True
-        self.passes = {}  # that run on this cache's tensors, by their class (LayerPass.of)
+        self.passes = {}  # see LayerPass.of
 
         slots = [self.slots(window) for window in config.windows]
         with _allocating("a KV cache", batch_size, max_seq_len, size, device):

@@ -22,7 +22,7 @@ class Generation:
     # "stop": an end token or a stop string; "length": max_new_tokens or a full context; "cancelled": a closed stream
     finish_reason: str
     logprobs: list[float] | None = None  # log p of each token by the model's own softmax(logits), with logprobs=True
-    pruned_tokens: int = 0  # how many tokens of the prompt this call ran without the plan's layers
+    pruned_tokens: int = 0  # of the prompt, those that this call ran without the plan's layers (plan.num_pruned)
 
     @property
     def thoughts(self) -> str:

@@ -176,7 +176,7 @@ class Batch:
 
         They do while more than half of the rows are unfinished, unless the caller's function would get their logits.
         """
-        is_captured = self.model.caches.most and DecodeStep in self.cache.passes
+        is_captured = bool(self.model.caches.most) and DecodeStep in self.cache.passes
         is_full = (self.cache.lengths >= self.max_seq_len).any()  # the cache may have more room
         is_watched = self.params.logits_processor is not None
         return is_captured and not is_full and not is_watched and 2 * num_unfinished > num_rows

@@ -134,7 +134,8 @@ OF_CACHE = st.sampled_from(
 def test_calls_in_any_order_are_the_reference(case, stages, data):
     """The plan is calibrated, so a prompt also needs the states of the token before it.
 
-    It selects no tokens, since rounding may decide between equal scores (test_selection.py).
+    It is the same for all prompts, which show no images, and each ends with its boundary. It selects no tokens, since
+    rounding may decide between equal scores (test_selection.py).
     """
     module, plan, tokens, *_ = case
     if plan.layers:

@@ -59,11 +59,13 @@ def test_the_share_of_selected_tokens_is_rounded_down():
 @pytest.mark.parametrize("layers", [(), (2, 4)])
 @pytest.mark.parametrize("below", [0, 101, 102])
 @pytest.mark.parametrize("cached", [0, 1, 4, 90, 101])
-def test_pruned_tokens_are_those_that_the_prefill_runs_without_the_layers(layers, below, cached):
+def test_pruned_tokens_are_those_that_are_neither_at_full_depth_nor_selected(layers, below, cached):
     plan = PrunePlan(layers, 2, full_depth_first=3, full_depth_below=below, full_depth_selected=0.3)
     at_full_depth = reference.full_depth_tokens(101, 101, plan)[cached:]
     expected = int((~at_full_depth).sum()) if plan.layers else 0
     assert plan.num_pruned(101, cached) == expected - math.floor(expected * plan.full_depth_selected)
+    plan = PrunePlan((2, 3), full_depth_selected=0.3)
+    assert (plan.num_pruned(101), plan.num_pruned(101, cached=91)) == (70, 7)
 
 
 @pytest.mark.parametrize(("layers", "layer"), [((1, 3, 4), 1), ((1, 3, 4), 4), ((1, 3), 5), ((), 0), ((0, 1), None)])

@@ -258,11 +258,12 @@ def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(wind
 
 @pytest.mark.parametrize("windows", [False, True])
 def test_snapkv_drops_what_the_prompts_end_does_not_attend_to_for_each_head(windows):
-    """Each K/V head hides its own tokens from the tokens after the prompt, of which each is computed by itself."""
+    """Each K/V head hides its own tokens from the tokens after the prompt. Layers with a window hide none."""
     model = tiny_windows() if windows else tiny_model()
     module = model.module
     contender = attended.snapkv(model, 0.3)
     kept = [torch.stack([with_most(row, int(0.7 * N)) for row in received(module, layer)]) for layer in range(5)]
+    kept = [heads | bool(layer.window) for heads, layer in zip(kept, module.layers, strict=True)]
     assert any((heads[0] != heads[1]).any() for heads in kept)
 
     def visible(layer):  # [H, T, T]
@@ -280,15 +281,18 @@ def test_the_flops_of_fastkv_are_those_of_two_models():
     full, first = (tiny_model(num_layers=count) for count in (5, 3))
     flops = [prefill_flops(one.config, 100, pop.PrunePlan.none()) for one in (full, first)]
     some = [prefill_flops(one.config, 20, pop.PrunePlan.none()) for one in (full, first)]
-    assert attended.fastkv(model, 0.4).flops(100) == flops[1] + some[0] - some[1]
+    scores = 2 * attended.WINDOW * 100 * model.config.num_heads * model.config.head_dim
+    assert attended.fastkv(model, 0.4).flops(100) == flops[1] + some[0] - some[1] + scores
     assert attended.snapkv(model, 0.4).flops(100) == flops[0]
 
 
 def test_methods_that_keep_tokens_refuse_what_they_cannot_cut():
     model = tiny_model()
     for fraction in (0.0, 1.0):
-        with pytest.raises(pop.InputError, match="layers to cut"):
+        with pytest.raises(pop.InputError, match=f"fraction is {fraction}"):
             attended.fastkv(model, fraction)
+    with pytest.raises(pop.InputError, match="without a window"):
+        attended.fastkv(tiny_windows(), 0.7)
     for make in (attended.fastkv, attended.snapkv):
         with pytest.raises(pop.InputError, match="more than 8 tokens"):
             make(model, 0.4).logits(PROMPT[:8], [1])

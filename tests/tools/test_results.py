@@ -194,6 +194,10 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     path.write_text(json.dumps(result))
     assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 2
     assert "codes 1024; measure with" in capsys.readouterr().err
+    result["retrieval"]["rows"]["half"]["kinds"] = {"variables 512": cells["codes 512"]}  # of ruler, and no other
+    path.write_text(json.dumps(result))
+    assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 2
+    assert "has the questions variables 512; measure with" in capsys.readouterr().err
     path.write_text(json.dumps(result | {"unfinished": ["retrieval"]}))
     for command in (leaderboard.main, ["--from", str(path)]), (compare.main, [str(path), "full", "half"]):
         assert command[0](command[1]) == 2

@@ -1,10 +1,13 @@
 """Methods that keep the tokens to which the prompt's end attends most.
 
-`fastkv` lets the deepest layers see a fifth of the prompt only, which makes prefill faster (Jo et al. 2025). Its second
-part, which also shortens the cache of the other layers, is left out.
+`fastkv` lets the deepest layers see a fifth of the prompt only, which makes prefill faster (Jo et al. 2025). The paper
+does so with the deeper half of the layers. Its second part, which drops K and V of each layer's cache, is left out.
 `snapkv` reads the prompt as the full model does, and then drops K and V, which makes decode cheaper (Li et al. 2024).
 
-Both score tokens in the same way. Shape letters: pop/models/layers.py; N is the length of a prompt.
+Both have FastKV's scores. SnapKV's authors score by 32 queries, and let each query head choose its own tokens. Here,
+the query heads that share K and V choose together, and layers with a window are left as they are.
+
+Shape letters: pop/models/layers.py; N is the length of a prompt.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ PROPAGATED = 0.2  # the share of tokens that FastKV's deepest layers see
 
 def scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """The attention that each token gets from the last ones: [K, N - WINDOW], summed over queries and query heads.
+
+    It is averaged over POOLED neighbours.
 
     Args:
         q: [1, N, H, E].
@@ -56,8 +61,9 @@ class FastKV(WithGaps):
 
     def flops(self, num_tokens: int) -> int:
         config = self.model.config
-        selected = int(PROPAGATED * num_tokens)
+        selected = max(WINDOW, int(PROPAGATED * num_tokens))
         total = 2 * config.hidden_size * config.vocab_size  # the boundary token's logits
+        total += 2 * WINDOW * num_tokens * config.num_heads * config.head_dim  # the scores
         for index in range(config.num_layers):
             runs = num_tokens if index < self.plan.layers[0] else selected
             total += layer_flops(config, index, torch.ones(runs, dtype=torch.bool))
@@ -108,7 +114,8 @@ class SnapKV(WithGaps):
         cache.present = []
         for index, layer in enumerate(module.layers):
             q, k, _ = layer.queries_keys_values(h, rope[layer.window])
-            cache.present.append(kept(scores(q, k, layer.scale), int(self.share * len(tokens))))
+            count = len(tokens) if layer.window else int(self.share * len(tokens) + 1e-9)
+            cache.present.append(kept(scores(q, k, layer.scale), count))
             h = layer(h, rope[layer.window], write_and_attend(cache, index, slots))
         cache.lengths += len(tokens)
         return module.head(h[0, -1])
@@ -124,11 +131,13 @@ def fastkv(model: pop.Model, fraction: float, windows=None) -> Contender:
     """The deepest floor(L * fraction) layers see a fifth of the tokens."""
     plan = pop.PrunePlan.deepest(model.config.num_layers, fraction)
     before = model.module.layers[: plan.layers[0] if plan.layers else 0]
+    if len(before) == 0:
+        raise InputError(f"fastkv's fraction is {fraction}; it must leave the first layers whole, and cut others")
     if all(layer.window for layer in before):
-        raise InputError("fastkv needs layers to cut, and one without a window before them; change its fraction")
+        raise InputError("fastkv needs a layer without a window before those that it cuts; give a smaller fraction")
     return FastKV("fastkv", model, plan)
 
 
 def snapkv(model: pop.Model, fraction: float, windows=None) -> Contender:
-    """`fraction` of the prompt's K and V is dropped in all layers."""
+    """`fraction` of the prompt's K and V is dropped in all layers without a window."""
     return SnapKV("snapkv", model, pop.PrunePlan.none(), share=1 - fraction)

@@ -8,7 +8,8 @@
 `no-boundary` is POP without boundary handling: the last prompt token is pruned like all others.
 `constant-kv` and `embedding-kv` take K and V from too little, see controls.py.
 
-All are contenders. They are written to be read, not to be fast. Shape letters: pop/models/layers.py.
+Those in attended.py drop tokens. All are contenders. They are written to be read, not to be fast. Shape letters:
+pop/models/layers.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What contenders share that read a prompt in their own way. Shape letters: pop/models/layers.py; N is its length."""
+"""Shared by contenders that read a prompt in their own way.
+
+Shape letters: pop/models/layers.py; N is the length of the prompt.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +44,6 @@ class WithGaps(OneByOne):
             h = layer(h, rope[layer.window], write_and_attend(cache, index, positions, mask))
         cache.lengths += len(tokens)
         return module.head(h[0])
-
-
-def all_present(module: nn.Module, num_tokens: int) -> torch.Tensor:
-    """[K, N] of a layer whose cache has all N tokens of a prompt."""
-    device = next(module.parameters()).device
-    return torch.ones(module.config.num_kv_heads, num_tokens, dtype=torch.bool, device=device)
 
 
 def visible(positions: torch.Tensor, present: torch.Tensor, window: int | None) -> torch.Tensor:

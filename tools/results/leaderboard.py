@@ -83,11 +83,12 @@ def row_of(path: Path, plan: str) -> dict:
         answers = result["retrieval"]
         if plan not in answers["rows"]:
             raise InputError(f"{path} has no {plan!r}; it has {', '.join(answers['rows'])}")
-        figures = _lookups(answers, plan, result["seed"])
-        lengths = {int(name.split()[1]) for name in figures["kinds"]}
+        asked = answers["rows"][plan]["kinds"]
+        lengths = {int(name.split()[1]) for name in asked if kind_of(name) in KINDS}
         if len(lengths) != 1:
-            asked = ", ".join(answers["rows"][plan]["kinds"])
-            raise InputError(f"{path} has the questions {asked}; measure with --tasks text,retrieval and one length")
+            names = ", ".join(asked)
+            raise InputError(f"{path} has the questions {names}; measure with --tasks text,retrieval and one length")
+        figures = _lookups(answers, plan, result["seed"])
         row = {
             "model": Path(result["model"]).name,
             "plan": plan,
