@@ -32,6 +32,7 @@ import pop
 from pop.generation.sampling import SamplingParams
 from tools.serve import requests as limits
 from tools.serve.__main__ import main
+from tools.serve.replies import error_object
 from tools.serve.rows import Row
 
 openai = pytest.importorskip("openai")
@@ -589,6 +590,14 @@ BAD = [  # path, body, status, and what the message or the code says
     ("/responses", {"model": "tiny", "input": "a" * 600}, 400, "context_length_exceeded"),
 ]
 BAD += [(path, changed(path, changes), *told) for path, changes, *told in REFUSED["requests to tools.serve"]]
+
+
+def test_a_lack_of_memory_is_no_failure_of_the_server():
+    """Neither where a cache does not fit, nor where a GPU lacks the memory for activations."""
+    for error in (pop.CacheMemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")):
+        status, content = error_object(error)
+        assert (status, content["error"]["type"]) == (503, "server_error")
+        assert "memory" in content["error"]["message"] and "CUDA" not in content["error"]["message"]
 
 
 @pytest.mark.parametrize(("path", "body", "status", "says"), BAD)

@@ -8,6 +8,8 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 
+import torch
+
 import pop
 from pop.errors import CacheMemoryError, ContextOverflow, InputError
 from tools.serve.requests import CHAT, TEXT, Asked, Wrong
@@ -122,6 +124,8 @@ def error_object(error: Exception) -> tuple[int, dict]:
         status, code, message = 429, "queue_full", "the queue is full; try again later"
     elif isinstance(error, CacheMemoryError):
         status, message = 503, str(error)
+    elif isinstance(error, torch.OutOfMemoryError):  # of a GPU, by the activations of a prefill
+        status, message = 503, "the server's memory does not suffice for this request; shorten it"
     elif isinstance(error, pop.PopError):
         status, message = 400, str(error)
         first = message.partition(" ")[0]
