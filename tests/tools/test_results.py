@@ -10,6 +10,7 @@ from support.goldens import GOLDENS
 from support.readme import READMES
 
 import pop
+from tools.evaluate import report
 from tools.evaluate.retrieval import share_of
 from tools.evaluate.text import interval
 from tools.results import compare, leaderboard
@@ -47,6 +48,26 @@ def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     machine = "A|B, 2 threads, torch 2.0, Python 3.11.0, pop 0.1.0"
     assert f"{machine}. {counts}. Intervals cover 95 %." in lines and FIGURES["command"] in lines
     assert lines[-2:] == [f"| the full model | {full} |", f"| half: calibrated | {half} |"]
+
+
+def test_code_that_is_written_to_be_read_has_no_speed(tmp_path, capsys, notes):
+    """In the figure, its method is at its limit, or left out if nothing counts its FLOPs."""
+    result = json.loads(json.dumps(FIGURES))
+    result["contenders"]["half"]["is_own"] = True
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(result))
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| 200 | - | - |")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install matplotlib)")
+    for row in next(iter(result["text"].values()))["rows"].values():
+        row.setdefault("kl", {"value": 0.0, "low": 0.0, "high": 0.0})
+    drawn = notes(report, "_draw_line", lambda axes, method, points, number: [speedup for speedup, *_ in points])
+    for is_own, limit, speedups in ((False, None, [1.5]), (True, 1.75, [1.75]), (True, None, [])):
+        result["contenders"]["half"]["is_own"] = is_own
+        result["ttft"]["half"]["limit"] = limit
+        report.plot(result, "svg")
+        assert all(points == speedups for points in drawn) and bool(drawn) == bool(speedups)
+        drawn.clear()
 
 
 def test_a_stored_run_is_drawn_again(tmp_path, capsys):

@@ -211,6 +211,7 @@ def _settings(args, model: pop.Model, domains: dict[str, list[Path]], contenders
             contender.name: {
                 "method": contender.method,
                 "pruned_layers": len(contender.plan.layers),
+                "is_own": contender.is_own,  # whether it reads prompts one at a time, in code that is not the engine's
                 "plan": contender.plan.fields() | {"name": contender.plan.name},
             }
             for contender in contenders

@@ -59,6 +59,11 @@ def kept(received: torch.Tensor, count: int) -> torch.Tensor:
 class FastKV(WithGaps):
     """Layers before the plan's run all tokens. The last one without a window selects those for the plan's layers."""
 
+    @property
+    def selecting(self) -> int:
+        layers = self.model.module.layers
+        return max(index for index in range(self.plan.layers[0]) if layers[index].window is None)
+
     def flops(self, num_tokens: int) -> int:
         config = self.model.config
         selected = max(WINDOW, int(PROPAGATED * num_tokens))
@@ -78,7 +83,6 @@ class FastKV(WithGaps):
         rows = torch.ones_like(slots, dtype=torch.bool)  # the tokens that run the layer
         selected = rows
         first = self.plan.layers[0]
-        selecting = max(index for index in range(first) if module.layers[index].window is None)
         cache.present = []
         for index, layer in enumerate(module.layers):
             if index == first:
@@ -86,7 +90,7 @@ class FastKV(WithGaps):
                 h = h[:, rows]
             present = rows.expand(module.config.num_kv_heads, -1)
             tables = [table[:, rows] for table in rope[layer.window]]
-            if index == selecting:
+            if index == self.selecting:
                 q, k, _ = layer.queries_keys_values(h, tables)
                 selected = kept(scores(q, k, layer.scale).sum(0), int(PROPAGATED * len(tokens)))
             mask = None if index < first else visible(slots[rows], present, layer.window)
@@ -135,9 +139,13 @@ def fastkv(model: pop.Model, fraction: float, windows=None) -> Contender:
         raise InputError(f"fastkv's fraction is {fraction}; it must leave the first layers whole, and cut others")
     if all(layer.window for layer in before):
         raise InputError("fastkv needs a layer without a window before those that it cuts; give a smaller fraction")
-    return FastKV("fastkv", model, plan)
+    contender = FastKV("fastkv", model, plan)
+    what = f"the deepest {len(plan.layers)} layers see {PROPAGATED:.0%} of the tokens"
+    contender.method = f"FastKV's token propagation: {what}, which layer {contender.selecting} selects"
+    return contender
 
 
 def snapkv(model: pop.Model, fraction: float, windows=None) -> Contender:
     """`fraction` of the prompt's K and V is dropped in all layers without a window."""
-    return SnapKV("snapkv", model, pop.PrunePlan.none(), share=1 - fraction)
+    method = f"SnapKV: {1 - fraction:.0%} of K and V kept, by the last {WINDOW} queries"
+    return SnapKV("snapkv", model, pop.PrunePlan.none(), method, share=1 - fraction)

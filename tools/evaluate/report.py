@@ -56,7 +56,8 @@ def summary_rows(result: dict) -> list[list[str]]:
     if ttft:
         lines[0] += _TTFT_HEADS
         for number, name in enumerate(names):
-            lines[number + 1] += _ttft_cells(ttft[name], number)
+            is_own = result.get("contenders", {}).get(name, {}).get("is_own", False)
+            lines[number + 1] += _ttft_cells(ttft[name], number, is_own)
     return lines
 
 
@@ -65,11 +66,14 @@ _TEXT_HEADS = ["perplexity", "KL", "same top", "KL first", "first"]
 _RETRIEVAL_HEADS = ["retrieved", "of full", "lost", "gained", "nats an answer"]
 
 
-def _ttft_cells(row: dict, number: int) -> list[str]:
+def _ttft_cells(row: dict, number: int, is_own: bool) -> list[str]:
+    """The speed of code that is written to be read says nothing about its method."""
     limit = "-" if row["limit"] is None else f"{row['limit']:.2f}x"
     speedup = f"{row['speedup']:.2f}x"
     if number and row.get("low") is not None:
         speedup += f" [{row['low']:.2f}, {row['high']:.2f}]"
+    if is_own:
+        speedup = "-"
     return [f"{row['median_s'] * 1e3:,.0f}", speedup, limit]
 
 
@@ -180,12 +184,19 @@ _MARKERS = "osD^vPX*<"  # one more than colours: pairs come back late
 
 
 def _draw(axes, result: dict, values: dict[str, dict]) -> None:
-    """Draw each contender's value over its speedup, but not the full model's."""
+    """Draw each contender's value over its speedup, but not the full model's.
+
+    Code that is written to be read has no speed of its own, so its method is drawn at its limit, if that is known.
+    """
     lines = {}
     drawn = [name for name in result["contenders"] if name in list(values)[1:]]
     for name in drawn:
         contender = result["contenders"][name]
-        point = (result["ttft"][name]["speedup"], values[name], contender["pruned_layers"])
+        times = result["ttft"][name]
+        speedup = times["limit"] if contender.get("is_own") else times["speedup"]
+        if speedup is None:
+            continue
+        point = (speedup, values[name], contender["pruned_layers"])
         lines.setdefault(contender["method"], []).append(point)
     for number, (method, points) in enumerate(lines.items()):
         _draw_line(axes, method, sorted(points, key=lambda point: point[0]), number)
