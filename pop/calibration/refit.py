@@ -103,7 +103,7 @@ def fitted(
             if layers == groups[-1]:
                 yield dataclasses.replace(plan, corrections=corrections)
         solutions.append(solution)
-        solved = dataclasses.replace(solved, layers=corrections.layers, corrections=corrections)
+        solved = PrunePlan(corrections.layers, full_depth_first=plan.full_depth_first, corrections=corrections)
         del sums  # they are large
 
 
@@ -155,14 +155,11 @@ def _of_all_heads(model, rows: Tensor) -> Tensor:
 
 def _corrections(model, plan: PrunePlan, solutions: list[Solution]) -> Corrections:
     """The corrections of a plan's first groups."""
-    weight = torch.cat([solution.weight for solution in solutions])
-    tensors = {"weight": weight, "shared": torch.stack([solution.shared for solution in solutions])}
-    updates = [solution.update for solution in solutions if solution.update is not None]
-    if updates:
-        tensors["update"] = torch.stack(updates)
-    tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
-    layers = plan.layers[: len(weight)]
-    return Corrections(layers, sketch=model.sketch[list(layers)], **tensors)
+    weights, shared, updates = zip(*solutions, strict=True)
+    updates = [update for update in updates if update is not None]
+    tensors = [torch.cat(weights), torch.stack(shared), *([torch.stack(updates)] if updates else [])]
+    layers = plan.layers[: len(tensors[0])]
+    return Corrections(layers, *(tensor.to(model.dtype) for tensor in tensors), sketch=model.sketch[list(layers)])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

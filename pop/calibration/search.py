@@ -153,21 +153,12 @@ def layers_apart(needed: Tensor, count: int, tail: int, deepstack_layers: int = 
     chosen: set[int] = set()
     for index in sorted(range(1, first - 1), key=lambda index: needed[index]):
         most = 1 if index <= deepstack_layers else 2
-        if len(chosen) < count - tail and _run(chosen, index) <= most:
+        longer = (range(begin, begin + most + 1) for begin in range(index - most, index + 1))
+        if len(chosen) < count - tail and not any(map({*chosen, index}.issuperset, longer)):
             chosen.add(index)
     if len(chosen) < count - tail:
         return None
     return (*sorted(chosen), *range(first, len(needed)))
-
-
-def _run(chosen: set[int], index: int) -> int:
-    """How many consecutive indices there are around `index`, if it is chosen too."""
-    first = last = index
-    while first - 1 in chosen:
-        first -= 1
-    while last + 1 in chosen:
-        last += 1
-    return last - first + 1
 
 
 def _prompt(model) -> int:

@@ -57,13 +57,13 @@ class KVCache:
         self.max_seq_len = max_seq_len = check_count("max_seq_len", max_seq_len)
         self.chunk_size = check_count("chunk_size", chunk_size)
         self.has_windows = any(config.windows)
-        self.ring = min(self.slots(window) for window in config.windows)  # S of the layer with the fewest slots
+        slots = [self.slots(window) for window in config.windows]
+        self.ring = min(slots)  # S of the layer with the fewest slots
         size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
         self.intact = True
         self.passes = {}  # see LayerPass.of
 
-        slots = [self.slots(window) for window in config.windows]
         with _allocating("a KV cache", batch_size, max_seq_len, size, device):
             self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
             self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64, device="cpu")

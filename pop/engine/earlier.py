@@ -11,7 +11,7 @@ Shape letters: pop/models/layers.py; N is the number of earlier tokens.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
 from pop.engine.chunks import ALL_KEYS, Tokens, attention_metadata
-from pop.engine.selection import received_by_all
+from pop.engine.selection import received
 from pop.system.memory import to_device
 
 
@@ -49,27 +49,17 @@ class Earlier(NamedTuple):
             return cls(slots[:, :0], others[:, :0], others[:, :0])
         return cls(slots, others, (positions >= 0) & others.any(1, keepdim=True))
 
-    def received(self, cache: KVCache, selecting_layer: int) -> partial:
+    def received(self, cache: KVCache, selecting_layer: int) -> Callable:
         """As `received` of selection.py, for these tokens and a prompt."""
         slots, is_attended = to_device([self.slots, self.is_attended], cache.device)
         rows = torch.arange(len(slots), device=slots.device)[:, None]
-        return partial(received_by_all, cache.keys[selecting_layer][rows, slots], is_attended)
+        k = cache.keys[selecting_layer][rows, slots]
+        return lambda *inputs: received(*inputs, k, is_attended)
 
 
-def in_front(tokens: Tensor, is_chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of tokens [B, N] that are chosen [B, N], in order, as [B, W]; and which of these are valid, [B, W].
-
-    A row with fewer ends with other tokens, which are not valid.
-    """
-    counts = is_chosen.sum(1)
-    W = int(counts.max())
-    columns = is_chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :W]
-    return tokens.gather(1, columns), torch.arange(W) < counts[:, None]
-
-
-def attention_of(module, cache: KVCache, positions: Tensor, valid: Tensor) -> dict[int | None, AttentionMetadata]:
-    """How text tokens at positions [B, W] of a cache without windows attend to it. Some are valid [B, W]."""
-    tokens = Tokens(None, positions, valid, rotary=positions, last_attended=None)
+def attention_of(module, cache: KVCache, positions: Tensor) -> dict[int | None, AttentionMetadata]:
+    """How text tokens at positions [B, W] of a cache without windows attend to it. max_seq_len stands for padding."""
+    tokens = Tokens(None, positions, positions < cache.max_seq_len, rotary=positions, last_attended=None)
     attention = attention_metadata(module, cache, tokens, cache.lengths)
     if positions.shape[1] == 1:  # as in decode, without a band
         return attention

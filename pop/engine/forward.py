@@ -13,10 +13,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
-from pop.engine.earlier import Earlier, attention_of, in_front, remember
+from pop.engine.earlier import Earlier, attention_of, remember
 from pop.engine.layer_pass import LayerPass, ReplayedPasses
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
@@ -51,11 +52,10 @@ def prefill(
     has_stepped_sizes = is_short and images is TEXT and not cache.lengths.any()
     prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes)
     call = Call(module, cache, plan, stages, chunk_size, replays=has_stepped_sizes)
-    last = None  # [B, D], each row's h after the last layer, at its last token so far
+    last = 0.0  # then [B, D], each row's h after the last layer, at its last token so far
     # A prompt that goes on selects nothing: its last token, which decides, comes later.
     for chunk, h in call.chunks(prompts, selects=boundary):
-        latest = chunk.latest(h)
-        last = latest if last is None else latest.where(chunk.has_tokens[:, None], last)  # all begin in the first
+        last = chunk.latest(h).where(chunk.has_tokens[:, None], last)  # all begin in the first
     logits = stages.head(module, last[:, None])[:, 0]  # [B, 1, D] as in decode, so one compiled head serves both
     call.commit(lengths, images.rope_offset(lengths))
     return logits
@@ -95,8 +95,7 @@ class Call:
     def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
         cache = self.cache
-        if self.skipped is not cache.skipped:
-            cache.intact = False  # until both `lengths` and `skipped` are set
+        cache.intact = False  # until both `lengths` and `skipped` are set
         cache.move_to((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
         cache.skipped.copy_(self.skipped)
         cache.intact = True
@@ -174,25 +173,25 @@ class Call:
 
         if N:
             again = chosen[:, :N].cpu()
-            self.run_again(*in_front(earlier.slots, again))
+            self.run_again([row[chosen] for row, chosen in zip(earlier.slots, again, strict=True)])
             counts = counts - again.sum(1)
         return Selection(chosen[:, N:], counts)
 
-    def run_again(self, positions: Tensor, valid: Tensor) -> None:
-        """Run tokens at positions [B, W] of the cache from the selecting layer on, those that are valid [B, W]."""
-        if not valid.any():
-            return
+    def run_again(self, slots: list[Tensor]) -> None:
+        """Run the tokens of each row in these slots of the cache from the selecting layer on."""
         cache = self.cache
+        positions = pad_sequence(slots, True, cache.max_seq_len)  # [B, W]; padding is in the spare slot
+        if not positions.numel():
+            return
         cache.intact = False  # until `commit`, since `skipped` may be the cache's own
         rows = torch.arange(len(positions), device=cache.device)[:, None]
-        pieces = positions.split(self.chunk_size, dim=1), valid.split(self.chunk_size, dim=1)
-        for at, is_valid in zip(*pieces, strict=True):
-            attention = attention_of(self.module, cache, at, is_valid)
-            slots, spare = to_device([at, at.where(is_valid, cache.max_seq_len)], cache.device)
-            f = cache.entered[rows, slots]  # [B, W, D]
+        for at in positions.split(self.chunk_size, dim=1):
+            attention = attention_of(self.module, cache, at)
+            (there,) = to_device([at], cache.device)
+            f = cache.entered[rows, there]  # [B, W, D]
             for index in range(self.plan.selects_at, len(self.module.layers)):
                 f = self.passes.run_layer(index, f, attention)
-            self.skipped[rows, spare] = -1
+            self.skipped[rows, there] = -1
 
     def run_from_selecting_layer(
         self, prompts: Prompts, chunks: list[Chunk], entering: Tensor, selection: Selection

@@ -7,7 +7,6 @@ and nothing waits for it. Shape letters: pop/models/layers.py; T is the number o
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pop.pruning.plan import SELECTING, PrunePlan
@@ -15,32 +14,23 @@ from pop.pruning.selection import attention_received, most_attended
 from pop.system.memory import to_device
 
 
-def received(layer, h, rope, lengths: Tensor) -> Tensor:
-    """The attention [B, T] that the tokens of prompts h [B, T, D] of `lengths` [B] get from their last ones."""
+def received(layer, h, rope, lengths: Tensor, *earlier: Tensor) -> Tensor:
+    """The attention [B, T] that the tokens of prompts h [B, T, D] of `lengths` [B] get from their last ones.
+
+    earlier: The keys [B, N, K, E] of tokens before the prompts, and which are attended, [B, N]. Then it is [B, N + T].
+    """
     k = layer.keys_values(h, rope)[0]  # [B, T, K, E]
     key = torch.arange(h.shape[1], device=h.device)  # [T], of each row
-    q, query = last_queries(layer, h, rope, lengths)
-    return attention_received(q, k, query, key, layer.scale)
-
-
-def received_by_all(earlier_k: Tensor, is_attended: Tensor, layer, h, rope, lengths: Tensor) -> Tensor:
-    """The same for earlier tokens with keys earlier_k [B, N, K, E], some attended [B, N], and prompts: [B, N + T]."""
-    T = h.shape[1]
-    N = earlier_k.shape[1]
-    k = torch.cat((earlier_k, layer.keys_values(h, rope)[0]), dim=1)  # [B, N + T, K, E]
-    key = torch.arange(N + T, device=h.device).where(F.pad(is_attended, (0, T), value=True), -1)  # [B, N + T]
-    q, query = last_queries(layer, h, rope, lengths)
-    query = torch.where(query < 0, query, query + N)
-    return attention_received(q, k, query, key, layer.scale)
-
-
-def last_queries(layer, h, rope, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries [B, Q, H, E] of prompts' last tokens, and their places [B, Q], negative where a prompt has fewer."""
+    if earlier:
+        earlier_k, is_attended = earlier
+        k = torch.cat((earlier_k, k), dim=1)
+        # No query is before position 0, so it stands for all of them.
+        key = torch.cat((is_attended.long() - 1, key.expand(len(h), -1)), dim=1)
     rows = torch.arange(len(h), device=h.device)[:, None]
-    query = lengths[:, None] + torch.arange(-SELECTING, 0, device=h.device)
+    query = lengths[:, None] + torch.arange(-SELECTING, 0, device=h.device)  # [B, Q], negative in a shorter prompt
     place = query.clamp(min=0)
     q, _, _ = layer.queries_keys_values(h[rows, place], tuple(table[rows, place] for table in rope))
-    return q, query
+    return attention_received(q, k, query, key, layer.scale)
 
 
 def select(module, plan: PrunePlan, h, rotary, lengths, others, counts, received: Callable = received) -> Tensor:
