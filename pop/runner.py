@@ -181,7 +181,7 @@ class Runner:
                 the plan selects no tokens.
         """
         self._check_cache(cache, lengths)
-        if plan.full_depth_selected:  # here, where spare caches can give way, and before any layer runs
+        if plan.selects:  # here, where spare caches can give way, and before any layer runs
             self._allocated(cache.hold_states)
         stages = self._stages(len(tokens), plan)
         images = self.vision.images(self._stages.vision_module, media, tokens, lengths)

@@ -82,15 +82,15 @@ class Pass:
         """
         full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], plan)  # [T]
         running = range(len(self.module.layers))[first_layer(plan) : end]
-        rows = full_depth.expand(len(h), -1).to(h.device)  # [B, T]
+        whole = full_depth.expand(len(h), -1).to(h.device)  # [B, T]
         for group in plan.to(h.device, h.dtype).groups(len(self.module.layers), self.module.deepstack_layers):
             inside = [index for index in group.layers if index in running]
             if inside and group.is_pruned:
-                h = self._pruned_group(group, h, rows)
+                h = self._pruned_group(group, h, whole)
                 continue
             for index in inside:
-                if index == plan.selects_at and plan.full_depth_selected:
-                    rows = rows | self._selected(plan, h, full_depth[:prompt_length])
+                if plan.selects and index == plan.selects_at:
+                    whole = whole | self._selected(plan, h, full_depth[:prompt_length])
                 h = self.layer(index, h)
         return h
 
@@ -112,7 +112,7 @@ class Pass:
     def _pruned_group(self, group: Group, h: Tensor, full_depth: Tensor) -> Tensor:
         """Run a group of pruned layers: h [B, T, D] -> h [B, T, D]. Only full_depth [B, T] tokens run its layers."""
         B, T, _ = h.shape
-        # The batch row and the position of each full-depth token, [B, R] each: every batch row has as many.
+        # The batch row and the position of each full-depth token, [B, W] each: every batch row has as many.
         rows = full_depth.nonzero().view(B, -1, 2).unbind(-1)
         corrections = group.corrections
         z = None
@@ -120,10 +120,10 @@ class Pass:
             x = self.module.layers[group.layers.start].normalised(h)
             z = corrections.code(x, F.pad(x, (0, 0, 1, -1)))  # [B, T, rank]; the state before the first one is zero
         masks = {
-            window: causal_mask(T, window, self.last_attended, h.device).expand(B, -1, -1)[rows]  # [B, R, T]
+            window: causal_mask(T, window, self.last_attended, h.device).expand(B, -1, -1)[rows]  # [B, W, T]
             for window in self.ropes
         }
-        f = h[rows]  # [B, R, D]
+        f = h[rows]  # [B, W, D]
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             rope = self.ropes[layer.window]
@@ -145,7 +145,7 @@ def _attend_prompt(layer, q, k, v, *, prompt_k, prompt_v, rows, mask):
 
 def first_layer(plan: PrunePlan) -> int:
     """Where the pass of a plan leaves the full one: at the first pruned layer, or before it where it selects tokens."""
-    if plan.full_depth_selected:
+    if plan.selects:
         return min(plan.layers[0], plan.selects_at)
     return plan.layers[0]
 

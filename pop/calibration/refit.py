@@ -191,7 +191,7 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     h = run.layers(run.embed(), 0, first)
     entering = h  # [B, T, D], by the plan
     if solved.layers:
-        longer = tokens.shape[1] + 1  # tokens, so that none is a prompt's last one
+        longer = tokens.shape[1] + 1  # tokens, of which only the last, which is not there, would be at full depth
         entering = run.pruned(model.resolve(solved), h, longer, group.start)
     x = module.layers[group.start].normalised(entering)
     before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token

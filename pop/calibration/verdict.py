@@ -26,7 +26,8 @@ from pop.system.progress import progress_bar
 LENGTHS = (512, 1024, 4096)  # tokens of a prompt. Plans that pop.calibrate decides prune no shorter ones
 LONG = 2048  # tokens; longer prompts take so much time that half as many questions are asked about each
 CONTINUATION = 96  # tokens after a prompt, and the most tokens of an answer
-WINDOWS = 8192  # the prompt tokens that loss is measured on at a length, in 2 to 8 windows if the text has them
+TOKENS = 8192  # the prompt tokens that loss is measured on at a length, if the text has them
+FEWEST_WINDOWS, MOST_WINDOWS = 2, 8  # that hold them
 MOST_KL = 0.03  # nats a token
 LEAST_KEPT = 0.95  # of the full model's exact answers
 FEWEST = 3  # exact answers of the full model, without which a kind does not count
@@ -49,7 +50,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether neither all questions, nor one kind at one length, keep less than 95 %, and no KL is above 0.03."""
+        """Whether all questions, and each kind at each length, keep LEAST_KEPT, and no KL is above MOST_KL."""
         return not self.failures
 
     @property
@@ -208,7 +209,7 @@ def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
     """Prompts of `length` tokens with their continuations, evenly spread over a text. It is repeated if need be."""
     size = length + CONTINUATION - len(head)
     text = text * -(-size // len(text))
-    count = min(8, max(2, WINDOWS // length), len(text) // size)
+    count = min(MOST_WINDOWS, max(FEWEST_WINDOWS, TOKENS // length), len(text) // size)
     begins = [(len(text) - size) * number // max(1, count - 1) for number in range(count)]
     return [head + text[begin : begin + size] for begin in begins]
 

@@ -31,8 +31,9 @@ class KVCache:
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
     skipped: For each slot, -1, or the selecting layer of the plan whose pruned layers its token has skipped:
-        [B, S + 1] int16. Later prompts may select such tokens (earlier.py). It is -1 from a row's length on, since a
-        decode step does not write it. S is 0 here until `hold_states`.
+        [B, S + 1] int16. Later prompts may select such tokens (earlier.py), so a token that none may select has -1 as
+        well, whatever it has skipped. It is -1 from a row's length on, since a decode step does not write it. Until
+        `hold_states`, it has no slot but the spare one.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     passes: The decode step, and the passes of prompts, that are replayed on this cache's tensors, by class.

@@ -48,7 +48,8 @@ class Selection(NamedTuple):
 class Tokens(NamedTuple):
     """Tokens [B, C] of a chunk. All tensors are on the CPU, but those of a decode step are on the device."""
 
-    in_prompt: Tensor  # [B, C] int64, the columns of the prompts [B, T]; padding repeats a row's last token
+    # [B, C] int64, the columns of the prompts [B, T]; padding repeats a row's last token. None: not of a prompt.
+    in_prompt: Tensor | None
     positions: Tensor  # [B, C] int64, in the sequence
     valid: Tensor  # [B, C] bool, false for padding
     rotary: Tensor  # rotary positions, [B, C] int64, or [3, B, C] by axis
@@ -100,7 +101,8 @@ class FullDepth(NamedTuple):
     plan: PrunePlan  # without layers if no token of the chunk is pruned
     attention: dict[int | None, AttentionMetadata]  # how the full-depth tokens attend, by the layers' window
     # [B, W], in order. A row with fewer begins with columns that are not valid: those of pruned tokens, which run for
-    # nothing. Their K and V go to the spare slot, and their h is put back.
+    # nothing. Their K and V go to the spare slot, and their h is put back. So the last column is that of each row's
+    # latest full-depth token.
     columns: Tensor
     valid: Tensor  # [B, W] bool
     last_is_full: Tensor  # [B, 1] bool, whether a row's last token in the chunk is one of them, the last

@@ -124,8 +124,8 @@ class ReadyStages:
 
     def _warm_up_once(self, several: bool, plan: PrunePlan) -> None:
         """Compile what one row or several need, unless it is there: for all plans, or what one plan adds to that."""
-        # Code is compiled for the rank of corrections, and for a selection.
-        forms = {plan.corrections and ("rank", plan.corrections.rank), plan.full_depth_selected > 0}
+        # Code is compiled for the rank of corrections, if there are any, and for a selection. A plain plan has neither.
+        forms = {plan.corrections and ("rank", plan.corrections.rank), plan.selects}
         kinds = set(self._kinds.values()) - {None}
         # torch compiles again for other numbers of threads.
         wanted = set(product([several], [torch.get_num_threads()], forms, kinds))
@@ -193,7 +193,7 @@ class ReadyStages:
             return cache
 
         if plan.layers:
-            share = 0.5 if plan.full_depth_selected else 0.0
+            share = 0.5 if plan.selects else 0.0
             fields = {"full_depth_first": 1, "full_depth_last": 1, "full_depth_below": 0, "full_depth_selected": share}
             prefill(dataclasses.replace(plan, **fields))
             return

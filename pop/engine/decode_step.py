@@ -38,23 +38,23 @@ class DecodeStep(LayerPass):
         self.tokens, self.positions, self.offsets = inputs.unbind()
         self.ends = torch.full_like(self.positions, cache.max_seq_len)  # no row attends to later positions
         # The cache.lengths and rope_offsets that are on the device now. None: unknown.
-        self.snapshot: tuple[Tensor, Tensor] | None = None
-        # It does not hold the step: that would be a cycle.
+        self.on_device: tuple[Tensor, Tensor] | None = None
+        # It does not hold this object, which would be a cycle.
         self.replay = stages.replay and stages.replay(module, f"decode of {cache.batch_size} rows")
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths
         offsets = cache.rope_offsets
-        if self.snapshot is None or not all(map(torch.equal, self.snapshot, (lengths, offsets))):
+        if self.on_device is None or not all(map(torch.equal, self.on_device, (lengths, offsets))):
             positions, offsets_there = to_device([lengths, offsets], cache.device)
             self.positions.copy_(positions)
             self.offsets.copy_(offsets_there)
         self.tokens.copy_(tokens, non_blocking=True)
-        self.snapshot = None  # if the step fails, its positions are unknown
+        self.on_device = None  # if the step fails, its positions are unknown
         step = partial(self.step, cache)
         logits, hidden = step() if self.replay is None else self.replay(step)
         cache.move_to((lengths + 1, hidden, offsets))
-        self.snapshot = (cache.lengths.clone(), offsets.clone())
+        self.on_device = (cache.lengths.clone(), offsets.clone())
         return logits
 
     def step(self, cache: KVCache) -> tuple[Tensor, Tensor]:

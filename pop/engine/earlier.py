@@ -28,18 +28,18 @@ class Earlier(NamedTuple):
     """The last N tokens of each row of a cache, in order. All tensors are on the CPU. N is 0 if there are no others."""
 
     slots: Tensor  # [B, N]
-    others: Tensor  # [B, N] bool, which of them have skipped layers from the selecting layer on, so may be selected
+    others: Tensor  # [B, N] bool, which of them may be selected, as they skipped layers from the selecting layer on
     # [B, N] bool, which count in the softmax: all of a row, if it has others. A row without them scores its prompt
-    # alone, as it would by itself, since N may be above 0 for another row's sake.
+    # alone, as it would by itself. N may be above 0 for another row.
     is_attended: Tensor
 
     @classmethod
-    def of(cls, cache: KVCache, selecting_layer: int, selects: bool) -> Earlier:
-        """The tokens for a call that selects, and none for one that does not.
+    def of(cls, cache: KVCache, selecting_layer: int, boundary: bool) -> Earlier:
+        """The tokens for a call whose prompts end with their boundary, and none for another call, which selects none.
 
         Waits for the device, unless there are surely none.
         """
-        N = int(cache.lengths.max()) if selects and cache.has_states else 0
+        N = int(cache.lengths.max()) if boundary and cache.has_states else 0
         positions = cache.lengths[:, None] - N + torch.arange(N)
         slots = positions.clamp(min=0)  # the states are only kept without windows, where position p is in slot p
         others = positions >= 0

@@ -54,7 +54,7 @@ def prefill(
     call = Call(module, cache, plan, stages, chunk_size, replays=has_stepped_sizes)
     last = 0.0  # then [B, D], each row's h after the last layer, at its last token so far
     # A prompt that goes on selects nothing: its last token, which decides, comes later.
-    for chunk, h in call.chunks(prompts, selects=boundary):
+    for chunk, h in call.chunks(prompts, boundary):
         last = chunk.latest(h).where(chunk.has_tokens[:, None], last)  # all begin in the first
     logits = stages.head(module, last[:, None])[:, 0]  # [B, 1, D] as in decode, so one compiled head serves both
     call.commit(lengths, images.rope_offset(lengths))
@@ -100,11 +100,12 @@ class Call:
         cache.skipped.copy_(self.skipped)
         cache.intact = True
 
-    def chunks(self, prompts: Prompts, selects: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
+    def chunks(self, prompts: Prompts, boundary: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
         """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
 
-        A plan that `selects` tokens needs the last token's state at the selecting layer. So all chunks run up to that
-        layer before the first one continues. It selects among the new tokens, and among earlier ones in the cache.
+        A plan that selects tokens needs the last token's state at the selecting layer. So all chunks run up to that
+        layer before the first one continues. It selects among the new tokens, and among earlier ones in the cache, if
+        the prompts end with their `boundary`.
         """
         cache = self.cache
         # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that it counts.
@@ -113,12 +114,12 @@ class Call:
         cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
 
         chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, self.chunk_size))
-        if self.plan.layers and self.plan.full_depth_selected:
-            earlier = Earlier.of(cache, self.plan.selects_at, selects)
+        if self.plan.selects:
+            earlier = Earlier.of(cache, self.plan.selects_at, boundary)
             if not prompts.full_depth.all() or earlier.others.any():
                 chunks = list(chunks)
                 entering = self.run_to_selecting_layer(prompts, chunks)
-                selection = self.select_tokens(prompts, entering, earlier, selects)
+                selection = self.select_tokens(prompts, entering, earlier, boundary)
                 yield from self.run_from_selecting_layer(prompts, chunks, entering, selection)
                 return
         for chunk in chunks:
@@ -143,11 +144,11 @@ class Call:
             )
         return entering
 
-    def select_tokens(self, prompts: Prompts, entering: Tensor, earlier: Earlier, selects: bool) -> Selection:
+    def select_tokens(self, prompts: Prompts, entering: Tensor, earlier: Earlier, boundary: bool) -> Selection:
         """Choose among the N earlier and the T new tokens. Returns the chosen new ones.
 
-        It also keeps states for later prompts, and runs the chosen earlier tokens again. Unless it `selects`, it
-        chooses none, and only keeps states.
+        It also keeps states for later prompts, and runs the chosen earlier tokens again. Without a `boundary`,
+        it chooses none, and only keeps states.
         """
         cache = self.cache
         plan = self.plan
@@ -158,7 +159,7 @@ class Call:
         rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
 
         others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)  # [B, N + T]
-        counts = torch.tensor([selects * plan.num_selected(number) for number in others.sum(1).tolist()])
+        counts = torch.tensor([plan.num_selected(number) if boundary else 0 for number in others.sum(1).tolist()])
         received = earlier.received(cache, plan.selects_at) if N else self.stages.received
         inputs = entering, rotary, prompts.lengths, others, counts, received
         (others_there,) = to_device([others], cache.device)
@@ -183,7 +184,7 @@ class Call:
         positions = pad_sequence(slots, True, cache.max_seq_len)  # [B, W]; padding is in the spare slot
         if not positions.numel():
             return
-        cache.intact = False  # until `commit`, since `skipped` may be the cache's own
+        cache.intact = False  # until `commit`, since K and V of tokens that the cache counts change, layer by layer
         rows = torch.arange(len(positions), device=cache.device)[:, None]
         for at in positions.split(self.chunk_size, dim=1):
             attention = attention_of(self.module, cache, at)

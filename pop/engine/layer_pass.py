@@ -59,7 +59,8 @@ class LayerPass:
             full: Which of them run the pruned layers.
             h: Enters the first of the layers.
             previous: The state of the token before each row's first one as it entered each layer, [L, B, D]. The second
-                result is of the same form. It has all layers, since the next plan's groups may begin elsewhere.
+                result is of the same form. It has all layers, since the groups of the next call's plan may begin
+                elsewhere.
         """
         hidden = list(previous)
         for group in full.plan.groups(len(self.module.layers), self.module.deepstack_layers):

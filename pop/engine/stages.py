@@ -1,7 +1,8 @@
 """The stages: what a layer computes in prefill and decode, and the output head.
 
 Each stage of a layer takes the layer and its slice of the cache, keys and values [B, S + 1, K, E], as arguments, so one
-compiled graph serves all layers (compile.py). Lengths enter as tensor shapes, never as Python ints.
+compiled graph serves all layers. (compile.py knows the layer by the name of its parameter, `layer`.) Lengths enter as
+tensor shapes, never as Python ints.
 """
 
 from collections.abc import Callable

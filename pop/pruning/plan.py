@@ -55,8 +55,7 @@ class PrunePlan:
         full_depth_selected: The share of a prompt's other tokens that also run at full depth. These are the tokens that
             the prompt's last tokens attend to most at the selecting layer. They skip the pruned layers before it.
             Tokens of earlier prompts in the cache that have skipped layers compete with them.
-            Prefill reads this field as `num_selected` and `selects_at`. The compiler and the differentiable pass of
-            calibration only ask whether it is above 0.
+            Prefill reads this field as `selects`, `num_selected` and `selects_at`.
         selecting_layer: A kept layer with pruned ones after it. None: the layer before the first pruned one.
         full_depth_below: All tokens of a sequence run at full depth if its prompt ends before so many tokens. In a
             short prompt, what pruning costs is more than what it saves.
@@ -229,6 +228,11 @@ class PrunePlan:
         is_last_or_generated = position >= prompt_length - self.full_depth_last
         is_short = prompt_length < self.full_depth_below
         return is_first | is_last_or_generated | is_short
+
+    @property
+    def selects(self) -> bool:
+        """Whether it selects tokens."""
+        return bool(self.layers) and self.full_depth_selected > 0
 
     def num_selected(self, others: int) -> int:
         """How many of the `others`, a prompt's tokens that are not at full depth by their position, are selected."""

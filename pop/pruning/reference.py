@@ -33,7 +33,8 @@ KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
 def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> Tensor:
     """Which of `num_tokens` tokens run at full depth by their position, [T] bool. The prompt comes first.
 
-    These are the prompt's last `full_depth_last` tokens, all that are generated after it, and others that a plan names.
+    These are the prompt's last `full_depth_last` tokens and all that are generated after it. By its plan, they are also
+    the first `full_depth_first` tokens, and all tokens of a prompt shorter than `full_depth_below`.
     """
     return plan.at_full_depth(torch.arange(num_tokens), prompt_length)
 

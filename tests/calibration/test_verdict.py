@@ -87,7 +87,7 @@ def test_built_in_texts_follow_a_text_that_is_shorter_than_a_prompt(model):
 
 
 def test_a_long_prompt_has_two_windows(model, monkeypatch):
-    monkeypatch.setattr("pop.calibration.verdict.WINDOWS", 800)
+    monkeypatch.setattr("pop.calibration.verdict.TOKENS", 800)
     ((_, windows, _),) = compared(model, None, [500], 1)
     assert len(windows) == 2
     assert windows[0] != windows[1]

@@ -97,7 +97,8 @@ def test_a_cache_has_room_for_states_once_a_plan_selects(config):
     model = pop.Model(random_model(config, seed=3), config)
     cache = model.new_cache(2, 30)
     plan = PrunePlan((3, 4), full_depth_selected=0.3, selecting_layer=1)
-    for one, states in ((by_position(plan), False), (plan, True)):
+    pruning_nothing = PrunePlan(full_depth_selected=0.3)
+    for one, states in ((by_position(plan), False), (pruning_nothing, False), (plan, True)):
         model.prefill([range(9), range(9)], cache, plan=one)
         assert cache.nbytes == KVCache.size_in_bytes(config, 2, 30, model.dtype, states=states)
     assert cache.has_states != any(config.windows)
