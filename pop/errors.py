@@ -4,6 +4,7 @@ Each is a `PopError` and also the built-in it refines, so both `except pop.PopEr
 do what a caller expects. A message is one sentence: what is wrong, where, and what to do about it.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from math import inf
 from operator import index
@@ -68,14 +69,12 @@ class CacheMemoryError(PopError, MemoryError):
 
 def check_count(name: str, value, least: int = 1, most: float = inf, error: type[PopError] = InputError) -> int:
     """Return `value` as an int. Raise `error`, which names it, unless it is an integer from `least` to `most`."""
-    try:
-        number = None if isinstance(value, bool) else index(value)
-    except TypeError:
-        number = None
-    if number is None or not least <= number <= most:
-        wanted = f"of at least {least}" if most == inf else f"from {least} to {most}"
-        raise error(f"{name} is {value!r}; it must be an integer {wanted}")
-    return number
+    with suppress(TypeError):
+        number = index(value)
+        if least <= number <= most and not isinstance(value, bool):
+            return number
+    wanted = f"of at least {least}" if most == inf else f"from {least} to {most}"
+    raise error(f"{name} is {value!r}; it must be an integer {wanted}")
 
 
 def some(items: list[str], separator: str = ", ") -> str:

@@ -172,8 +172,7 @@ def _tokenizer(given, folder: Path) -> Tokenizer | None:
         return given
     if given != "auto":
         return load_tokenizer(given)
-    names = ("tokenizer.json", "tokenizer.model")
-    if not any((folder / name).exists() for name in names):
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     try:
         return load_tokenizer(folder)

@@ -5,6 +5,7 @@ Prefill, decode and caches are in runner.py. The loop that answers is in pop/gen
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any, overload
@@ -55,7 +56,6 @@ class Model(Runner):
         self.sampling = sampling
         self.name = name
         self._chat_format = chat_format
-        self._found_format: ChatFormat | None = None
         if chat_format is not None and tokenizer is not None:
             self.chat_format()  # raises if it cannot be
 
@@ -107,21 +107,19 @@ class Model(Runner):
         Raises:
             InputError: An argument cannot be used, or the logits overflow. ContextOverflow: A prompt is too long.
         """
-        began = time.perf_counter()
-        return self._batch(prompt, images, videos, plan, options).generate(began)
+        return self._batch(prompt, images, videos, plan, options, began=time.perf_counter()).generate()
 
     def stream(self, prompt, *, images=None, videos=None, plan=None, **options: Unpack[Options]) -> Stream:
         """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come.
 
         From the last piece on, the stream's `generation` is the Generation.
         """
-        began = time.perf_counter()
-        return self._batch(prompt, images, videos, plan, options).stream(began)
+        return self._batch(prompt, images, videos, plan, options, began=time.perf_counter()).stream()
 
-    def _batch(self, prompt, images, videos, plan, options: dict) -> Batch:
+    def _batch(self, prompt, images, videos, plan, options: dict, *, began: float) -> Batch:
         params = sampling_params(options, self.sampling)
         prompts, media, is_list = self.encode_batch(prompt, images, videos)
-        return Batch(self, prompts, media, params, self.resolve(plan), is_list=is_list)
+        return Batch(self, prompts, media, params, self.resolve(plan), began, is_list=is_list)
 
     def chat(
         self, messages, *, tools=None, enable_thinking: bool = True, plan=None, **options: Unpack[Options]
@@ -142,7 +140,7 @@ class Model(Runner):
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
         tokens, media = self.chat_format().prompt(messages, tools=tools, enable_thinking=enable_thinking)
-        return self._batch(tokens, media, None, plan, options).generate(began)
+        return self._batch(tokens, media, None, plan, options, began=began).generate()
 
     def chat_tokens(self, messages, *, tools=None, enable_thinking: bool = True) -> list[int]:
         """The token ids of a conversation, up to where the answer begins. Arguments as in `chat`."""
@@ -158,9 +156,11 @@ class Model(Runner):
         Raises UnsupportedError if it has none, because it is a base model. `load(chat_format=)` helps.
         """
         self.need_tokenizer("chat")
-        if self._found_format is None:
-            self._found_format = chat_format(self.tokenizer, self.vision, self._chat_format)
         return self._found_format
+
+    @functools.cached_property
+    def _found_format(self) -> ChatFormat:
+        return chat_format(self.tokenizer, self.vision, self._chat_format)
 
     def start_chat(
         self,

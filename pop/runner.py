@@ -67,7 +67,7 @@ class Runner:
         self.resolve(self.plan)  # raises if it does not fit the weights
         chunk_size = chunk_size_of(module) if chunk_size is None else check_count("chunk_size", chunk_size)
         self.chunk_size = max(chunk_size, self.vision.min_chunk_size)
-        self.num_parameters = part.num_parameters if part else sum(weight.numel() for weight in module.parameters())
+        self.num_parameters = part.num_parameters if part else sum(map(Tensor.numel, module.parameters()))
         keeps_caches = self.device.type == "cuda" and part is None
         self.caches = SpareCaches(KEPT_CACHES if keeps_caches else 0)
         accelerate(module)
@@ -128,9 +128,16 @@ class Runner:
 
     def unlimited_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """Like `new_cache`, but it may be longer than the model's context, for the padding of a batch."""
-        sizes = self.module.config  # in one process of several, those of its part
-        options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
-        return self._allocated(functools.partial(KVCache, sizes, batch_size, max_seq_len, **options))
+        allocate = functools.partial(
+            KVCache,
+            self.module.config,  # in one process of several, that of its part
+            batch_size,
+            max_seq_len,
+            dtype=self.dtype,
+            device=self.device,
+            chunk_size=self.chunk_size,
+        )
+        return self._allocated(allocate)
 
     def _allocated(self, allocate: Callable):
         """What `allocate` returns. If it lacks memory, spare caches give way, and it is called once more."""
@@ -207,9 +214,8 @@ class Runner:
     def extend(self, tokens, cache: KVCache) -> Tensor:
         """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""
         tokens = token_ids(tokens, 2, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
-        B, T = tokens.shape
-        self._check_cache(cache, torch.full((B,), T, device="cpu"))
-        return engine.extend(self.module, tokens, cache, self._stages(B))
+        self._check_cache(cache, row_lengths(None, tokens))
+        return engine.extend(self.module, tokens, cache, self._stages(len(tokens)))
 
     @engine_modes()
     def logits(self, tokens, images=None, videos=None) -> Tensor:
@@ -274,8 +280,7 @@ class Runner:
         if is_first and note and note not in self._notes:
             print(f"pop: {note}", file=sys.stderr, flush=True)
         self._notes.add(note)
-        rows = None if self.part is None else self.part.kv_rows
-        return plan.to(self.device, self.dtype, rows)
+        return plan.to(self.device, self.dtype, self.part and self.part.kv_rows)
 
     def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
         """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""

@@ -82,10 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     one_token = x.dim() < 3 or x.shape[-2] == 1
     has_gradients = torch.is_grad_enabled()
-    if one_token:
-        is_torchs = has_gradients
-    else:
-        is_torchs = x.dtype not in WIDENED
+    is_torchs = has_gradients if one_token else x.dtype not in WIDENED
     if is_torchs or x.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [rows, in]
@@ -324,10 +321,9 @@ def make_cache_folder() -> None:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         logger.warning("torch's cache folder cannot be made (%s); set TORCHINDUCTOR_CACHE_DIR to another one", error)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep  # it exists
         with contextlib.suppress(OSError):  # a temporary folder may be as impossible
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="pop-")
-            return
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep  # it exists
 
 
 def keep_freed_memory() -> None:

@@ -198,13 +198,11 @@ class Part:
     def _spans(self, name: str, count: int) -> tuple[tuple[int, int], ...]:
         """Which of `count` rows or columns of a parameter the rank has, as ranges (begin, end)."""
         *_, kind, last = name.split(".")
-        share = self._share(count)
-        if kind in OF_KV_HEADS:
-            share = self.kv_rows
         if last == "gate_up_proj":  # of each expert: gate's rows, then those of up
             width = count // 2
             share = self._share(width)
             return (share.start, share.stop), (width + share.start, width + share.stop)
+        share = self.kv_rows if kind in OF_KV_HEADS else self._share(count)
         return ((share.start, share.stop),)
 
     def _share(self, count: int) -> range:

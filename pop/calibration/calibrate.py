@@ -161,7 +161,7 @@ def calibrate(
         with progress_bar("distilling", steps, "steps", progress) as step:
             plan = distill(model, plan, windows, judge, steps, seed=seed, begin=begin, keep=keep, progress=step)
     below = search.SHORT if decides else given.full_depth_below
-    return dataclasses.replace(_recorded(model, plan, judge, about), full_depth_below=below)
+    return dataclasses.replace(plan, about=_record(model, plan, judge, about), full_depth_below=below)
 
 
 # ---- Before the work ----
@@ -301,10 +301,9 @@ def _unfinished(path, run: str) -> PrunePlan | None:
     )
 
 
-def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:
-    """The plan with a record of how it was made, its loss on the windows that chose it, and the speedups it allows."""
+def _record(model, plan: PrunePlan, judge: Judge, about: dict) -> dict:
+    """How a plan was made, its loss on the windows that chose it, and the speedups it allows."""
     loss = {name: max(0.0, round(value, 6)) for name, value in judge.losses(plan)._asdict().items()}
     lengths = sorted({min(length, model.config.max_positions) for length in LENGTHS})
     limits = {f"{length} tokens": round(plan.speedup(model, length), 3) for length in lengths}
-    record = {"model": model.name, "version": __version__, **about, "loss": loss, "speedup_limit": limits}
-    return dataclasses.replace(plan, about=record)
+    return {"model": model.name, "version": __version__, **about, "loss": loss, "speedup_limit": limits}

@@ -105,9 +105,8 @@ class Judge:
             cue = max(1, len(case.passage) // CUE)
             targets = torch.tensor(case.passage[cue:], dtype=torch.int64, device=pruned.device)
             begin = len(case.continuation) + cue  # where the first token to copy is predicted
-            counted = slice(begin, begin + len(targets))
-            copied = pruned[counted].argmax(-1) == targets
-            parts.append((kl[: len(case.continuation) + 1], kl[counted], copied, kl[:1]))
+            copied = pruned[begin:].argmax(-1) == targets
+            parts.append((kl[: len(case.continuation) + 1], kl[begin:], copied, kl[:1]))
         return Losses(*(_mean(torch.cat(kind)) for kind in zip(*parts, strict=True)))
 
     def best(self, plans: Iterable[PrunePlan]) -> PrunePlan:

@@ -103,10 +103,10 @@ class Pass:
         B, T, _ = h.shape
         length = len(full_depth)
         rotary = self.images.rotary(torch.arange(length).expand(B, -1))
-        others = ~full_depth.expand(B, -1)
-        count = plan.num_selected(int((~full_depth).sum()))
+        others = ~full_depth
         lengths = torch.full((B,), length)
-        selected = select(self.module, plan, h[:, :length], rotary, lengths, others, torch.full((B,), count))
+        counts = torch.full((B,), plan.num_selected(int(others.sum())))
+        selected = select(self.module, plan, h[:, :length], rotary, lengths, others.expand(B, -1), counts)
         return F.pad(selected, (0, T - length))
 
     def _pruned_group(self, group: Group, h: Tensor, full_depth: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ A prompt has exactly the length that is asked for. What is not part of the quest
 import json
 import random
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 from pop.errors import InputError, PopError
@@ -160,8 +160,7 @@ def quote(kind, writer, length, depth, text, asking, cue: int, quoted: int) -> Q
     room = len(text) - cue - quoted
     if room < 0:
         writer.cut(text, room)
-    nearest = sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room)))
-    for begin in nearest:
+    for begin in sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room))):
         passage = text[begin : begin + cue + quoted]
         if _is_clear(text, passage, cue):
             return Question(kind, writer.head + text + asking + passage[:cue], passage[cue:])
@@ -259,7 +258,7 @@ def _asked(
 ) -> Question:
     """Ask for the fact nearest to the depth, after some others as examples. lines: (question, answer) of each fact."""
     question, answer = lines.pop(_nearest(depth, len(facts)))
-    told = ["".join(line) for line in writer.rng.sample(lines, examples)]
+    told = chain.from_iterable(writer.rng.sample(lines, examples))
     asking = "".join(["\n", *told, question])
     return Question(kind, writer.prompt(length, facts, asking), writer.encode(answer))
 

@@ -32,6 +32,12 @@ MOST_KL = 0.03  # nats a token
 LEAST_KEPT = 0.95  # of the full model's exact answers
 FEWEST = 3  # exact answers of the full model, without which a kind does not count
 SAMPLES = 2000  # of the bootstrap
+# The rows of a table: their names, what they show of a verdict's loss, and how.
+LOSSES = (
+    ("KL, nats a token", "kl", ".4f"),
+    ("KL of the first token", "first", ".4f"),
+    ("same likeliest token", "same", ".1%"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +165,10 @@ def check(
             rows = max(1, TOKENS_AT_ONCE // length)
             for begin in range(0, len(asked), rows):
                 batch = asked[begin : begin + rows]
-                marks = zip(_exact(model, batch, plan), _exact(model, batch, FULL_DEPTH), strict=True)
-                for question, mark in zip(batch, marks, strict=True):
-                    exact.setdefault((question.kind, length), []).append(mark)
+                by_plan = _exact(model, batch, plan)
+                by_full = _exact(model, batch, FULL_DEPTH)
+                for question, *marks in zip(batch, by_plan, by_full, strict=True):
+                    exact.setdefault((question.kind, length), []).append(marks)
                 step(length * len(batch))
     return Verdict(loss, {cell: np.array(marks) for cell, marks in exact.items()})
 
@@ -278,9 +285,8 @@ def table(record: dict) -> str:
     rows = [["exact answers, plan / full model", *(f"{int(length):,} tokens" for length in record["loss"])]]
     for kind, by_length in record["answers"].items():
         rows.append([kind, *map(_cell, by_length.values())])
-    rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in loss)])
-    rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in loss)])
-    rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in loss)])
+    for name, key, form in LOSSES:
+        rows.append([name, *(f"{figures[key]:{form}}" for figures in loss)])
     lines = [f"{name:34}" + "".join(f"{cell:>26}" for cell in cells) for name, *cells in rows]
     return "\n".join([*lines, "", record["sentence"]])
 

@@ -135,8 +135,9 @@ def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
     return _build(config, fields, **given)
 
 
-def _build_full_attention(config: type, fields: Fields, num_layers: int, **given: Any) -> Any:
+def _build_full_attention(config: type, fields: Fields, **given: Any) -> Any:
     """Make a config like Llama's or Qwen3's, whose layers have one RoPE and no windows."""
+    num_layers = fields.integer("num_hidden_layers")
     fields.fixed(hidden_act="silu", layer_types=[GLOBAL] * num_layers)
     if fields.left.get("use_sliding_window") is False:
         fields.left.pop("sliding_window", None)
@@ -165,7 +166,6 @@ def read_llama(fields: Fields, config: type = configs.LlamaConfig) -> configs.Ll
     return _build_full_attention(
         config,
         fields,
-        num_layers=fields.integer("num_hidden_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
@@ -250,13 +250,12 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConf
 
 def _read_qwen3(fields: Fields, experts: bool = False, config: type = configs.Qwen3Config, **given: Any) -> Any:
     """Read Qwen3's text model, whose MLPs may be mixtures of experts."""
-    num_layers = fields.integer("num_hidden_layers")
     fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
     if experts:
         fields.fixed(decoder_sparse_step=1, mlp_only_layers=[])
         fields.take("norm_topk_prob", "true", lambda value: value is True)  # without it, the reference has false
         given["experts"] = _build(configs.ExpertsConfig, fields)
-    return _build_full_attention(config, fields, num_layers, **given)
+    return _build_full_attention(config, fields, **given)
 
 
 def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:

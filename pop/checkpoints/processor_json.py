@@ -67,11 +67,13 @@ def _read(fields: Fields, config: Config, kind: str) -> tuple[int, int] | None:
         size.fixed(height=vision.image_size, width=vision.image_size)
         size.finish()
         return None
-    fields.fixed(resample=3, patch_size=vision.patch_size)
-    fields.fixed(merge_size=vision.merge_size, temporal_patch_size=vision.frames)
+    fields.fixed(
+        resample=3, patch_size=vision.patch_size, merge_size=vision.merge_size, temporal_patch_size=vision.frames
+    )
     if kind == "video":
-        fields.fixed(do_sample_frames=True, fps=2, min_frames=4, max_frames=768)
-        fields.fixed(cap_pixels_per_frame=False, num_frames=None)
+        fields.fixed(
+            do_sample_frames=True, fps=2, min_frames=4, max_frames=768, cap_pixels_per_frame=False, num_frames=None
+        )
     limits = []
     for name, older, most in EDGES:
         if kind == "image" and older in fields.left:

@@ -23,14 +23,14 @@ from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
 from pop.cli.texts import calibration_texts, read_file, reading
 from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
-from pop.generation.sampling import OPTIONS, sampling_params
+from pop.generation.sampling import Options, sampling_params
 from pop.loading import usable_device
 from pop.system import files
 from pop.system.memory import free_bytes
 
 # Options of the command line are handed on to the arguments that have their names.
 LOADING = inspect.signature(pop.load).parameters
-SAMPLING = [*OPTIONS, "sampling"]
+SAMPLING = Options.__annotations__
 HELP = "/new starts a new conversation, /quit ends, /help shows this, Ctrl-C stops an answer; all else is a message."
 
 
@@ -154,7 +154,7 @@ def calibrate(args) -> None:
     model = _load(args)
     fitted, rest = calibration_texts(model, args.files, texts)
     compared(model, rest, lengths, least=SHORT)  # refuses now what pop.check would refuse after the work
-    options = {name: getattr(args, name) for name in ("plan", "speedup", "rank", "longest", "steps", "seed")}
+    options = _given(args, ("plan", "speedup", "rank", "longest", "steps", "seed"))
     plan = pop.calibrate(model, fitted, resume=resume, **options)
     verdict = pop.check(model, plan, rest, lengths=lengths)
     plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})

@@ -52,7 +52,10 @@ def model_options(add) -> None:
     add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False)
 
 
-def prune_options(add) -> None:
+def generation_options(parser) -> Callable:
+    """Add what `generate` and `chat` share. Return the function that adds more options about the prompt."""
+    model_options(parser.add_argument_group("model").add_argument)
+    add = parser.add_argument_group("pruning").add_argument
     add(
         "--prune",
         help="the layers prefill skips: default (the best plan known for the weights), third (the deepest), none, a "
@@ -66,12 +69,6 @@ def prune_options(add) -> None:
         type=float,
     )
     integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
-
-
-def generation_options(parser) -> Callable:
-    """Add what `generate` and `chat` share. Return the function that adds more options about the prompt."""
-    model_options(parser.add_argument_group("model").add_argument)
-    prune_options(parser.add_argument_group("pruning").add_argument)
     add = parser.add_argument_group("answer").add_argument
     integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
     add("--temperature", help="0, the default, is greedy decoding", type=float)

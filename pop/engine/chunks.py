@@ -59,6 +59,7 @@ class Tokens(NamedTuple):
 class Chunk(NamedTuple):
     """Consecutive tokens of each batch row, which go through the model together. Unless stated, on the device."""
 
+    bounds: Bounds  # on the CPU
     tokens: Tokens  # on the CPU
     images: Images  # what images bring to these tokens
     attention: dict[int | None, AttentionMetadata]  # how the tokens attend, by the layers' window
@@ -81,6 +82,7 @@ class Chunk(NamedTuple):
         small = [tokens.in_prompt, target, last.clamp(min=0), last >= 0]
         ids, in_prompt, target, last, has_tokens = to_device([prompts.tokens, *small], cache.device)
         return cls(
+            bounds=bounds,
             tokens=tokens,
             images=prompts.images.select(index, tokens.valid),
             attention=attention_metadata(module, cache, tokens, cache.lengths + bounds[1]),
@@ -133,18 +135,22 @@ class FullDepth(NamedTuple):
             no_columns = valid.long()  # [B, 0]
             return cls(plan, {}, no_columns, valid, last_is_full)
 
-        is_full, valid, last_is_full = to_device([is_full, valid, last_is_full], cache.device)
+        # These tokens are not consecutive. So they attend to all slots, in the slots' order, and spans mask the others.
+        windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans, as in decode
+        ends = cache.lengths + chunk.bounds[1]
+        held = [_held_by_slot(ends, C, cache.slots(window)).to(torch.int32) for window in windows]
+        is_full, valid, last_is_full, *held = to_device([is_full, valid, last_is_full, *held], cache.device)
+        held_by_window = dict(zip(windows, held, strict=True))
         if selection is not None:
             is_full[:, : selection.tokens.shape[1]] |= selection.tokens  # the columns after these are padding
         # False comes before true, so the last W are the full-depth tokens, in order.
         columns = is_full.to(torch.uint8).argsort(dim=1, stable=True)[:, -W:]
         batch_rows = torch.arange(len(columns), device=cache.device)[:, None]
         attention = {}
-        for window, (rope, slots, spans, *keys) in chunk.attention.items():
+        for window, (rope, slots, spans, *_) in chunk.attention.items():
             rope, slots, spans = tree_map(lambda table: table[batch_rows, columns], (rope, slots, spans))
             slots = slots.where(valid, cache.slots(window))
-            # They read the keys of the chunk, and spans mask some. One token a row needs only spans, as in decode.
-            keys = (*keys[:2], torch.tensor(ALL_KEYS)) if W > 1 else ()
+            keys = (held_by_window[window], None, torch.tensor(ALL_KEYS)) if W > 1 else ()
             attention[window] = AttentionMetadata(rope, slots, spans, *keys)
         return cls(plan, attention, columns, valid, last_is_full)
 
@@ -207,8 +213,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the
         # rest.
         own_key = start
-        # As many as columns, if the cache has them: chunk_attention may read one for each. Spans mask the rest.
-        held = torch.arange(min(max(int(ends.max()), C), ring)).expand(len(ends), -1)
+        held = _held_by_slot(ends, C, ring)
     else:
         # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
         # start. All rows have as many keys before it, those of the row that begins last. Negative positions hold no
@@ -218,6 +223,16 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         tables["key_slots"] = held % ring
     band = Band(own_key, before, look_ahead, is_exact)
     return tables | {"held": held.to(torch.int32), "band": torch.tensor(band)}
+
+
+def _held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
+    """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none.
+
+    There are at least as many slots as columns, if the ring has them: chunk_attention may read one for each column.
+    """
+    latest = ends[:, None] - 1
+    slot = torch.arange(min(max(int(ends.max()), columns), ring))
+    return latest - (latest - slot) % ring
 
 
 def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary: bool) -> Tensor:

@@ -30,6 +30,7 @@ class Batch:
         media: The images and videos of each prompt.
         params: How all answers are sampled, and where they end.
         plan: The resolved plan of the prompts.
+        began: When the call began, by time.perf_counter(). The seconds of the answers count from it.
         is_list: Whether `generate` returns a list.
         earlier: A cache of one row, which all prompts continue and none changes.
         earlier_tokens: All tokens before the prompts: those in `earlier`, then any sampled token that has not run yet.
@@ -43,6 +44,7 @@ class Batch:
         media: list[list[Prepared]],
         params: SamplingParams,
         plan: PrunePlan,
+        began: float,
         *,
         is_list: bool = False,
         earlier: KVCache | None = None,
@@ -54,6 +56,7 @@ class Batch:
         self.media = media
         self.params = params
         self.plan = plan
+        self.began = began
         self.is_list = is_list
         self.earlier = earlier
         self.earlier_tokens = list(earlier_tokens)
@@ -88,14 +91,14 @@ class Batch:
         left = self.model.max_seq_len + 1 - num_earlier
         return [min(self.params.max_new_tokens, left - len(prompt)) for prompt in self.prompts]
 
-    def generate(self, began: float) -> Generation | list[Generation]:
-        """Generate all answers. Seconds count from `began`, a time.perf_counter()."""
+    def generate(self) -> Generation | list[Generation]:
+        """Generate all answers."""
         for _ in self.steps():
             pass
-        generations = [self.generation(row, began) for row in range(len(self.answers))]
+        generations = [self.generation(row) for row in range(len(self.answers))]
         return generations if self.is_list else generations[0]
 
-    def generation(self, row: int, began: float) -> Generation:
+    def generation(self, row: int) -> Generation:
         """The finished answer of a row."""
         answer = self.answers[row]
         num_earlier = len(self.earlier_tokens)
@@ -105,19 +108,19 @@ class Batch:
             text=answer.text,
             tokens=answer.tokens,
             prompt_tokens=prompt_tokens,
-            ttft_s=self.times[0] - began,
+            ttft_s=self.times[0] - self.began,
             decode_s=self.times[last] - self.times[0],
             finish_reason=answer.finish_reason,
             logprobs=answer.logprobs if self.params.logprobs else None,
             pruned_tokens=self.plan.num_pruned(prompt_tokens, num_earlier),
         )
 
-    def stream(self, began: float) -> Stream:
+    def stream(self) -> Stream:
         """Generate the only answer in pieces of whole characters, as they come."""
         self.model.need_tokenizer("stream")
         if self.is_list:
             raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")
-        return Stream(self, began)
+        return Stream(self)
 
     def steps(self) -> Iterator[list[str]]:
         """Generate. After each token of the batch, yield the text that the token has settled in each row."""
@@ -209,16 +212,15 @@ class Batch:
 class Stream(Iterator[str]):
     """The pieces of an answer, as they come. `generation` is the answer, from its end or from `close` on."""
 
-    def __init__(self, batch: Batch, began: float):
+    def __init__(self, batch: Batch):
         self.generation: Generation | None = None
         self._batch = batch
-        self._began = began
         self._steps = batch.steps()
 
     def __next__(self) -> str:
         for (piece,) in self._steps:
             if self._batch.answers[0].finish_reason:
-                self.generation = self._batch.generation(0, self._began)
+                self.generation = self._batch.generation(0)
             if piece:
                 return piece
         raise StopIteration
@@ -230,7 +232,7 @@ class Stream(Iterator[str]):
         if answer.tokens and not answer.finish_reason:
             answer.finish_reason = "cancelled"
             answer.text += answer.pending
-            self.generation = self._batch.generation(0, self._began)
+            self.generation = self._batch.generation(0)
 
 
 def as_prompts(prompt, what: str = "prompt") -> tuple[list, bool]:

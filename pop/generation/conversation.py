@@ -64,13 +64,11 @@ class Conversation:
             message: Text, or a list of parts as in `Model.chat`.
             options: Those of `Model.generate`, whose errors are raised. The plan is the conversation's.
         """
-        began = time.perf_counter()
-        return self._next_turn(message, options).generate(began)
+        return self._next_turn(message, options, began=time.perf_counter()).generate()
 
     def stream(self, message, **options: Unpack[Options]) -> Stream:
         """Like `send`, but yields pieces, as `Model.stream`. The turn counts once the last one has been read."""
-        began = time.perf_counter()
-        return self._next_turn(message, options).stream(began)
+        return self._next_turn(message, options, began=time.perf_counter()).stream()
 
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos that it shows."""
@@ -79,7 +77,7 @@ class Conversation:
         messages = [*self._state.messages, {"role": "user", "content": content}]
         return self._format.prompt(messages, enable_thinking=self.enable_thinking)
 
-    def _next_turn(self, message, options: dict) -> Batch:
+    def _next_turn(self, message, options: dict, *, began: float) -> Batch:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
         params = sampling_params(options, self.model.sampling)
         content = _copied(message)
@@ -103,6 +101,7 @@ class Conversation:
             [media],
             params,
             self.plan,
+            began,
             earlier=state.cache,
             earlier_tokens=state.tokens,
             after_step=after_step,

@@ -74,24 +74,21 @@ class Prefix:
                 messages: the text of the user's next message, or a list of such texts.
             images, videos, options: As in `Model.generate`, for the rest. The plan is the prefix's.
         """
-        began = time.perf_counter()
-        return self._batch(rest, images, videos, options).generate(began)
+        return self._batch(rest, images, videos, options, began=time.perf_counter()).generate()
 
     def stream(self, rest, *, images=None, videos=None, **options: Unpack[Options]) -> Stream:
         """Like `generate` for one rest, but yields the answer in pieces, as `Model.stream` does."""
-        began = time.perf_counter()
-        return self._batch(rest, images, videos, options).stream(began)
+        return self._batch(rest, images, videos, options, began=time.perf_counter()).stream()
 
     def score(self, continuation) -> Any:
         """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list. Not after messages."""
         if self.messages is not None:
             raise InputError("a prefix of messages ends where the user speaks, so it scores nothing; call model.score")
         continuations, _, is_list = self.model.encode_batch(continuation, what="continuation", bos=False)
-        contexts = [self._left_tokens]
-        scores = score(self.model, contexts, continuations, [self._left_media], self.plan, earlier=self._cache)
+        scores = score(self.model, [self._left_tokens], continuations, [self._left_media], self.plan, self._cache)
         return scores if is_list else scores[0]
 
-    def _batch(self, rest, images, videos, options: dict) -> Batch:
+    def _batch(self, rest, images, videos, options: dict, *, began: float) -> Batch:
         params = sampling_params(options, self.model.sampling)
         if self.messages is None:
             rests, media, is_list = self.model.encode_batch(rest, images, videos, bos=False)
@@ -107,6 +104,7 @@ class Prefix:
             media,
             params,
             self.plan,
+            began,
             is_list=is_list,
             earlier=self._cache,
             earlier_tokens=self._encoded,

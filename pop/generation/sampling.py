@@ -107,8 +107,8 @@ def sampling_params(options: Options, stated: dict | None) -> SamplingParams:
     if sampling not in (None, "checkpoint"):
         raise InputError(f"sampling is {sampling!r}; it must be 'checkpoint' or None")
     if sampling is None:
-        return SamplingParams(**given)
-    if stated is None:
+        stated = {}
+    elif stated is None:
         raise InputError("sampling is 'checkpoint', but the checkpoint has no generation_config.json; give the options")
     return SamplingParams(**(stated | given))
 

@@ -11,6 +11,7 @@ from pop.runner import Runner, padded
 from pop.system.memory import to_device
 
 SCORED_AT_ONCE = 256  # rows of logits [V] that are in memory together
+PADDING = -100  # of labels, for which F.cross_entropy gives 0
 
 
 def score(
@@ -54,15 +55,14 @@ def score(
         cache = runner.unlimited_cache(B, room)
         cache.copy_from(single)
 
-    is_token = torch.arange(T, device="cpu") < ends[:, None]  # [B, T], false for padding
-    targets, is_token = to_device([targets, is_token], runner.device)
-    scores = -F.cross_entropy(logits.expand(B, -1), targets[:, 0], reduction="none").double()  # [B]
+    labels = targets.where(torch.arange(T, device="cpu") < ends[:, None], PADDING)  # [B, T]
+    targets, labels = to_device([targets, labels], runner.device)
+    scores = -F.cross_entropy(logits.expand(B, -1), labels[:, 0], reduction="none").double()  # [B]
     step = max(1, SCORED_AT_ONCE // B)
     for begin in range(0, T - 1, step):
         end = min(begin + step, T - 1)
         logits = runner.extend(targets[:, begin:end], cache)  # [B, C, V]; each token predicts the next one
-        following = targets[:, begin + 1 : end + 1]
-        losses = F.cross_entropy(logits.transpose(1, 2), following, reduction="none").double()  # [B, C]
-        scores -= losses.where(is_token[:, begin + 1 : end + 1], 0).sum(1)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, begin + 1 : end + 1], reduction="none")  # [B, C]
+        scores -= losses.double().sum(1)
     check_finite(scores, "logits")
     return scores.tolist()

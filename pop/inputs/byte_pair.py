@@ -123,10 +123,10 @@ def from_tokenizer_json(spec: dict[str, Any]) -> Tokenizer:
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}
     pattern = _pattern(spec.get("pre_tokenizer") or {})
     ignore_merges = model.get("ignore_merges", False)
-    may_lack = _MAY_LACK
-    if ignore_merges or model.get("unk_token") or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
-        may_lack = set()
-    if lacking := {byte for byte, char in enumerate(CHARS) if char not in vocab} - may_lack:
+    lacking = {byte for byte, char in enumerate(CHARS) if char not in vocab}
+    if not (ignore_merges or model.get("unk_token") or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN)):
+        lacking -= _MAY_LACK
+    if lacking:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if ignore_merges:
         _add_whole_pre_tokens(ids, pattern, bytes_of)

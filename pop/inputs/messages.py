@@ -52,8 +52,7 @@ def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[
     thoughts = message.get("reasoning_content")
     if not isinstance(thoughts, str | None):
         raise InputError(f"{where}: reasoning_content must be text, got {thoughts!r:.80}.")
-    checked = dict(message)
-    checked["content"] = [_typed(part) for part in parts] if shown else text
+    checked = message | {"content": [_typed(part) for part in parts] if shown else text}
     checked.pop("tool_calls", None)
     if calls:
         checked["tool_calls"] = calls

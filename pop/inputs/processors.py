@@ -36,8 +36,7 @@ class Prepared:
 
     def run_lengths(self, placeholder: int) -> list[int]:
         """Return how many placeholders each run has: one run for an image, and one for each frame pair of a video."""
-        counts = [piece.count(placeholder) for piece in self.pieces if isinstance(piece, list)]
-        return [count for count in counts if count]
+        return [piece.count(placeholder) for piece in self.pieces if isinstance(piece, list) and placeholder in piece]
 
     @property
     def sha256(self) -> str:

@@ -5,7 +5,6 @@ pop/checkpoints reads them from a checkpoint's files.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -40,12 +39,18 @@ class RopeConfig:
         _check(high > low, f"high_freq_factor ({high}) must exceed low_freq_factor ({low})")
 
 
+@dataclass(frozen=True)
 class Config:
     """What the configs of all families have in common."""
 
-    overflows_float16: ClassVar[bool] = False  # whether activations do
-    attention_bias: ClassVar[bool] = False
-    mlp_bias: ClassVar[bool] = False
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+
+    # What has no type here and in the classes below is not a field: all configs of a class share it.
+    overflows_float16 = False  # whether activations do
+    attention_bias = False
+    mlp_bias = False
 
     def __post_init__(self):
         H = self.num_heads
@@ -61,9 +66,6 @@ class Config:
 class FullAttentionConfig(Config):
     """What Llama, Qwen3 and OLMo-2 have in common: in every layer, a token attends to all tokens before it."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -83,7 +85,7 @@ class FullAttentionConfig(Config):
 
 @dataclass(frozen=True)
 class LlamaConfig(FullAttentionConfig):
-    family: ClassVar[str] = "llama"
+    family = "llama"
 
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -91,7 +93,7 @@ class LlamaConfig(FullAttentionConfig):
 
 @dataclass(frozen=True)
 class Olmo2Config(FullAttentionConfig):
-    family: ClassVar[str] = "olmo2"
+    family = "olmo2"
 
     norm_eps: float = 1e-5
     attention_bias: bool = False
@@ -143,13 +145,10 @@ class Gemma3Config(Config):
     In a prompt, an image is one `boi_id`, then its tokens, which are all `image_id`, and then one `eoi_id`.
     """
 
-    family: ClassVar[str] = "gemma3"
-    overflows_float16: ClassVar[bool] = True
-    tie_embeddings: ClassVar[bool] = True
+    family = "gemma3"
+    overflows_float16 = True
+    tie_embeddings = True
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
     windows: tuple[int | None, ...]  # for each layer, how many tokens a token attends to, itself included; None: all
     num_heads: int = 8
     num_kv_heads: int = 4
@@ -195,7 +194,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class Qwen3Config(FullAttentionConfig):
-    family: ClassVar[str] = "qwen3"
+    family = "qwen3"
 
     head_dim: int = 128
     max_positions: int = 32_768
@@ -247,7 +246,7 @@ class Qwen3VLConfig(Qwen3Config):
     video frames looks the same, with `video_id`.
     """
 
-    family: ClassVar[str] = "qwen3_vl"
+    family = "qwen3_vl"
 
     mrope_sections: tuple[int, int, int]  # how many rotated pairs turn by time, row and column
     vision: Qwen3VisionConfig

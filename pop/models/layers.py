@@ -197,6 +197,5 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
         q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
     q = q.transpose(1, 2)  # [B, H, T, E]
-    options = {"is_causal": mask is None, "scale": scale, "enable_gqa": True}
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)

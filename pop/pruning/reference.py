@@ -166,7 +166,6 @@ def with_update(group: Group, h: Tensor, z: Tensor) -> Tensor:
     return h if update is None else h + z @ update.T
 
 
-@torch.no_grad()
 def selected_tokens(module, prompt: Tensor, plan: PrunePlan, images: Images = TEXT) -> Tensor | None:
     """Which tokens of a prompt the plan selects by their attention, [N] bool. None if it selects no token."""
     by_position = full_depth_tokens(len(prompt), len(prompt), plan)

@@ -272,7 +272,7 @@ from pop.generation.sampling import SamplingParams
 dist.destroy_process_group = lambda: time.sleep(600)  # as with NCCL, while another process waits in a collective
 model = pop.load(sys.argv[1], parallel="auto")
 params = SamplingParams(max_new_tokens=400)
-for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], params, model.resolve(None)).steps()):
+for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], params, model.resolve(None), 0.0).steps()):
     if model.part.rank == 1 and count == 5:
         print(f"failed at {time.time()}", file=sys.stderr, flush=True)
         if sys.argv[2] == "killed":

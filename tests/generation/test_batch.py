@@ -113,7 +113,7 @@ def test_logits_that_are_not_finite_end_a_batch(model, options, monkeypatch):
         return logits.index_fill(0, torch.tensor([1]), np.inf) if len(calls) == 2 else logits
 
     monkeypatch.setattr(engine, "decode", broken)
-    steps = Batch(model, PROMPTS, [[]] * 3, SamplingParams(max_new_tokens=9, **options), model.plan).steps()
+    steps = Batch(model, PROMPTS, [[]] * 3, SamplingParams(max_new_tokens=9, **options), model.plan, 0.0).steps()
     assert len([next(steps), next(steps)]) == 2
     with pytest.raises(pop.InputError, match="logits are not finite"):
         next(steps)

@@ -120,7 +120,7 @@ def test_a_stream_may_change_the_mode_of_inference_midway(model):
 
 
 def test_rows_leave_a_batch_in_another_mode_than_it_began_in(model):
-    batch = model._batch([[3] * 5, [4] * 9], None, None, None, {"max_new_tokens": 250})
+    batch = model._batch([[3] * 5, [4] * 9], None, None, None, {"max_new_tokens": 250}, began=0.0)
     batch.answers[0].max_new_tokens = 2
     steps = batch.steps()
     next(steps)
