@@ -63,7 +63,8 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     rows = []
     for tokens, _ in choose(long_enough, count, rng):
         text = excerpt(tokens, size, rng, model.config.bos_id)
-        rows.append(_lookup(model, kind, text[:cut], size - cut, [], rng) or text)
+        row = _lookup(model, kind, text[:cut], size - cut, [], rng)
+        rows.append(row or text)
     return Exercise(torch.tensor(rows), cut, [[]] * count)
 
 

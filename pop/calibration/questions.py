@@ -160,7 +160,8 @@ def quote(kind, writer, length, depth, text, asking, cue: int, quoted: int) -> Q
     room = len(text) - cue - quoted
     if room < 0:
         writer.cut(text, room)
-    for begin in sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room))):
+    nearest = sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room)))
+    for begin in nearest:
         passage = text[begin : begin + cue + quoted]
         if _is_clear(text, passage, cue):
             return Question(kind, writer.head + text + asking + passage[:cue], passage[cue:])

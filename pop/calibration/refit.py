@@ -155,11 +155,14 @@ def _of_all_heads(model, rows: Tensor) -> Tensor:
 
 def _corrections(model, plan: PrunePlan, solutions: list[Solution]) -> Corrections:
     """The corrections of a plan's first groups."""
-    weights, shared, updates = zip(*solutions, strict=True)
-    updates = [update for update in updates if update is not None]
-    tensors = [torch.cat(weights), torch.stack(shared), *([torch.stack(updates)] if updates else [])]
-    layers = plan.layers[: len(tensors[0])]
-    return Corrections(layers, *(tensor.to(model.dtype) for tensor in tensors), sketch=model.sketch[list(layers)])
+    weight = torch.cat([solution.weight for solution in solutions])
+    tensors = {"weight": weight, "shared": torch.stack([solution.shared for solution in solutions])}
+    updates = [solution.update for solution in solutions if solution.update is not None]
+    if updates:
+        tensors["update"] = torch.stack(updates)
+    tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
+    layers = plan.layers[: len(weight)]
+    return Corrections(layers, sketch=model.sketch[list(layers)], **tensors)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -191,7 +194,7 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     h = run.layers(run.embed(), 0, first)
     entering = h  # [B, T, D], by the plan
     if solved.layers:
-        longer = tokens.shape[1] + 1  # tokens, of which only the last, which is not there, would be at full depth
+        longer = tokens.shape[1] + 1  # tokens: the prompt's last one, which runs at full depth, is not among these
         entering = run.pruned(model.resolve(solved), h, longer, group.start)
     x = module.layers[group.start].normalised(entering)
     before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token

@@ -153,9 +153,10 @@ def layers_apart(needed: Tensor, count: int, tail: int, deepstack_layers: int = 
     chosen: set[int] = set()
     for index in sorted(range(1, first - 1), key=lambda index: needed[index]):
         most = 1 if index <= deepstack_layers else 2
-        longer = (range(begin, begin + most + 1) for begin in range(index - most, index + 1))
-        if len(chosen) < count - tail and not any(map({*chosen, index}.issuperset, longer)):
-            chosen.add(index)
+        with_it = chosen | {index}
+        runs = [range(begin, begin + most + 1) for begin in range(index - most, index + 1)]  # one layer too long
+        if len(chosen) < count - tail and not any(with_it.issuperset(run) for run in runs):
+            chosen = with_it
     if len(chosen) < count - tail:
         return None
     return (*sorted(chosen), *range(first, len(needed)))

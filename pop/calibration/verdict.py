@@ -56,7 +56,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether all questions, and each kind at each length, keep LEAST_KEPT, and no KL is above MOST_KL."""
+        """Whether no limit is missed, see `failures`."""
         return not self.failures
 
     @property

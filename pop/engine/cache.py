@@ -33,7 +33,7 @@ class KVCache:
     skipped: For each slot, -1, or the selecting layer of the plan whose pruned layers its token has skipped:
         [B, S + 1] int16. Later prompts may select such tokens (earlier.py), so a token that none may select has -1 as
         well, whatever it has skipped. It is -1 from a row's length on, since a decode step does not write it. Until
-        `hold_states`, it has no slot but the spare one.
+        `hold_states`, it has only the spare slot.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     passes: The decode step, and the passes of prompts, that are replayed on this cache's tensors, by class.

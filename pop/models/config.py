@@ -47,7 +47,7 @@ class Config:
     hidden_size: int
     intermediate_size: int
 
-    # What has no type here and in the classes below is not a field: all configs of a class share it.
+    # Here and in the classes below, attributes without a type are not fields. All configs of a class share them.
     overflows_float16 = False  # whether activations do
     attention_bias = False
     mlp_bias = False

@@ -241,7 +241,7 @@ class PrunePlan:
     def num_pruned(self, prompt_length: int, cached: int = 0) -> int:
         """How many tokens of a prompt skip all pruned layers, in a prefill after the first `cached` of them.
 
-        A plan that selects tokens may then also select cached ones, and so somewhat fewer of the others than counted.
+        An estimate for a plan that selects tokens and continues a cache, since cached tokens then compete with these.
         """
         skips = ~self.at_full_depth(torch.arange(cached, prompt_length, device="cpu"), prompt_length)
         others = int(skips.sum()) if self.layers else 0

@@ -79,11 +79,7 @@ def test_a_stored_run_is_drawn_again(tmp_path, capsys):
     assert stored and re.findall("<text[^>]*>([A-Za-z][^<]+)", drawn) == stored
     assert main([str(RESULTS / "runs" / "smollm2-135m-512.json"), "--plot", str(figure)]) == 2
     assert "has no text or no ttft" in capsys.readouterr().err
-    assert main([str(run), "--plot", str(figure), "--methods", "half"]) == 2
-    assert "--methods holds 'half'; it knows full, third" in capsys.readouterr().err
     assert figure.read_text() == drawn
-    assert main([str(run), "--plot", str(figure), "--methods", "smollm2-135m-third"]) == 0
-    assert "ShortGPT" in drawn and "distilled" in figure.read_text() and "ShortGPT" not in figure.read_text()
 
 
 def test_figures_without_a_table_are_refused(tmp_path, capsys):

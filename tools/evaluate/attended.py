@@ -61,6 +61,7 @@ class FastKV(WithGaps):
 
     @property
     def selecting(self) -> int:
+        """The layer that selects."""
         layers = self.model.module.layers
         return max(index for index in range(self.plan.layers[0]) if layers[index].window is None)
 

@@ -186,11 +186,11 @@ _MARKERS = "osD^vPX*<"  # one more than colours: pairs come back late
 def _draw(axes, result: dict, values: dict[str, dict]) -> None:
     """Draw each contender's value over its speedup, but not the full model's.
 
-    Code that is written to be read has no speed of its own, so its method is drawn at its limit, if that is known.
+    A contender that reads prompts in its own way is drawn at its limit, if that is known: its code is written to be
+    read, and not to be fast.
     """
     lines = {}
-    drawn = [name for name in result["contenders"] if name in list(values)[1:]]
-    for name in drawn:
+    for name in list(values)[1:]:
         contender = result["contenders"][name]
         times = result["ttft"][name]
         speedup = times["limit"] if contender.get("is_own") else times["speedup"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pop.errors import InputError, some
 from pop.system.files import read_json
-from tools.common import check_plot, exit_status, names_in, write_plot
+from tools.common import check_plot, exit_status, write_plot
 from tools.evaluate.report import plot, summary_rows
 
 
@@ -21,12 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.results.rows", description=__doc__.splitlines()[0])
     parser.add_argument("files", help="written by tools.evaluate --json", nargs="+")
     parser.add_argument("--plot", help="an SVG or PNG: draw the first file's losses over its speeds", metavar="FILE")
-    parser.add_argument("--methods", help="rows of that file to draw (all)", metavar="NAME,...")
     args = parser.parse_args(argv)
 
     def work() -> None:
         if args.plot:
-            draw(args.files[0], args.plot, args.methods)
+            draw(args.files[0], args.plot)
         for path in args.files:
             print(section(path))
 
@@ -42,14 +41,11 @@ def read_result(path: str | Path) -> dict:
     return result
 
 
-def draw(path: str, target: str, methods: str | None = None) -> None:
-    """What `tools.evaluate --plot` draws of a run, or of some of its rows. Raises InputError without text or ttft."""
+def draw(path: str, target: str) -> None:
+    """What `tools.evaluate --plot` draws of a run. Raises InputError for one without text or ttft."""
     result = read_result(path)
     if not {"text", "ttft"} <= result.keys():
         raise InputError(f"{path} has no text or no ttft; measure with --tasks text,ttft")
-    if methods:
-        names = names_in("--methods", methods, list(result["contenders"]))
-        result["contenders"] = {name: result["contenders"][name] for name in names}
     write_plot(target, plot(result, check_plot(target)))
 
 
