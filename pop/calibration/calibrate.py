@@ -48,8 +48,8 @@ from pop.system.memory import free_bytes
 from pop.system.progress import progress_bar
 
 RIDGES = (1e-4, 1e-3, RIDGE, 1e-1, 1.0)  # candidates for lambda
-LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
-WINDOWS = 10  # texts are cut into at least as many windows
+SPEEDUP_LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
+FEWEST_WINDOWS = 10  # texts are cut into at least as many windows
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +185,8 @@ def _given(model, plan) -> PrunePlan | None:
 def _windows(model, texts: list, images, videos, longest: int) -> list[Window]:
     """The texts in windows: many, even if the texts are short."""
     windows = text_windows(model, texts, images, videos, longest)
-    if len(windows) < WINDOWS:
-        size = max(SHORTEST, total_size(windows) // WINDOWS)
+    if len(windows) < FEWEST_WINDOWS:
+        size = max(SHORTEST, total_size(windows) // FEWEST_WINDOWS)
         windows = text_windows(model, texts, images, videos, min(longest, size))
     if len(windows) < 2:
         raise InputError(
@@ -304,6 +304,6 @@ def _unfinished(path, run: str) -> PrunePlan | None:
 def _record(model, plan: PrunePlan, judge: Judge, about: dict) -> dict:
     """How a plan was made, its loss on the windows that chose it, and the speedups it allows."""
     loss = {name: max(0.0, round(value, 6)) for name, value in judge.losses(plan)._asdict().items()}
-    lengths = sorted({min(length, model.config.max_positions) for length in LENGTHS})
+    lengths = sorted({min(length, model.config.max_positions) for length in SPEEDUP_LENGTHS})
     limits = {f"{length} tokens": round(plan.speedup(model, length), 3) for length in lengths}
     return {"model": model.name, "version": __version__, **about, "loss": loss, "speedup_limit": limits}

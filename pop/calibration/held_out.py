@@ -24,11 +24,11 @@ from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
-LENGTHS = (256, 1024)  # prompt lengths by which plans are judged, besides the longest
+JUDGED_LENGTHS = (256, 1024)  # prompt lengths by which plans are judged, besides the longest
 ROUNDS = 3  # windows of each length
 HELD_OUT = 5  # at most one of this many tokens is held out
-PASSAGE = 64  # the most tokens of a repeated passage
-CUE = 8  # an eighth of a passage is its cue, after which the model can know what follows
+LONGEST_PASSAGE = 64  # the most tokens of a repeated passage
+CUES_IN_PASSAGE = 8  # an eighth of a passage is its cue, after which the model can know what follows
 
 
 class Losses(NamedTuple):
@@ -102,7 +102,7 @@ class Judge:
             # Row i predicts token i after the prompt.
             full, pruned = (self.model.module.head(x).log_softmax(-1) for x in (case.full, h))  # [N + 1, V]
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
-            cue = max(1, len(case.passage) // CUE)
+            cue = max(1, len(case.passage) // CUES_IN_PASSAGE)
             targets = torch.tensor(case.passage[cue:], dtype=torch.int64, device=pruned.device)
             begin = len(case.continuation) + cue  # where the first token to copy is predicted
             copied = pruned[begin:].argmax(-1) == targets
@@ -141,7 +141,7 @@ def hold_out(windows: list[Window], longest: int) -> tuple[list[Window], list[Wi
     left = sorted(windows, key=size_of)
     room = total_size(windows) // HELD_OUT
     judged = []
-    for prompt in (*LENGTHS, longest) * ROUNDS:
+    for prompt in (*JUDGED_LENGTHS, longest) * ROUNDS:
         size = min(prompt + CONTINUATION, longest)
         number = min(bisect_left(left, size, key=size_of), len(left) - 1)  # of the shortest window of that size
         tokens, media = left[number]
@@ -169,7 +169,7 @@ def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random
     stretches = zip(edges[::2], edges[1::2], strict=True)
     begin, end = max(stretches, key=lambda stretch: stretch[1] - stretch[0])
     length = end - begin
-    size = min(PASSAGE, length // 4)
+    size = min(LONGEST_PASSAGE, length // 4)
     if size < 2:
         return []
     begin += rng.randint(1, length // 2 - size)  # not the first token, which may be BOS

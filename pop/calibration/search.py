@@ -28,17 +28,17 @@ from pop.pruning.cost import speedup_limit
 from pop.pruning.plan import PrunePlan
 
 PROMPT = 2048  # tokens of the prompt for which a speedup is asked
-FULL_DEPTH = 0.1  # the share of this prompt's tokens at full depth, but for the first
+FULL_DEPTH_SHARE = 0.1  # the share of this prompt's tokens at full depth, but for the first
 LAST = 96  # how many of them are its last ones (README.md says why no fewer); the others are selected
 SHORT = 512  # tokens. What pruning costs in shorter prompts is more than what it saves (data/README.md)
 TAILS = (1.0, 0.8, 0.6)  # of the pruned layers, the shares that are the deepest ones
 SAMPLES = 16  # texts, and repeated passages, on which gates are measured
 SAMPLE = 192  # tokens of each
 RESPONSE = 48  # tokens of it that count
-CUE = 16  # the most tokens of a repeated passage's cue
+LONGEST_CUE = 16  # the most tokens of a repeated passage's cue
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
 FEW = 12_000  # tokens from which a set of layers is fitted to be compared
-WINDOW = 512  # the most tokens of a window of these
+LONGEST_WINDOW = 512  # the most tokens of a window of these
 
 Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
@@ -71,7 +71,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
-    few = enough([(tokens[:WINDOW], media) for tokens, media in without_images(windows)], FEW)
+    few = enough([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
 
     def candidates() -> Iterator[PrunePlan]:
         tried = set()
@@ -120,10 +120,10 @@ def _needed(model, samples: list[Sample]) -> Tensor:
 
 def _lookup_scores(model, passages: list[Sample]) -> Tensor:
     """How many of a repeated passage's tokens in the prompt each layer would select, as shares [L]."""
-    repeated = [(prompt, passage) for prompt, passage in passages if len(prompt) >= 3 * CUE]
+    repeated = [(prompt, passage) for prompt, passage in passages if len(prompt) >= 3 * LONGEST_CUE]
     if not repeated:
         return torch.zeros(model.config.num_layers)
-    return selecting_scores(model, repeated, SELECTED, CUE)
+    return selecting_scores(model, repeated, SELECTED, LONGEST_CUE)
 
 
 # ---- Plans of a speedup ----
@@ -169,7 +169,7 @@ def _prompt(model) -> int:
 def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan:
     """The plan that prunes these layers, with tokens at full depth."""
     allowed = [index for index in range(max(layers)) if index not in layers]  # kept, with pruned layers after them
-    total = round(FULL_DEPTH * _prompt(model))
+    total = round(FULL_DEPTH_SHARE * _prompt(model))
     if not allowed:
         return PrunePlan(layers, full_depth_first=1, full_depth_last=total)
     selecting = max(allowed, key=lambda index: lookups[index])

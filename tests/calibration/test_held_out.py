@@ -12,7 +12,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 
 import pop
 from pop import PrunePlan
-from pop.calibration.held_out import CUE, Judge, hold_out, repeated_passage
+from pop.calibration.held_out import CUES_IN_PASSAGE, Judge, hold_out, repeated_passage
 
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 
@@ -28,7 +28,7 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
     judge, texts, passages, firsts = Judge(model, windows), [], [], []
     for (window, _), case in zip(windows, judge.cases, strict=True):
         passage = case.passage
-        cut, cue = max(len(window) * 2 // 3, len(window) - 128), max(1, len(passage) // CUE)
+        cut, cue = max(len(window) * 2 // 3, len(window) - 128), max(1, len(passage) // CUES_IN_PASSAGE)
         assert len(passage) == (min(64, cut // 4) if cut >= 8 else 0)
         kl = naive_kl(model, PLAN, window + passage, cut)
         texts.append(kl[: len(window) - cut + 1])
@@ -58,7 +58,7 @@ def test_tokens_are_copied_if_they_are_the_likeliest(model):
     judge = Judge(model, windows)
     for case in judge.cases:
         passage = case.passage
-        tokens, cue = case.prompt + case.continuation + passage, max(1, len(passage) // CUE)
+        tokens, cue = case.prompt + case.continuation + passage, max(1, len(passage) // CUES_IN_PASSAGE)
         answers = model.logits([tokens])[0].argmax(-1)[len(tokens) - len(passage) + cue - 1 : -1]
         right += sum(int(a == b) for a, b in zip(answers, passage[cue:], strict=True))
         total += len(answers)

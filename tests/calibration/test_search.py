@@ -15,7 +15,7 @@ import pop
 from pop import PrunePlan
 from pop.calibration import search
 from pop.calibration.held_out import Judge
-from pop.calibration.search import FULL_DEPTH, LAST, PROMPT, layers_apart, with_full_depth
+from pop.calibration.search import FULL_DEPTH_SHARE, LAST, PROMPT, layers_apart, with_full_depth
 
 RANK = 15
 
@@ -145,12 +145,12 @@ def test_the_tokens_at_full_depth_are_shared_out(deep, windows, layers):
     plan = with_full_depth(deep, layers, windows)
     assert (plan.layers, plan.full_depth_first) == (layers, 1)
     if layers == (0, 1):  # no layer can select
-        assert plan.full_depth_last == round(FULL_DEPTH * PROMPT) and not plan.full_depth_selected
+        assert plan.full_depth_last == round(FULL_DEPTH_SHARE * PROMPT) and not plan.full_depth_selected
         return
     assert plan.full_depth_last == LAST
     assert plan.selecting_layer not in layers and plan.selecting_layer < max(layers)
     total = plan.full_depth_last + plan.full_depth_selected * (PROMPT - plan.full_depth_last)
-    assert total == pytest.approx(round(FULL_DEPTH * PROMPT), abs=0.1)
+    assert total == pytest.approx(round(FULL_DEPTH_SHARE * PROMPT), abs=0.1)
 
 
 @pytest.mark.parametrize("speedup", [1, 0, -2.0, float("nan"), float("inf"), True, "1.4", None, [2.0]])
