@@ -115,6 +115,13 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
     assert len(lines) == 7 and everything == pytest.approx(-1 / 6)
     assert "exact answers, codes 512, share: +0.0000 too few for an interval" in lines
     assert any(line.startswith("exact answers, needle 512, share: -0.2000 [") for line in lines)
+    for row in answers.values():
+        row["by_question"]["kind"] = [*["needle 512"] * 4, "quotes-prose 512", "variables 512"]
+    path.write_text(json.dumps({"retrieval": result["retrieval"], "contenders": result["contenders"]}))
+    assert compare.main([str(path), "a", "b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("exact answers, all of retrieval, share: -0.2000 [") for line in lines)
+    assert "exact answers, all of other tasks, share: +0.0000 too few for an interval" in lines
     for name, changed in (("c", result), ("b", result | {"text": {"all": {"rows": {}}}})):
         path.write_text(json.dumps(changed))
         assert compare.main([str(path), "a", name]) == 2

@@ -17,6 +17,7 @@ import numpy as np
 from pop.errors import InputError
 from tools.common import exit_status
 from tools.evaluate.text import interval
+from tools.results.leaderboard import KINDS, kind_of
 from tools.results.rows import read_result
 
 
@@ -32,17 +33,26 @@ def differences(path: str, first: str, second: str) -> dict[str, dict]:
         for domain, text in result.get("text", {}).items():
             found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", methods)
         answers = result["retrieval"]["rows"]
-        kinds = answers[first]["by_question"].get("kind", [])
-        for kind in [None, *dict.fromkeys(kinds)]:
-            of_kind = slice(None) if kind is None else [other == kind for other in kinds]
-            name = f", {kind}" if kind else ""
-            found[f"exact answers{name}, share"] = _paired(answers, "by_question", "exact", methods, of_kind)
-            found[f"log-probability{name}, nats"] = _paired(answers, "by_question", "log_prob", methods, of_kind)
+        for group, which in _groups(answers[first]["by_question"].get("kind", [])).items():
+            found[f"exact answers{group}, share"] = _paired(answers, "by_question", "exact", methods, which)
+            found[f"log-probability{group}, nats"] = _paired(answers, "by_question", "log_prob", methods, which)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(result.get("contenders", ()))
         advice = f"it has the methods {names}; write it with tools.evaluate --tasks text --json"
         raise InputError(f"{path} lacks {error} for {first} or {second}; {advice}") from None
     return found
+
+
+def _groups(kinds: list[str]) -> dict[str, np.ndarray | slice]:
+    """Which questions are in a group: all, those of the task retrieval, those of other tasks, and each kind."""
+    groups = {"": slice(None)}
+    in_retrieval = np.array([kind_of(kind) in KINDS for kind in kinds], dtype=bool)
+    if in_retrieval.any() and not in_retrieval.all():
+        groups[", all of retrieval"] = in_retrieval
+        groups[", all of other tasks"] = ~in_retrieval
+    for kind in dict.fromkeys(kinds):
+        groups[f", {kind}"] = np.array(kinds) == kind
+    return groups
 
 
 def _paired(rows: dict[str, dict], figures: str, name: str, methods: tuple[str, str], which=slice(None)) -> dict:
