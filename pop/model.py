@@ -170,7 +170,7 @@ class Model(Runner):
         enable_thinking: bool = True,
         plan=None,
     ) -> Conversation:
-        """A conversation, whose turns prefill only what is new.
+        """A conversation, whose turns prefill only what is new. Its `send` and `stream` take the options of `generate`.
 
         Args:
             system: The system message.
@@ -185,12 +185,16 @@ class Model(Runner):
             earlier.insert(0, {"role": "system", "content": system})
         return Conversation(self, earlier, enable_thinking=enable_thinking, plan=plan)
 
-    def prefix(self, prompt, *, images=None, videos=None, plan=None) -> Prefix:
+    def prefix(
+        self, prompt, *, images=None, videos=None, tools=None, enable_thinking: bool = True, plan=None
+    ) -> Prefix:
         """Encode once what many prompts begin with; then call `prefix.generate(rest)`. Arguments as in `generate`.
 
-        The prompt may also be messages, as in `chat`. A rest is then the user's next message.
+        The prompt may also be messages, and then tools and enable_thinking are as in `chat`. A rest is then the user's
+        next message.
         """
-        return Prefix(self, prompt, images=images, videos=videos, plan=plan)
+        in_chat = {"tools": tools, "enable_thinking": enable_thinking}
+        return Prefix(self, prompt, in_chat, images=images, videos=videos, plan=plan)
 
     def score(self, context, continuation, *, images=None, videos=None, plan=None) -> Any:
         """log p(continuation | context): the natural logarithm, summed over the continuation's tokens.

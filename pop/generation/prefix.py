@@ -30,8 +30,9 @@ class Prefix:
     prompt.
     """
 
-    def __init__(self, model, prompt, *, images=None, videos=None, plan=None):
+    def __init__(self, model, prompt, in_chat: dict, *, images=None, videos=None, plan=None):
         self.model = model
+        self._in_chat = in_chat  # tools and enable_thinking of messages
         self.plan = model.resolve(plan)
         self.messages = None
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
@@ -42,6 +43,8 @@ class Prefix:
             is_shared = [token == another for token, another in zip(one, other, strict=False)]
             self.tokens = one[: [*is_shared, False].index(False)]
         else:
+            if in_chat["tools"]:
+                raise InputError("tools need a prefix of messages, as model.chat takes them, and not a plain prompt")
             (media,) = model.vision.prepare_batch(images, videos, 1)
             self.tokens = model.encode(prompt, "prefix", media=media)
         model.check_fits(len(self.tokens), "the prefix")
@@ -116,7 +119,8 @@ class Prefix:
             raise InputError(
                 "after messages, a rest is the text of the user's next message; images are in the messages"
             )
-        return self.model.chat_format().prompt([*self.messages, {"role": "user", "content": text}])
+        messages = [*self.messages, {"role": "user", "content": text}]
+        return self.model.chat_format().prompt(messages, **self._in_chat)
 
     def _after_messages(self, tokens: list[int]) -> list[int]:
         """What follows the encoded tokens in the token ids of a conversation."""

@@ -83,9 +83,14 @@ class Options(TypedDict, total=False):
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 OPTIONS = list(DEFAULTS)
 INSTEAD = {  # of options that there are elsewhere
-    "stream": "model.stream, and start_chat(...).stream for messages",
+    "stream": "model.stream, which takes model.chat_tokens(messages) for messages",
     "plan": "that of start_chat and prefix, which holds for all their answers",
-    "response_format": "tools/examples/json_schema.py, which makes a logits_processor of a JSON schema",
+    "prune": "plan, of which 'none' is full depth",
+    "messages": "model.chat",
+    "system": "that of start_chat, or a message with the role system",
+    "tools": "those of model.chat, model.chat_tokens and model.prefix",
+    "enable_thinking": "that of model.chat, model.chat_tokens, start_chat and prefix",
+    "response_format": "tools/examples/json_schema.py of a clone, which makes a logits_processor of a JSON schema",
 }
 
 

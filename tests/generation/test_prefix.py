@@ -110,6 +110,23 @@ def test_after_messages_a_rest_is_the_users_next_message(model, notes):
     assert "".join(prefix.stream("Why?", max_new_tokens=4)) == expected[0].text
 
 
+def test_a_prefix_of_messages_takes_tools_and_thinking_as_chat_does():
+    template = (
+        "{% if tools %}{{ tools[0].name }}{% endif %}"
+        "{% for message in messages %}<|im_start|>{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}"
+        "<|im_start|>assistant: {% if enable_thinking is false %}at once{% endif %}"
+    )
+    model = make("llama", pop.PrunePlan((3, 4)), chat_format=template)
+    options = {"tools": [{"name": "weigh"}], "enable_thinking": False}
+    prefix = model.prefix(DOCUMENT, **options)
+    question = [*DOCUMENT, {"role": "user", "content": "Why?"}]
+    prompt = model.chat_tokens(question, **options)
+    assert prompt[: len(prefix.tokens)] == prefix.tokens
+    answer = prefix.generate("Why?", max_new_tokens=4)
+    assert answer.prompt_tokens == len(prompt)
+    assert answer.tokens == model.chat(question, max_new_tokens=4, **options).tokens
+
+
 def test_what_a_prefix_of_messages_refuses():
     model = make("llama", pop.PrunePlan.none())
     prefix = model.prefix(DOCUMENT)
@@ -121,6 +138,8 @@ def test_what_a_prefix_of_messages_refuses():
             for rest in ([5, 6], [], [[{"type": "text", "text": "a"}]], ["a", 5])
         ),
         (lambda: prefix.score("a"), "scores nothing"),
+        (lambda: model.prefix("a", tools=[{"name": "weigh"}]), "a prefix of messages"),
+        (lambda: model.prefix(DOCUMENT, enable_thinking="no"), "enable_thinking is 'no'"),
         (lambda: model.prefix([{"role": "bishop", "content": "a"}]), "'bishop'"),
         (lambda: model.generate(DOCUMENT), "prefix take these"),
     ):
