@@ -3,6 +3,7 @@
     python -m tools.check_server weights/llama3.1-8b-instruct                 # vLLM with POP_PLAN
     python -m tools.check_server smollm2-135m --server pop --questions 4      # tools.serve
     python -m tools.check_server smollm2-135m --server pop --cached           # each text is in the cache
+    python -m tools.check_server smollm2-135m --server pop --text my.txt      # about your text
 
 With --cached, the server has each prompt but for its last tokens, the question, before it gets the whole prompt. Then
 vLLM selects no tokens of the text for the question, and tools.serve does. vLLM tells what it took from its cache only
@@ -33,6 +34,7 @@ from pop.calibration.questions import KINDS, Question, Writer, make_questions
 from pop.calibration.texts import builtin_texts, parted, python_texts
 from pop.calibration.verdict import Verdict
 from pop.checkpoints.registry import find_folder
+from pop.cli.texts import read_file
 from pop.errors import InputError, check_count
 from pop.inputs.chat import chat_format
 from pop.system.progress import progress_bar
@@ -116,11 +118,17 @@ def text_and_reused(found: dict) -> tuple[str, int | None]:
     return found["choices"][0]["text"] + "", details.get("cached_tokens")
 
 
-def questions_of(folder, lengths: list[int], per_kind: int, seed: int) -> tuple[dict[int, list[Question]], object]:
-    """The questions by prompt length, about texts that no plan was fitted to, and the tokenizer in the folder."""
+def questions_of(
+    folder, lengths: list[int], per_kind: int, seed: int, texts: list[str]
+) -> tuple[dict[int, list[Question]], object]:
+    """The questions by prompt length, about these texts, and the tokenizer in the folder.
+
+    Without texts, they are about parts of the built-in ones, and of Python's, that no plan was fitted to.
+    """
     tokenizer = pop.load_tokenizer(folder)
     model = SimpleNamespace(tokenizer=tokenizer, chat_format=lambda: chat_format(tokenizer))
-    _, texts = parted(builtin_texts() + python_texts())
+    if not texts:
+        _, texts = parted(builtin_texts() + python_texts())
     text = [token for text in texts for token in tokenizer.encode(text, bos=False)]
     head = [token for token in tokenizer.encode("a")[:1] if token == tokenizer.bos_id]
     writer = Writer(model, text, head, seed)
@@ -184,13 +192,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=12, help="of each kind at each length (12)", metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="decides the questions (0)", metavar="N")
     parser.add_argument("--cached", action="store_true", help="ask about texts that the server has in its cache")
+    parser.add_argument("--text", action="append", default=[], help="a file to ask about, in place of built-in texts")
     args = parser.parse_args(argv)
 
     def work() -> None:
+        texts = [read_file(path) for path in args.text]
         lengths = integers_in("--lengths", args.lengths)
         check_count("--questions", args.questions)
         check_count("--seed", args.seed, 0)
-        questions, tokenizer = questions_of(find_folder(args.model), lengths, args.questions, args.seed)
+        questions, tokenizer = questions_of(find_folder(args.model), lengths, args.questions, args.seed, texts)
         client = Client(args.url, args.key)
         client.check(lengths, PLAN[args.server])
         verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"), args.cached)

@@ -26,6 +26,8 @@ def plans(args) -> None:
     for path in args.files:
         plan = PrunePlan.load(path)
         print(f"{path}: {describe(plan)}")
+        if plan.layers:
+            print(f"  pruned layers: {', '.join(map(str, plan.layers))}")
         if plan.full_depth_below:
             print(f"  below {plan.full_depth_below} tokens: the whole model")
         if plan.layers and plan.full_depth_selected:

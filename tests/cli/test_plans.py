@@ -36,10 +36,12 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     assert main(["plans", "plain", "refit", "old"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "plain: without layers 2 to 3, last 8 and 25% whole",
+        "  pruned layers: 2, 3",
         "  below 300 tokens: the whole model",
         "  selected by: layer 1",
         f"  version: {pop.__version__}",
         "refit: without 2 layers, calibrated",
+        "  pruned layers: 1, 3",
         f"  version: {pop.__version__}",
         "  model: mine",
         "  tokens: 1234",
@@ -64,7 +66,8 @@ VERDICT = {
 def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, capsys):
     pop.PrunePlan((2, 3), about={"verdict": VERDICT}).save(tmp_path / "plan")
     assert main(["plans", str(tmp_path / "plan")]) == 0
-    first, _, *lines = capsys.readouterr().out.splitlines()
+    first, layers, _, *lines = capsys.readouterr().out.splitlines()
+    assert layers == "  pruned layers: 2, 3"
     assert first.endswith("without layers 2 to 3, keeps 93% to 101% of pop check's answers")
     cells = [" ".join(line.split()) for line in lines if line.strip()]
     assert cells == [
@@ -127,6 +130,6 @@ def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
     save_file(REFIT.tensors | {"sketch": REFIT.sketch}, tmp_path / "plan", metadata=metadata)
     assert main(["plans", str(tmp_path / "plan")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert (len(lines) == 2 or "verdict" in about) and all(
+    assert (len(lines) == 3 or "verdict" in about) and all(
         line.isprintable() and line.isascii() and len(line) < 500 for line in lines
     )

@@ -94,10 +94,18 @@ def test_a_cached_text_is_sent_before_its_question(folder):
 
 def test_questions_come_from_the_tokenizer_alone(folder):
     """Each kind at each length, in prompts of exactly that length."""
-    questions, tokenizer = check_server.questions_of(folder, [900, 1200], 1, seed=3)
+    questions, tokenizer = check_server.questions_of(folder, [900, 1200], 1, seed=3, texts=[])
     assert [[len(question.prompt) for question in group] for group in questions.values()] == [[900] * 7, [1200] * 7]
     assert {question.kind for question in questions[900]} >= {"codes", "brackets", "tool calls"}
     assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
+
+
+def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys):
+    text = "Sphinx of black quartz, judge my vow. " * 200
+    questions, tokenizer = check_server.questions_of(folder, [900], 1, 3, [text])
+    assert all("quartz" in tokenizer.decode(question.prompt) for question in questions[900])
+    assert check_server.main([str(folder), "--text", str(tmp_path / "missing.txt")]) == 2
+    assert "missing.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,21 @@ def test_the_log_says_what_a_plan_does_and_what_it_cannot(engine, layers, is_dee
     engine.llm.apply_model(lambda module: module.announce("my.plan"))
     assert said == ["pop: POP_PLAN is my.plan: 3 of 6 layers, for prompts of 0 tokens or more"]
     assert any("is not calibrated" in line for line in warned) != is_calibrated
+    assert not any("does not hold" in line for line in warned)
     assert any("its last chunk only" in line for line in warned) != is_deepest
+
+
+@on_llama
+def test_the_log_says_that_a_plan_does_not_hold(engine, monkeypatch):
+    said, warned = [], []
+    monkeypatch.setattr("pop_vllm.model.logger.info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("pop_vllm.model.logger.warning", warned.append)
+    for holds in (True, False):
+        about = {"verdict": {"holds": holds, "kept": [0.9, 0.8, 1.0]}}
+        engine.use(dataclasses.replace(calibrated(engine, (3, 4, 5)), about=about), 2048)
+        engine.llm.apply_model(lambda module: module.announce("my.plan"))
+        assert any("does not hold" in line for line in warned) != holds
+        assert "tokens or more, keeps 80% to 100% of pop check's answers" in said[-1]
 
 
 @pytest.mark.parametrize("budget", [2048, 33])
