@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import assert_close, by_position, cases, new_cache
+from support.cases import assert_close, new_cache, random_corrections
 from support.compiler import requires_compiler
 from support.naive_method import attention
 from support.nightly import NIGHTLY
@@ -24,8 +24,6 @@ from pop import engine
 from pop.backends import cpu
 from pop.engine.attention import decode_attention
 from pop.models import layers
-from pop.pruning.corrections import Corrections
-from pop.pruning.sketch import NUMBERS
 
 
 def normal(*shape, seed=0):
@@ -80,10 +78,7 @@ def test_all_matrices_of_a_calibrated_plan_use_the_backends_product(monkeypatch)
 
     D = module.config.hidden_size
     KE = module.config.num_kv_heads * module.config.head_dim
-    tensors = {"weight": normal(2, 2, KE, 7), "shared": normal(2, 7, 2 * D)}
-    plan = pop.PrunePlan(
-        (1, 3), 1, 1, Corrections((1, 3), **tensors, update=normal(2, D, 7), sketch=torch.zeros(2, 2, NUMBERS))
-    )
+    plan = pop.PrunePlan((1, 3), 1, 1, random_corrections(module.config, (1, 3), 0, rank=7))
     monkeypatch.setattr(cpu, "linear", linear)
     pop.backends.accelerate(module)
     monkeypatch.undo()  # the other layers' products are not counted
@@ -121,15 +116,22 @@ def kernel(request, monkeypatch):
         monkeypatch.setattr(cpu, "_kernel", portable_kernel)
 
 
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+def on_both_kernels(test):
+    test = pytest.mark.parametrize("dtype", TOLERANCES)(test)
+    return requires_compiler(pytest.mark.usefixtures("kernel")(test))
+
+
 @pytest.fixture
 def slow_products(monkeypatch):
     """A processor without fast products, where kernels.cpp takes more rows."""
     monkeypatch.setattr(cpu, "WIDENED", {torch.float32, torch.bfloat16})
 
 
-@requires_compiler
-@pytest.mark.usefixtures("kernel", "slow_products")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_both_kernels
+@pytest.mark.usefixtures("slow_products")
 @given(rows=st.integers(1, cpu.MOST_ROWS), height=st.integers(1, 200), data=st.data())
 def test_a_few_rows_are_multiplied_as_in_float64(dtype, rows, height, data):
     """Where a matrix ends within a tile, and a row within a part of it. Nothing around the output is written."""
@@ -169,10 +171,8 @@ HEADS = [(2, 2, 10), (6, 2, 64), (7, 1, 256)]
 PAIRS = [(kind, HEADS[number % 3]) for number, kind in enumerate(KINDS)]
 
 
-@requires_compiler
-@pytest.mark.usefixtures("kernel")
+@on_both_kernels
 @pytest.mark.parametrize(("kind", "heads"), product(KINDS, HEADS) if NIGHTLY else PAIRS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_attention_is_attention(kind, heads, dtype):
     """Of keys in order, and of keys that lie anywhere, of which some are empty slots."""
     H, K, E = heads
@@ -198,12 +198,7 @@ def test_fused_attention_is_attention(kind, heads, dtype):
     assert (found.double() - attention(q, k[:, order], v[:, order], mask, scale)).abs().max() < TOLERANCES[dtype]
 
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.02}
-
-
-@requires_compiler
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_both_kernels
 @given(st.integers(1, 3), st.integers(1, 150), st.integers(0, 150), st.integers(1, 3), st.integers(1, 9), st.data())
 def test_any_sizes_and_strides_are_attended(dtype, B, T, filled, K, G, data):
     """Views whose numbers or rows lie apart, or begin at an odd place."""
@@ -221,9 +216,7 @@ def test_any_sizes_and_strides_are_attended(dtype, B, T, filled, K, G, data):
     assert (found.double() - attention(q, k, v, mask, 0.3)).abs().max() < TOLERANCES[dtype]
 
 
-@requires_compiler
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_both_kernels
 def test_any_scores_are_attended_as_in_torch(dtype):
     """Scores of +-10,000, of +-1e10, only large negative ones, and infinite ones, whose result is NaN."""
     q, k, v = (normal(1, 60, 2, 64, seed=seed).to(dtype) for seed in range(3))
@@ -238,9 +231,7 @@ def test_any_scores_are_attended_as_in_torch(dtype):
         assert found[0, :30].isfinite().all() and found[0, 30:].isnan().all()
 
 
-@requires_compiler
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_both_kernels
 def test_keys_that_are_not_attended_count_for_nothing(dtype):
     """A later token's V may be huge. A query that attends no key gets zeros."""
     q, k, v = (normal(1, 60, 2, 64, seed=seed).to(dtype) for seed in range(3))
@@ -256,9 +247,7 @@ def test_keys_that_are_not_attended_count_for_nothing(dtype):
             cpu.fused_attention(*wrong, 0.3)
 
 
-@requires_compiler
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_both_kernels
 @given(
     B=st.integers(1, 3), S=st.sampled_from([1, 5, 40, 700]), K=st.integers(1, 3), G=st.integers(1, 9), data=st.data()
 )
@@ -330,21 +319,6 @@ def test_without_a_compiler_torchs_attention_runs(monkeypatch):
     looked_at = torch.tensor([0, 3, 3, 3, 4, 5, 6]).expand(2, -1)
     for options in ((3,), (None,), (5, looked_at)):
         assert_close(cpu.causal_attention(q, k, v, 0.3, *options), layers.causal_attention(q, k, v, 0.3, *options))
-
-
-@given(cases())
-def test_prefill_with_fused_attention_is_prefill(case):
-    """Logits and cache, for any plan, window, batch, padding and chunking."""
-    module, plan, tokens, lengths, chunk = case
-    plan, results = by_position(plan), []
-    accelerated = copy.deepcopy(module)
-    pop.backends.accelerate(accelerated)
-    for either in (module, accelerated):
-        cache = new_cache(either, len(tokens), chunk=chunk)
-        logits = engine.prefill(either, tokens, cache, lengths, plan, chunk)
-        results.append((logits, *(x[:, :-1] for x in (*cache.keys, *cache.values))))
-    for wanted, found in zip(*results, strict=True):
-        assert_close(found, wanted)
 
 
 @requires_compiler

@@ -19,21 +19,9 @@ from pop import engine
 from pop.engine.changes import Kinds
 from pop.engine.compile import ReadyStages
 from pop.engine.decode_step import DecodeStep
+from pop.models import gemma3
 
 PRUNED = pop.PrunePlan((1,))
-
-
-class Adapter(nn.Module):
-    """A LoRA layer around a linear one."""
-
-    def __init__(self, base, factor):
-        super().__init__()
-        self.base, self.factor = base, factor
-        self.down = nn.Parameter(torch.randn(3, base.in_features) / 5)
-        self.up = nn.Parameter(torch.randn(base.out_features, 3) / 5)
-
-    def forward(self, x):
-        return self.base(x) + x @ self.down.T @ self.up.T * self.factor
 
 
 class Negative(nn.Module):
@@ -43,11 +31,6 @@ class Negative(nn.Module):
 
     def forward(self, x):
         return -self.part(x)
-
-
-class Doubled(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
 
 
 def after(part, args, out):
@@ -67,7 +50,7 @@ def setting(part, name, value):
 
 
 def parametrized(part):
-    parametrize.register_parametrization(part, "weight", Doubled())
+    parametrize.register_parametrization(part, "weight", nn.Softplus())
     return lambda: parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
 
 
@@ -98,14 +81,9 @@ def of_class(part, kind):
     return lambda: setattr(part, "__class__", old)
 
 
-class NegativeMLP(pop.models.layers.MLP):
-    def forward(self, x):
-        return -super().forward(x)
-
-
 # Each takes a layer, the list of layers and the last norm, and returns a function that undoes it.
 CHANGES = {
-    "adapter": lambda layer, *_: setting(layer.self_attn, "v_proj", Adapter(layer.self_attn.v_proj, 0.5)),
+    "adapter": lambda layer, *_: setting(layer.self_attn, "v_proj", Negative(layer.self_attn.v_proj)),
     "forward": lambda layer, *_: setting(layer.mlp, "forward", lambda x: x * 0.5),
     "method": lambda layer, *_: setting(layer, "mlp_update", lambda h: h * 0.5),
     "hook on layer": lambda layer, *_: layer.register_forward_hook(after).remove,
@@ -124,7 +102,7 @@ CHANGES = {
     "strides": lambda layer, *_: setting(
         layer.self_attn.o_proj, "weight", nn.Parameter(torch.randn(60, 30).T / 5, requires_grad=False)
     ),
-    "class": lambda layer, *_: of_class(layer.mlp, NegativeMLP),
+    "class": lambda layer, *_: of_class(layer.mlp, gemma3.MLP),
     "parametrization": lambda layer, *_: parametrized(layer.self_attn.v_proj),
     "another layer": lambda layer, layers, norm: another_layer(layers),
     "compiled part": lambda layer, *_: setting(layer, "mlp", torch.compile(Negative(layer.mlp), backend="eager")),

@@ -1,24 +1,26 @@
-"""Which tokens make a chunk, which of them run at full depth, and when attention needs no mask."""
+"""Which tokens make a chunk, which of them run at full depth, and which keys they read and attend to."""
 
+import pytest
 import torch
-from support.cases import NONE, new_cache
+from support.cases import NONE, new_cache, prefill
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
+from pop.engine import attention
 from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
 from pop.pruning.plan import PrunePlan
 
 
-def prompts_of(cache, lengths, plan, images=TEXT):
+def prompts_of(cache, lengths, plan):
     """Prompts of zeros."""
     tokens = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
-    return Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, True))
+    return Prompts(tokens, lengths, TEXT, full_depth_tokens(cache, lengths, plan, True))
 
 
-def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
+def test_text_prompts_keep_to_causal_attention_without_a_mask():
     """Only a chunk that holds an image with look-ahead leaves the fast path."""
     module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
 
@@ -82,3 +84,51 @@ def test_full_depth_rows_by_hand():
     full = FullDepth.of(cache, second, prompts, plan)
     assert full.plan == NONE and full.columns.shape == (2, 0)
     assert second.target[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
+
+
+def test_the_example_in_the_docstring_of_attention_metadata():
+    """A ring of six slots, a window of three, and a row that writes positions 6 and 7."""
+    module = random_model(tiny_gemma3_config(windows=(3,)))
+    cache = new_cache(module, 1, chunk=4)
+    assert cache.slots(3) == 6
+    cache.lengths[:] = 6
+    lengths = torch.tensor([2])
+    prompts = prompts_of(cache, lengths, NONE)
+    at = Chunk.of(module, cache, prompts, (torch.tensor([0]), lengths)).attention[3]
+    assert at.slots.tolist() == [[0, 1]]
+    assert at.key_slots.tolist() == [[4, 5, 0, 1]]
+    assert at.held.tolist() == [[4, 5, 6, 7]]
+    assert at.spans.tolist() == [[[4, 6], [5, 7]]]
+    assert attention.span_mask(at.held, at.spans).int().tolist() == [[[1, 1, 1, 0], [0, 1, 1, 1]]]
+    assert at.band.tolist() == [2, 2, 0, 1]
+
+
+@pytest.mark.usefixtures("small_query_blocks")
+@pytest.mark.parametrize("held", [0, 30])
+def test_a_windows_prefill_attends_a_band(notes, held):
+    """A block of three tokens attends the keys of its windows only, in a fresh chunk and after 30 tokens in a ring."""
+    module = random_model(tiny_gemma3_config(windows=(5, None)), seed=4)
+    cache = new_cache(module, 1, chunk=24)
+    if held:
+        prefill(module, torch.arange(held)[None], torch.tensor([held]), NONE, 24, cache)
+    sizes = notes(attention, "masked_attention", lambda q, k, *_: (q.shape[1], k.shape[1]))
+    prefill(module, torch.arange(24)[None], torch.tensor([24]), NONE, 24, cache)
+    local = [(3, 3), (3, 6)] if not held else [(3, 7), (3, 7)]
+    local += [(3, 7)] * 6
+    assert sizes == local + ([(3, held + n) for n in range(3, 27, 3)] if held else [])
+
+
+def test_a_row_stepped_far_beyond_its_cache_attends_something(monkeypatch):
+    """Its logits mean nothing, but a caller may sample from them. So they must not come from an empty softmax."""
+    attend = attention.masked_attention
+
+    def checked(q, k, v, mask, scale):
+        assert q.shape[1] > 1 or mask.any(-1).all()
+        return attend(q, k, v, mask, scale)
+
+    monkeypatch.setattr(attention, "masked_attention", checked)
+    module = random_model(tiny_gemma3_config(windows=(2, None, 2)), seed=3)
+    cache = new_cache(module, 2, slots=8)
+    prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 1]), NONE, cache=cache)
+    for _ in range(7):
+        assert engine.decode(module, torch.tensor([1, 1]), cache).isfinite().all()

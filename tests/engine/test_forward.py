@@ -201,33 +201,24 @@ def test_padding_and_stale_slots_do_not_matter(case, garbage):
     assert_close(engine.decode(module, next_token, dirty), engine.decode(module, next_token, clean))
 
 
-def test_a_row_may_fill_its_cache_to_the_last_slot():
-    """Padding of a shorter turn goes to the spare slot, and does not overwrite a full row's last slot."""
-    module = random_model(tiny_config(), seed=3)
+def test_a_row_may_fill_its_cache_and_is_left_alone_then():
+    """Padding of a shorter turn and a token after the last slot go to the spare slot, not over a full row's tokens."""
+    module = random_model(tiny_gemma3_config(), seed=3)
     plan = PrunePlan(layers=(2, 4))
     first, turn = torch.arange(10)[None].repeat(2, 1), torch.arange(20, 26)[None].repeat(2, 1)
     cache = new_cache(module, 2, slots=8)
     prefill(module, first, torch.tensor([7, 2]), plan, cache=cache)
-    logits, _ = prefill(module, turn, torch.tensor([1, 6]), plan, cache=cache)
-    assert cache.lengths.tolist() == [8, 8]
-    for row, (n, m) in enumerate([(7, 1), (2, 6)]):
+    logits, _ = prefill(module, turn, torch.tensor([1, 5]), plan, cache=cache)
+    assert cache.lengths.tolist() == [8, 7]
+    for row, (n, m) in enumerate([(7, 1), (2, 5)]):
         alone = new_cache(module, 1, slots=8)
         prefill(module, first[row : row + 1], torch.tensor([n]), plan, cache=alone)
         expected, _ = prefill(module, turn[row : row + 1], torch.tensor([m]), plan, cache=alone)
         assert_close(logits[row], expected[0])
         assert_close(cached_kv(module, cache, row), cached_kv(module, alone, 0))
-
-
-def test_stepping_a_full_row_leaves_its_tokens_alone():
-    module = random_model(tiny_gemma3_config(), seed=3)
-    cache = new_cache(module, 2, slots=8)
-    prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 3]), NONE, cache=cache)
-    kept, cache.lengths = cache.lengths, cache.lengths.clone()
     before = [x[0, :8].clone() for x in (*cache.keys, *cache.values)]
     stepped = engine.decode(module, torch.tensor([1, 1]), cache)[1]
     assert all(torch.equal(x[0, :8], y) for x, y in zip((*cache.keys, *cache.values), before, strict=True))
-    alone = new_cache(module, 1, slots=8)
-    prefill(module, torch.arange(3)[None], kept[1:], NONE, cache=alone)
     assert_close(stepped, engine.decode(module, torch.tensor([1]), alone)[0])
 
 

@@ -13,6 +13,7 @@ from support.tiny import random_model, tiny_config
 
 from pop import engine
 from pop.engine import chunks, layer_pass
+from pop.engine.decode_step import DecodeStep
 from pop.engine.layer_pass import ReplayedPasses
 from pop.engine.stages import Stages
 from pop.models.images import Images
@@ -138,45 +139,49 @@ def test_a_pass_has_one_plan():
 
 
 @pytest.mark.parametrize(
-    "what", ["too many tokens", "several chunks", "a cache with tokens", "images", "an engine without replay", "extend"]
+    "options",
+    [
+        {"stages": REPLAYED._replace(replayed_tokens=8)},
+        {"chunk_size": 8},
+        {"images": Images(torch.zeros(1, 30), torch.tensor([[-1, 0, *[-1] * 7]]))},
+        {"stages": Stages()},
+    ],
+    ids=["too many tokens", "several chunks", "images", "an engine without replay"],
 )
-def test_what_runs_as_it_is(what):
+def test_what_runs_as_it_is(options):
     module = random_model(tiny_config())
     cache = new_cache(module, 1)
-    stages = REPLAYED
-    if what == "too many tokens":
-        stages = REPLAYED._replace(replayed_tokens=8)
-    if what == "a cache with tokens":
-        prefill(module, 2, cache, stages=Stages())
-    if what == "an engine without replay":
-        stages = Stages()
-    if what == "images":
-        images = Images(torch.zeros(1, module.config.hidden_size), torch.tensor([[-1, 0, *[-1] * 7]]))
-        engine.prefill(module, torch.ones(1, 9, dtype=torch.int64), cache, torch.tensor([9]), PLAN, 99, stages, images)
-    elif what == "extend":
-        assert engine.extend(module, torch.ones(1, 17, dtype=torch.int64), cache, stages).shape[1] == 17
-    elif what == "several chunks":
-        engine.prefill(module, torch.ones(1, 9, dtype=torch.int64), cache, torch.tensor([9]), PLAN, 8, stages)
-    else:
-        prefill(module, 9, cache, stages=stages)
+    options = {"chunk_size": 99, "stages": REPLAYED} | options
+    engine.prefill(module, torch.ones(1, 9, dtype=torch.int64), cache, torch.tensor([9]), PLAN, **options)
     assert ReplayedPasses not in cache.passes
 
 
-def test_passes_serve_one_cache_as_long_as_its_tensors_stay():
+def test_extend_and_a_prompt_after_tokens_run_as_they_are():
+    module = random_model(tiny_config())
+    cache = new_cache(module, 1)
+    engine.extend(module, torch.ones(1, 17, dtype=torch.int64), cache, REPLAYED)
+    prefill(module, 9, cache)
+    assert ReplayedPasses not in cache.passes
+
+
+def test_a_step_and_passes_serve_one_cache_as_long_as_its_tensors_stay():
     module = random_model(tiny_config())
     cache = new_cache(module, 2)
     tokens, lengths = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([3, 3])
-    engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED)
-    passes = cache.passes[ReplayedPasses]
-    cache.reset()
-    engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED)
-    assert cache.passes[ReplayedPasses] is passes
+
+    def kept(stages):
+        cache.reset()
+        engine.prefill(module, tokens, cache, lengths, PLAN, 9, stages)
+        engine.decode(module, tokens[:, 0], cache, stages)
+        return {*cache.passes.values()}
+
+    first = kept(REPLAYED)
+    assert {*cache.passes} == {DecodeStep, ReplayedPasses}
+    assert kept(REPLAYED) == first
     assert copy.deepcopy(cache).passes == {}
-    cache.reset()
-    engine.prefill(module, tokens, cache, lengths, PLAN, 9, REPLAYED._replace(replayed_tokens=999))
-    assert cache.passes[ReplayedPasses] is not passes
+    assert kept(REPLAYED._replace(replayed_tokens=999)).isdisjoint(first)
     cache.keep_rows(torch.tensor([1]))
-    assert ReplayedPasses not in cache.passes
+    assert cache.passes == {}
 
 
 def test_sizes_go_up_in_four_steps_to_twice_the_size():

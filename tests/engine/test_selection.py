@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from support.cases import (
     NONE,
-    assert_close,
     batches,
-    by_position,
-    cached_kv,
     cases,
     new_cache,
     plain,
@@ -31,7 +28,6 @@ from pop.models import build
 from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
-from pop.pruning.selection import attention_received
 
 pytestmark = pytest.mark.usefixtures("small_query_blocks", "short_averages")
 
@@ -119,17 +115,6 @@ def test_with_a_window_only_the_tokens_of_a_prompt_compete(selecting_layer):
     assert chosen.shape == (1, 12) and chosen.sum() == 5
 
 
-def test_padding_neither_attends_nor_is_attended():
-    """Padding on the left of one row gives what the row alone gives, with a batch dimension or without."""
-    drawn = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 5, 4, 8, generator=drawn), torch.randn(2, 9, 2, 8, generator=drawn)
-    position = torch.stack((torch.arange(9), torch.arange(9) - 6))  # the second row has three tokens
-    received = attention_received(q, k, position[:, -5:], position, 0.3)
-    alone = attention_received(q[1, -3:], k[1, -3:], torch.arange(3), torch.arange(3), 0.3)
-    assert (received[1, :6] == 0).all()
-    torch.testing.assert_close(received[1, 6:], alone)
-
-
 def test_rotary_positions_of_images_count():
     """Qwen3-VL: the scores take the positions of patches, and the states with their features."""
     module, plan = random_model(tiny_qwen3_vl_config(), seed=2), PrunePlan((3, 4), full_depth_selected=0.25)
@@ -145,22 +130,6 @@ def test_rotary_positions_of_images_count():
             engine.prefill(module, tokens, cache, torch.tensor([40]), plan, chunk, images=images)
         scores = reference.attention_scores(module, tokens[0], plan, images)
         assert_chosen(found[0][0], scores, torch.arange(40) < 39, plan)
-
-
-@given(cases())
-def test_without_a_boundary_nothing_is_selected(case):
-    """The tokens that would choose are in a later call."""
-    module, plan, tokens, lengths, chunk = case
-    assume(module.config.num_layers > 1)
-    plan = selecting(plan, module.config.num_layers - 1)
-    caches = [new_cache(module, len(tokens), chunk=chunk) for _ in range(2)]
-    for cache, one in zip(caches, (plan, by_position(plan)), strict=True):
-        engine.prefill(module, tokens, cache, lengths, one, chunk, boundary=False)
-    for row in range(len(tokens)):
-        found, expected = (cached_kv(module, cache, row) for cache in caches)
-        assert_close(found, expected)
-        if getattr(module.config, "experts", None) is None:  # padding is in the products of experts, and differs
-            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])

@@ -12,6 +12,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pop
 from pop.models import build
 from pop.models.config import RopeConfig
 from pop.models.layers import causal_attention, rope_frequencies
@@ -98,3 +99,24 @@ def test_kept_frequencies_follow_a_model_anywhere():
     module.to("meta")
     assert module(tokens.to("meta")).device.type == "meta"
     assert not module.state_dict().keys() - dict(module.named_parameters()).keys()
+
+
+def test_all_that_runs_the_plain_pass_calls_an_attention_that_replaces_its_own():
+    """As of a backend: in model.logits, calibration and the importance of layers."""
+    model = pop.Model(random_model(tiny_config()), tiny_config(), compile=False)
+    texts = [[(n * k) % 67 for n in range(40)] for k in range(1, 12)]
+    calls = []
+
+    def no_attention(q, k, v, scale, window, last_attended=None):
+        calls.append(window)
+        return torch.zeros_like(q).flatten(2)
+
+    model.module.causal_attention = no_attention
+    for run in (
+        lambda: model.logits([[1, 2, 3]]),
+        lambda: pop.calibrate(model, texts, pop.PrunePlan((3, 4)), longest=40, progress=False, steps=0),
+        lambda: pop.importance(model, [([1, 2, 3], [4, 5])], progress=False),
+    ):
+        calls.clear()
+        run()
+        assert len(calls) >= 4  # five layers, of which calibration does not run the last

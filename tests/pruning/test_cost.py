@@ -23,7 +23,7 @@ from pop import engine
 from pop.engine.cache import KVCache
 from pop.models.config import Gemma3Config, LlamaConfig
 from pop.models.vision.qwen3_vl import Grid
-from pop.pruning.cost import prefill_flops, speedup_limit
+from pop.pruning.cost import prefill_flops, rank_of, speedup_limit
 from pop.pruning.plan import PrunePlan
 
 LLAMA_8B = LlamaConfig(128_256, 4096, 14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
@@ -64,8 +64,12 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, data):
 
     The count places selected tokens in the middles of equal parts of the tokens among which they are selected.
     """
-    plan = dataclasses.replace(data.draw(plans(config)), corrections=None)
-    counts = flops_in_the_engine(random_model(config), tokens, plan)
+    plan = data.draw(plans(config))
+    cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
+    prompt = torch.ones(1, tokens, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        engine.prefill(random_model(config), prompt, cache, torch.tensor([tokens]), plan, 2048)
+    counts = counter.get_flop_counts()["Global"]
     linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
     by_position = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
@@ -75,6 +79,7 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, data):
     selected = set()
     attended = 0
     again = 0  # tokens of which the engine projects K and V a second time
+    corrected = 0  # tokens whose K and V it corrects, and then replaces
     selection = 0
     if plan.layers and (count := int(len(others) * plan.full_depth_selected)):
         selected = {others[int((number + 0.5) * len(others) / count)] for number in range(count)}
@@ -92,47 +97,13 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, data):
         # left to prune, it runs the layers as if they were kept.
         if layer in plan.layers and len(positions) < tokens:
             again += len(positions)
+            corrected += len(positions)
+    rank = rank_of(plan)
     attention = attended * 2 * 2 * config.num_heads * config.head_dim
-    again *= 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
-    assert prefill_flops(config, tokens, plan) == linear - again + attention + selection
-
-
-def flops_in_the_engine(module, tokens: int, plan: PrunePlan) -> dict:
-    """What torch counts in a prefill, by operator."""
-    cache = KVCache(module.config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
-    prompt = torch.ones(1, tokens, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        engine.prefill(module, prompt, cache, torch.tensor([tokens]), plan, 2048)
-    return counter.get_flop_counts()["Global"]
-
-
-@pytest.mark.parametrize(
-    ("layers", "selection", "again"),
-    [
-        ((3, 4), {}, 3),
-        ((1, 3, 4), {}, 3),
-        # A group before the selecting layer, and one after it, in which five tokens of 17 are selected.
-        ((1, 3), {"full_depth_selected": 0.3, "selecting_layer": 2}, (3 + 8) / 2),
-        # With all tokens selected, nothing is pruned in the second group.
-        ((1, 3), {"full_depth_selected": 1.0, "selecting_layer": 2}, 3 / 2),
-    ],
-)
-def test_corrections_cost_what_torch_counts_in_the_engine(layers, selection, again):
-    """Beside plain pruning. The engine also corrects K and V of full-depth tokens, which it then replaces.
-
-    again: these tokens in a layer, on average.
-    """
-    config = tiny_config()
-    module = random_model(config)
-    rank = 7
-    plan = PrunePlan(layers, 2, 1, random_corrections(config, layers, 0, rank), **selection)
-    without = dataclasses.replace(plan, corrections=None)
-    assert prefill_flops(config, 20, without, rank=rank) == prefill_flops(config, 20, plan)
-    more = []
-    for one in (plan, without):
-        more.append(sum(flops_in_the_engine(module, 20, one).values()) - prefill_flops(config, 20, one))
-    KV = 2 * config.num_kv_heads * config.head_dim
-    assert more[0] - more[1] == 2 * again * len(layers) * KV * rank
+    twice = 2 * 2 * config.num_kv_heads * config.head_dim * (again * config.hidden_size + corrected * rank)
+    found = prefill_flops(config, tokens, plan)
+    assert found == linear - twice + attention + selection
+    assert found == prefill_flops(config, tokens, dataclasses.replace(plan, corrections=None), rank=rank)
 
 
 def test_nothing_to_gain():

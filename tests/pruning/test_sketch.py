@@ -84,10 +84,8 @@ def test_another_dtype_is_the_same_model(config, dtype, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "about"),
-    [(rounded(8), 0.006), (rounded(6), 0.024), (rounded(5), 0.05), (rounded(4), 0.1), (noisy(0.02), 0.02),
-     (noisy(0.05), 0.05), (noisy(0.1), 0.1)],
-)  # fmt: skip
+    ("change", "about"), [(rounded(8), 0.006), (rounded(4), 0.1), (noisy(0.02), 0.02), (noisy(0.1), 0.1)]
+)
 def test_a_plan_of_near_weights_is_used_with_one_line(change, about, capsys):
     model = model_of(change)
     assert apart(model) == pytest.approx(about, rel=0.3)
