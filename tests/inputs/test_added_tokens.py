@@ -74,6 +74,8 @@ def test_tokens_that_only_the_configuration_names_get_the_next_free_ids(tmp_path
     assert load_tokenizer(tmp_path).template_variables["pad_token"] == "[PAD]"
 
 
+# The added tokens of SmolLM2, as a tokenizer_config.json lists them.
+LISTED = {token["id"]: token for token in spec_of("smollm2")["added_tokens"]}
 X, Y = ({"content": content, "special": True} for content in ("<x>", "<y>"))
 
 
@@ -93,8 +95,7 @@ def test_files_that_name_tokens_count_as_in_transformers(config, special_map, ex
     spec = spec_of("smollm2")
     free = len(spec["model"]["vocab"])
     if "added_tokens_decoder" in config:
-        listed = {token["id"]: token for token in spec["added_tokens"]}
-        listed |= dict(enumerate(config["added_tokens_decoder"], free))
+        listed = LISTED | dict(enumerate(config["added_tokens_decoder"], free))
         config = config | {"added_tokens_decoder": listed}
         (tmp_path / "added_tokens.json").write_text(json.dumps({"<older>": free}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -105,28 +106,19 @@ def test_files_that_name_tokens_count_as_in_transformers(config, special_map, ex
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "special_map", "message"),
     [
-        ({"added_tokens_decoder": {}}, "added_tokens_decoder .* '<empty_output>'"),
-        ({"added_tokens_decoder": [{"lstrip": True}]}, "lstrip"),
-        ({"add_prefix_space": True}, "add_prefix_space"),
-        ({"split_special_tokens": True}, "split_special_tokens"),
+        ({"added_tokens_decoder": {}}, {}, "added_tokens_decoder .* '<empty_output>'"),
+        ({"added_tokens_decoder": LISTED | {0: LISTED[0] | {"lstrip": True}}}, {}, "lstrip"),
+        ({"add_prefix_space": True}, {}, "add_prefix_space"),
+        ({"split_special_tokens": True}, {}, "split_special_tokens"),
+        ({"extra_special_tokens": ["<x>"]}, {"extra_special_tokens": ["<y>"]}, "special_tokens_map.json has other"),
     ],
 )
-def test_settings_that_change_ids_in_transformers_are_refused(config, message, tmp_path):
-    spec = spec_of("smollm2")
-    if config.get("added_tokens_decoder"):
-        listed = {token["id"]: token | config["added_tokens_decoder"][0] for token in spec["added_tokens"]}
-        config = {"added_tokens_decoder": listed}
+def test_settings_that_change_ids_in_transformers_are_refused(config, special_map, message, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map))
     with pytest.raises(TokenizerError, match=message):
-        load(spec, tmp_path)
-
-
-def test_two_files_that_name_other_extra_tokens_are_refused(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text('{"extra_special_tokens": ["<x>"]}')
-    (tmp_path / "special_tokens_map.json").write_text('{"extra_special_tokens": ["<y>"]}')
-    with pytest.raises(TokenizerError, match="special_tokens_map.json has other extra_special_tokens"):
         load(spec_of("smollm2"), tmp_path)
 
 

@@ -57,9 +57,6 @@ def images_of(model, tokens, ones):
     return model.vision.images(model.module, [ones], torch.tensor([tokens]), torch.tensor([len(tokens)]))
 
 
-# ---- Answers ----
-
-
 def test_answers_contain_no_image_tokens(model, monkeypatch):
     """Tokens that stand for images need images, so a prompt with such an answer would be refused."""
     shown = torch.tensor([*model.vision.placeholders.values()])
@@ -69,9 +66,6 @@ def test_answers_contain_no_image_tokens(model, monkeypatch):
         answers = model.generate([[2, 5], [7, 8, 9]], max_new_tokens=4, temperature=temperature, seed=0)
         assert all(token not in answer.tokens for answer in answers for token in shown)
         assert model.generate([2, 5, *answers[0].tokens], max_new_tokens=1)
-
-
-# ---- Prefixes ----
 
 
 @pytest.mark.parametrize("last", thinned([1, 2, 4, 7, 11, 40], [0, 3, 5]))
@@ -95,9 +89,6 @@ def test_a_prefix_with_images_and_a_rest_with_images_are_one_prompt(model, last)
         assert (found.tokens, found.prompt_tokens) == (answer.tokens, answer.prompt_tokens)
     together = prefix.generate(rests, images=rows, max_new_tokens=3)
     assert [one.tokens for one in together] == [one.tokens for one in expected]
-
-
-# ---- Importance ----
 
 
 def test_gradients_with_images_are_the_slopes_of_the_gated_loss(model):
@@ -132,9 +123,6 @@ def test_importance_of_samples_with_images(model):
         pop.importance(model, samples[:1])
     with pytest.raises(InputError, match="images must be a list of 3 lists"):
         pop.importance(model, samples, images=[a, b])
-
-
-# ---- Calibration ----
 
 
 def texts(model):
@@ -200,15 +188,15 @@ def test_the_judge_continues_after_an_image_that_follows_a_video():
     assert (case.prompt[-1], case.continuation) == (60, [63, 5])
 
 
-def test_calibration_with_images(model, monkeypatch):
+def test_calibration_with_images(model, notes):
     """The plan runs, and on held-out texts with images it is not worse than plain pruning. Two steps distil it."""
     windows, rows = texts(model)
-    judged, original = [], Judge.__init__
-    monkeypatch.setattr(Judge, "__init__", lambda self, m, w, *p: judged.extend(w) or original(self, m, w, *p))
+    made = notes(Judge, "__init__", lambda judge, model, windows: windows)
     plan = pop.PrunePlan((2, 3))
     result = pop.calibrate(model, windows, plan, images=rows, progress=False, seed=1, steps=2)
+    (judged,) = made
     assert any(ones for _, ones in judged)
-    judge = Judge(model, list(judged))
+    judge = Judge(model, judged)
     plain = judge.losses(dataclasses.replace(plan, full_depth_first=1)).mean
     assert judge.losses(result).mean <= plain * (1 + 1e-4)
     answer = model.generate(windows[2], images=rows[2], plan=result, max_new_tokens=3)
@@ -222,9 +210,6 @@ def test_calibration_with_images(model, monkeypatch):
     with pytest.raises(InputError, match="every text has images"):
         images = [rows[number] for number in shown]
         pop.calibrate(model, [windows[number] for number in shown], images=images, progress=False, speedup=1.1)
-
-
-# ---- Distillation ----
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,6 @@ def test_turns_continue_where_images_end(model, plan):
 
 
 ONE = image(8, 8)
-
-
 REFUSED = [
     (lambda m: m.generate([2, *ONE]), "912.*images"),
     (lambda m: m.score([2, *ONE], [3]), "context.*912"),

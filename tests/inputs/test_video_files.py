@@ -70,11 +70,10 @@ def test_two_frames_a_second_are_kept():
         assert len(qwen3_vl._sampled(10**6, rate)) == 768
 
 
-def test_frames_are_held_one_at_a_time(av, tmp_path, monkeypatch):
+def test_frames_are_held_one_at_a_time(av, tmp_path, notes):
     """Only the sampled frames become arrays."""
     path = write(av, tmp_path / "film.mp4", 40)
-    read, load = [], images.load_image
-    monkeypatch.setattr(images, "load_image", lambda frame: read.append(frame.shape) or load(frame))
+    read = notes(images, "load_image", lambda frame: frame.shape)
     assert qwen_video(Video(path), SMALL)[1].frames == 5 and len(read) == 10
     film = video_files.frames(path, [3, 4, 39])
     first = next(film)
