@@ -62,9 +62,6 @@ def read(tmp_path):
     return write_and_read
 
 
-# ---- published files ----
-
-
 def stated(value):
     """A config as an object of JSON, with the names of its classes."""
     if isinstance(value, torch.dtype):
@@ -83,17 +80,11 @@ def test_published_configs(read, name):
     assert hash(config)
 
 
-# ---- the same in other words ----
-
-
 @pytest.mark.parametrize("words", TABLE["the same in other words"])
 def test_the_same_in_other_words(read, words):
     """As transformers 5 writes it, with nulls, or with fields stated twice."""
     name, new = TABLE["the same in other words"][words]
     assert read(changed(CONFIGS[name], new)) == read(CONFIGS[name])
-
-
-# ---- defaults, and every field ----
 
 
 @pytest.mark.parametrize("name", TABLE["every field"])
@@ -196,18 +187,9 @@ def test_missing_fields_are_named(read, base):
             read(without(base, field))
 
 
-# ---- broken files ----
-
-
 @pytest.mark.parametrize("names", [["sliding_window"], ["dtype", "torch_dtype"], ["rope_scaling"]])
 def test_deep_nesting_is_refused_whether_or_not_it_can_be_parsed(read, names):
     for depth in range(900, 1000, 9):
         fields = "".join(f', "{name}": ' + "[" * depth + "]" * depth for name in names)
         with pytest.raises(ConfigError):
             read(json.dumps(MINIMAL)[:-1] + fields + "}")
-
-
-def test_a_folder_without_a_config(tmp_path):
-    """tests/system/test_files.py has files that are no JSON object."""
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        read_config(tmp_path)

@@ -239,7 +239,7 @@ def test_a_download_continues_after_a_kill(server, folder):
     assert asked == [("config.json", None), (ONE, f"bytes={half}-")]
 
 
-def test_ctrl_c_ends_the_download_and_keeps_what_is_there(server, folder, request, monkeypatch):
+def test_ctrl_c_ends_the_download_and_keeps_what_is_there(server, folder, request):
     part = partial(folder) / ONE
     half = len(server.files[ONE]) // 2
 
@@ -255,7 +255,6 @@ def test_ctrl_c_ends_the_download_and_keeps_what_is_there(server, folder, reques
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     server.faults[ONE] = [interrupt]
-    monkeypatch.setattr(downloads, "TIMEOUT", 1)
     with pytest.raises(KeyboardInterrupt):
         fetch()
     assert part.stat().st_size == half and not folder.exists()
@@ -332,14 +331,10 @@ def test_a_file_with_another_hash_is_refused(server, folder, name):
     fetch_right(folder, server)
 
 
-def test_no_more_bytes_than_listed_are_written(server, folder, monkeypatch):
+def test_no_more_bytes_than_listed_are_written(server, folder, notes):
     longer = server.files[ONE] + bytes(10**6)
     server.faults[ONE] = [other(longer, length=-1)]
-    written = []
-    matches = downloads._File.matches
-    monkeypatch.setattr(
-        downloads._File, "matches", lambda file, path: written.append(path.stat().st_size) or matches(file, path)
-    )
+    written = notes(downloads._File, "matches", lambda file, path: path.stat().st_size)
     fetch_right(folder, server)
     assert max(written) == max(len(server.files[name]) for name in NEEDED)
 
@@ -551,9 +546,6 @@ def test_a_certificate_that_cannot_be_verified(secure, monkeypatch):
     assert secure.requests == []
 
 
-# ---- The disk
-
-
 def test_too_little_disk_space(server, folder, monkeypatch):
     """Only missing bytes need space."""
     usage = shutil.disk_usage(".")
@@ -584,9 +576,6 @@ def test_a_disk_that_fills_up(server, folder):
     server.requests.clear()
     fetch_right(folder, server)
     assert "bytes=20000-" in server.asked(ONE) + server.asked(TWO)
-
-
-# ---- Two processes
 
 
 def test_a_second_process_waits_and_finds_the_files(server, folder, capsys):

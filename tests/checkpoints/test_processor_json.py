@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -96,15 +95,6 @@ def test_colours_that_the_reference_would_take_from_elsewhere_are_refused(missin
 def test_text_models_read_none(tmp_path):
     write(tmp_path, {IMAGES: "{", ALL: "["})
     assert read_limits(tmp_path, tiny_config()) == {}
-
-
-def test_other_fields_are_ignored_and_named_once(tmp_path, caplog):
-    size = {"shortest_edge": 64, "longest_edge": 99}
-    write(tmp_path, {IMAGES: HALF | {"size": size, "crop_size": None, "my_own": [1]}})
-    with caplog.at_level(logging.INFO):
-        assert read_limits(tmp_path, QWEN)["image"] == (64, 99)
-    (record,) = caplog.records
-    assert record.levelno == logging.INFO and IMAGES in record.getMessage() and "my_own" in record.getMessage()
 
 
 # A case, its file, and a field that the file states and that is not supported or wrong.

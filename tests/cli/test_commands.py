@@ -36,9 +36,9 @@ def model(folder):
     return pop.load(folder)
 
 
-def without_plan(err: str) -> str:
-    """What stderr has without the line that names the default plan."""
-    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("pop: <"))
+def plan_lines(err: str) -> list[str]:
+    """The lines of stderr that name a plan."""
+    return [line for line in err.splitlines() if line.startswith("pop: <")]
 
 
 # ---- What it prints ----
@@ -68,7 +68,7 @@ def test_the_help_ends_with_two_examples(command, capsys):
         assert parse([name, *words]).command == name
 
 
-@pytest.mark.parametrize("words", [[], ["--version"], ["--help"], ["calibrate", "--help"]])
+@pytest.mark.parametrize("words", [["--version"], ["calibrate", "--help"]])
 def test_the_help_does_without_torch(words):
     program = "import sys; sys.modules['torch'] = None; import pop.cli; pop.cli.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
@@ -86,15 +86,14 @@ def test_all_names_of_the_library_are_there_without_an_import_of_their_files():
         pop.loaf  # noqa: B018
 
 
-def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
+def test_models_are_listed_with_where_they_are(run, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "places", lambda: [tmp_path])
     monkeypatch.setattr(commands, "free_bytes", lambda device: 16_060_522_496)
     here = write_checkpoint(tmp_path / "llama3.2-1b")
     with open(here / "more", "wb") as file:
         file.truncate(5_000_000_000)  # a hole, which takes no room
     (here / "broken link").symlink_to("nowhere")
-    assert main(["models"]) == 0
-    out = capsys.readouterr().out
+    out, _ = run("models")
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert set(pop.list_models()) < lines.keys()
     cells = {name: " ".join(line.split()) for name, line in lines.items()}
@@ -104,11 +103,10 @@ def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
     families = {name: registry.lookup(name).family for name in pop.list_models()}
     assert len({lines[name].index(f" {family} ") for name, family in families.items()}) == 1
     monkeypatch.setattr(commands, "free_bytes", lambda device: None)
-    assert main(["models"]) == 0
-    assert "16.1 GB  ?     not here" in capsys.readouterr().out
+    assert "16.1 GB  ?     not here" in run("models").out
 
 
-def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatch):
+def test_models_go_on_after_one_that_cannot_be_used(run, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "places", lambda: [tmp_path])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub/models--meta-llama--Llama-3.2-1B/snapshots" / ("a" * 40)
@@ -116,8 +114,7 @@ def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatc
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs/main").write_text("a" * 40)
     (snapshot / "tokenizer.json").symlink_to("/etc/passwd")
-    assert main(["models"]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    lines = {line.split()[0]: line for line in run("models").out.splitlines() if line}
     assert "tokenizer.json leads out of" in lines["llama3.2-1b"]
     assert set(pop.list_models()) < lines.keys()
 
@@ -146,49 +143,45 @@ SEEDED = {"temperature": 2.0, "seed": 3}
         ("--stop nowhere --stop STOP", {"stop": ["nowhere", "STOP"]}),
     ],
 )
-def test_generate_prints_what_the_model_generates(arguments, options, folder, model, capsys):
+def test_generate_prints_what_the_model_generates(arguments, options, folder, model, run):
     plain = model.generate("Hello", max_new_tokens=12).text
     stop = plain[8:10]  # it occurs
     arguments = [stop if word == "STOP" else word for word in arguments.split()]
     if "stop" in options:
         options = {"stop": ["nowhere", stop]}
-    assert main(["generate", folder, "Hello", "--max-new-tokens", "12", *arguments]) == 0
     expected = model.generate("Hello", max_new_tokens=12, **options).text
-    assert capsys.readouterr().out == expected + "\n"
+    assert run("generate", folder, "Hello", "--max-new-tokens", "12", *arguments).out == expected + "\n"
     assert (expected != plain) == bool(options)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], ["skips 2 of 6 layers"]),
-        (["--prune", "0.5"], ["skips 3 of 6 layers"]),
-        (["--prune", "1.0", "--full-depth-last", "999"], ["skips 6 of 6 layers, at most 1.0"]),
-        (["--full-depth-last", "999"], ["skips 2 of 6 layers, at most 1.0"]),
+        ("", "skips 2 of 6 layers"),
+        ("--prune 0.5", "skips 3 of 6 layers"),
+        ("--prune 1.0 --full-depth-last 999", "skips 6 of 6 layers, at most 1.0"),
+        ("--full-depth-last 999", "skips 2 of 6 layers, at most 1.0"),
     ],
 )
-@pytest.mark.parametrize("command", ["generate", "chat"])
-def test_a_line_says_which_plan_runs(command, arguments, said, folder, capsys):
-    assert main([command, folder, "Hello", "--max-new-tokens", "3", *arguments]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pop: <")]
-    assert all(words in line for words, line in zip(said, lines, strict=True)), lines
-    assert main([command, folder, "Hello", "--max-new-tokens", "3", "--prune", "none"]) == 0
-    assert "pop: <" not in capsys.readouterr().err
+def test_a_line_says_which_plan_runs(arguments, said, folder, run):
+    words = ["generate", folder, "Hello", "--max-new-tokens", "3"]
+    (line,) = plan_lines(run(*words, *arguments.split()).err)
+    assert said in line
+    assert plan_lines(run(*words, "--prune", "none").err) == []
 
 
-def test_a_changed_plan_has_neither_the_name_nor_the_record_of_the_given_one(folder, tmp_path, capsys):
+def test_a_changed_plan_has_neither_the_name_nor_the_record_of_the_given_one(folder, tmp_path, run):
     record = {"verdict": {"holds": True, "kept": [0.97, 0.9, 1.0]}}
     pop.PrunePlan((3, 4), about=record).save(tmp_path / "mine.plan")
-    words = ["generate", folder, "Hello", "--max-new-tokens", "3", "--prune", str(tmp_path / "mine.plan")]
+    words = ["generate", folder, "Hello", "--max-new-tokens", "3", "--prune", tmp_path / "mine.plan"]
     for options, is_said in (([], True), (["--full-depth-last", "2"], False)):
-        assert main([*words, *options]) == 0
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pop: <")]
+        (line,) = plan_lines(run(*words, *options).err)
         assert "skips 2 of 6 layers" in line
         assert ("by mine.plan" in line) == ("keeps 90% to 100% of pop check's answers" in line) == is_said
 
 
-def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, capsys):
-    folder = str(write_chat_checkpoint(tmp_path))
+def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, run):
+    folder = write_chat_checkpoint(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 5.0, "top_k": 9}')
     model, line = pop.load(folder), ["generate", folder, "Hello", "--max-new-tokens", "12", "--seed", "3"]
     for arguments, options in (
@@ -197,8 +190,8 @@ def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, capsys):
         (["--sampling", "checkpoint", "--temperature", "0"], {"temperature": 0}),
         (["--sampling", "checkpoint", "--top-k", "2"], {"temperature": 5.0, "top_k": 2}),
     ):
-        assert main([*line, *arguments]) == 0
-        assert capsys.readouterr().out == model.generate("Hello", max_new_tokens=12, seed=3, **options).text + "\n"
+        expected = model.generate("Hello", max_new_tokens=12, seed=3, **options).text
+        assert run(*line, *arguments).out == expected + "\n"
 
 
 @pytest.mark.parametrize("rest", [["--max-tokens", "3"], ["Hello", "--nonsense"], ["--seed", "1", "two", "prompts"]])
@@ -212,13 +205,12 @@ def test_unknown_arguments_are_refused(rest, folder, capsys):
 IMPORTANCE = ("--samples", "5", "--prompt-tokens", "20", "--response-tokens", "3", "--batch-size", "2", "--seed", "7")
 
 
-def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path):
+def test_importance_prints_and_saves_the_scores(folder, model, run, tmp_path):
     files = [tmp_path / name for name in ("long.txt", "short.txt")]
     files[0].write_text("".join(map(chr, range(33, 33 + 60))))
     files[1].write_text("Hello")
     out = tmp_path / "scores.json"
-    options = [*IMPORTANCE, "--out", str(out)]
-    assert main(["importance", folder, str(files[0]), *options, str(files[1])]) == 0
+    printed = run("importance", folder, files[0], *IMPORTANCE, "--out", out, files[1]).out.splitlines()
     texts = {str(file): file.read_text() for file in files}
     prompts = excerpts(model, [*texts.values()], 5, 20, 7)
     cut = [model.tokenizer.decode(prompt) for prompt in prompts]
@@ -229,7 +221,6 @@ def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path)
     saved = pop.Importance.load(out)
     assert torch.equal(saved.prefill, expected.prefill)
     assert torch.equal(saved.decode_error, expected.decode_error)
-    printed = capsys.readouterr().out.splitlines()
     for layer, line in enumerate(printed[1:7]):
         words = line.split()
         assert words[0] == str(layer)
@@ -268,45 +259,38 @@ def calibration(tmp_path, monkeypatch):
     return folder, ["calibrate", str(folder), "0.txt", "1.txt", "--longest", "600", "--rank", "5"], texts
 
 
-@pytest.mark.parametrize("layers", [None, "2,4-5"])
-def test_calibrate_puts_a_plan_beside_the_weights(calibration, layers, capsys, monkeypatch):
+def test_calibrate_puts_a_plan_beside_the_weights(calibration, run):
     """It is that of the library, fitted to the first four fifths of each text, with the verdict in its record."""
     folder, words, texts = calibration
-    options = ["--speedup", "1.3"] if layers is None else ["--layers", layers]
-    assert main([*words, "--steps", "2", "--seed", "3", *options]) == 0
-    out, err = capsys.readouterr()
+    out, err = run(*words, "--steps", "2", "--seed", "3", "--layers", "2,4-5")
     assert "[540, 280] characters judge it" in out and f"Saved to {folder / 'default.plan'}" in out
     assert re.search(r"It encodes [\d,]+ tokens \d+\.\d\dx as fast as at full depth, as measured", out)
     assert "about 1 min" in err
     model = pop.load(folder, prune=None)
-    given = {"speedup": 1.3} if layers is None else {"plan": "2,4-5"}
     fitted = [text[: len(text) * 4 // 5] for text in texts]
-    expected = pop.calibrate(model, fitted, longest=600, rank=5, steps=2, seed=3, progress=False, **given)
+    expected = pop.calibrate(model, fitted, "2,4-5", longest=600, rank=5, steps=2, seed=3, progress=False)
     plan = pop.PrunePlan.load(folder / "default.plan")
     assert contents(plan) == contents(expected)
     assert plan.about == expected.about | {"verdict": {"holds": False, "sentence": "It does not hold."}}
     assert "The plan is saved all the same" in out
     assert not list(folder.glob("*.progress"))
-    assert (
-        main(["generate", str(folder), "Hello", "--prune", str(folder / "default.plan"), "--max-new-tokens", "3"]) == 0
-    )
+    run("generate", folder, "Hello", "--prune", folder / "default.plan", "--max-new-tokens", "3")
 
 
-def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, capsys, monkeypatch):
+def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, run, monkeypatch):
     _, words, _ = calibration
     monkeypatch.setattr(pop, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
-    assert main([*words, "--longest", "100"]) == 2
-    assert "at least 512 tokens" in capsys.readouterr().err
+    assert "at least 512 tokens" in run(*words, "--longest", "100", status=2).err
 
 
-def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
+def test_calibrate_goes_on_after_ctrl_c(calibration, run, monkeypatch):
     """From the closed form, the same command ends with the same file. Until then, the best plan lies beside it.
 
     The tilde of a user that does not exist is part of a name.
     """
     _, words, _ = calibration
     words = [*words, "--steps", "2", "--layers", "2,4-5", "--out"]
-    assert main([*words, "whole"]) == 0
+    run(*words, "whole")
     keep = calibrate_file._keep
 
     def interrupted(*args):
@@ -315,37 +299,36 @@ def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(calibrate_file, "_keep", interrupted)
-        assert main([*words, "~nosuchuser"]) == 130
+        run(*words, "~nosuchuser", status=130)
     assert os.path.exists("~nosuchuser.progress") and not os.path.exists("~nosuchuser")
-    assert main([*words, "~nosuchuser"]) == 0
+    run(*words, "~nosuchuser")
     assert not os.path.exists("~nosuchuser.progress")
     assert pathlib.Path("~nosuchuser").read_bytes() == pathlib.Path("whole").read_bytes()
 
 
-def test_a_plan_that_cannot_be_written_is_not_lost(calibration, capsys, monkeypatch):
+def test_a_plan_that_cannot_be_written_is_not_lost(calibration, run, monkeypatch):
     """The same command continues after the work. Here a folder takes the plan's place while the verdict is made."""
     _, words, _ = calibration
     words = [*words, "--steps", "2", "--layers", "2,4-5", "--out"]
-    assert main([*words, "whole"]) == 0
+    run(*words, "whole")
     check = pop.check
     with monkeypatch.context() as patch:
         patch.setattr(pop, "check", lambda *args, **options: os.mkdir("my.plan") or check(*args, **options))
-        assert main([*words, "my.plan"]) == 2
-    error = without_plan(capsys.readouterr().err).splitlines()[-1]
+        error = run(*words, "my.plan", status=2).err.splitlines()[-1]
     assert re.search(r"written to my\.plan .* the same command continues from my\.plan\.progress$", error)
     os.rmdir("my.plan")
     monkeypatch.setattr("pop.calibration.calibrate.fitted", None)
     monkeypatch.setattr("pop.calibration.distill.distillation_loss", None)
-    assert main([*words, "my.plan"]) == 0
+    run(*words, "my.plan")
     assert pathlib.Path("my.plan").read_bytes() == pathlib.Path("whole").read_bytes()
     assert not os.path.exists("my.plan.progress")
 
 
-def test_a_disk_that_is_full_from_the_start_promises_nothing(calibration, capsys, monkeypatch):
+def test_a_disk_that_is_full_from_the_start_promises_nothing(calibration, run, monkeypatch):
     _, words, _ = calibration
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert main([*words, "--steps", "0", "--layers", "2,4-5", "--out", "my.plan"]) == 2
-    assert capsys.readouterr().err.endswith("written to my.plan (No space left on device); choose another path\n")
+    _, err = run(*words, "--steps", "0", "--layers", "2,4-5", "--out", "my.plan", status=2)
+    assert err.endswith("written to my.plan (No space left on device); choose another path\n")
     assert not list(pathlib.Path().glob("my.plan*"))
 
 
@@ -376,14 +359,13 @@ def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys,
         ("MODEL --prompt-file prompt.txt", "Grüße\n"),
     ],
 )
-def test_where_the_prompt_is(words, prompt, folder, model, tmp_path, monkeypatch, capsys):
+def test_where_the_prompt_is(words, prompt, folder, model, tmp_path, monkeypatch, run):
     """Before or after options, in a file or on stdin."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompt.txt").write_text("Grüße\n", encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Grüße\n"))
     words = words.replace("MODEL", folder).split()
-    assert main(["generate", "--max-new-tokens", "3", *words]) == 0
-    assert capsys.readouterr().out == model.generate(prompt, max_new_tokens=3).text + "\n"
+    assert run("generate", "--max-new-tokens", "3", *words).out == model.generate(prompt, max_new_tokens=3).text + "\n"
 
 
 MODEL = ["--dtype", "bfloat16", "--device", "cpu", "--no-compile"]
@@ -402,7 +384,7 @@ SHOWN = {"prune": "0.5", "max_seq_len": 99, "min_pixels": 8, "max_pixels": 9}
         (["check", "FOLDER", "0.5", *MODEL], {**LOADED, "prune": "0.5"}),
     ],
 )
-def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys):
+def test_options_reach_the_model(arguments, options, folder, monkeypatch, run):
     signature, calls = inspect.signature(pop.load), []
 
     def load(*args, **given):
@@ -410,8 +392,8 @@ def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys
         raise pop.CheckpointError("enough")
 
     monkeypatch.setattr(pop, "load", load)
-    assert main([folder if word == "FOLDER" else word for word in arguments]) == 2
-    assert capsys.readouterr().err == "pop: enough\n"
+    words = [folder if word == "FOLDER" else word for word in arguments]
+    assert run(*words, status=2).err == "pop: enough\n"
     expected = signature.bind(folder, parallel="auto", **options)
     for bound in (expected, *calls):
         bound.apply_defaults()
@@ -420,42 +402,32 @@ def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys
 
 @pytest.mark.parametrize(("plan", "status"), [("none", 0), ("1.0", 1)])
 def test_check_prints_the_verdict_and_its_status_says_whether_the_plan_holds(
-    plan, status, folder, model, tmp_path, monkeypatch, capsys
+    plan, status, folder, model, tmp_path, monkeypatch, run
 ):
     monkeypatch.setattr(commands, "LENGTHS", (1000,))
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, range(33, 33 + 60))) * 3)
-    assert main(["check", folder, plan, str(text), "--longest", "600", "--questions", "1"]) == status
+    out, _ = run("check", folder, plan, text, "--longest", "600", "--questions", "1", status=status)
     expected = pop.check(model, plan, [text.read_text()], lengths=[600], questions=1, progress=False)
-    assert capsys.readouterr().out.startswith(f"{expected}\nIt encodes ")
-
-
-# ---- Errors: one sentence on stderr, status 2 ----
+    assert out.startswith(f"{expected}\nIt encodes ")
 
 
 @pytest.mark.parametrize("path", ["", ".", "x" * 300, "missing/plan", "/dev/null"])
 @pytest.mark.parametrize("command", ["calibrate M --out", "importance M --out"])
-def test_a_path_that_cannot_be_written_is_refused_before_the_work(command, path, tmp_path, monkeypatch, capsys):
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(command, path, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("loaded"))
-    assert main([*command.split(), path]) == 2
-    assert f"cannot be written to {path} (" in capsys.readouterr().err
+    assert f"cannot be written to {path} (" in run(*command.split(), path, status=2).err
     assert not list(tmp_path.iterdir())
-
-
-# ---- Ctrl-C and closed pipes ----
 
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("arguments", [["generate", "x", "Hello"], ["chat", "x"]])
-def test_ctrl_c_ends_with_130_and_a_line(arguments, monkeypatch, capsys):
+def test_ctrl_c_ends_with_130_and_a_line(monkeypatch, run):
     monkeypatch.setattr(pop, "load", interrupt)
-    assert main(arguments) == 130
-    out, err = capsys.readouterr()
-    assert (out, err.strip()) == ("", "pop: interrupted")
+    assert run("generate", "x", "Hello", status=130) == ("", "\npop: interrupted\n")
 
 
 OUTPUTS = """
@@ -484,7 +456,7 @@ class FakeTerminal(io.StringIO):
         return True
 
 
-def test_an_answer_cannot_drive_the_terminal(folder, model, monkeypatch):
+def test_an_answer_cannot_drive_the_terminal(folder, monkeypatch):
     pieces = ["a\x1b[2Jb\x9b1m", "\x07c\r\n\td", "é漢👩\u200d🚀\x7f\0"]
     monkeypatch.setattr(pop.Model, "stream", lambda self, *args, **options: iter(pieces))
     for stream, expected in ((FakeTerminal(), "a[2Jb1mc\n\tdé漢👩\u200d🚀\n"), (io.StringIO(), "".join(pieces) + "\n")):
@@ -493,14 +465,13 @@ def test_an_answer_cannot_drive_the_terminal(folder, model, monkeypatch):
         assert stream.getvalue() == expected
 
 
-def test_a_hostile_name_in_a_config_cannot_drive_the_terminal(folder, tmp_path, capsys):
+def test_a_hostile_name_in_a_config_cannot_drive_the_terminal(folder, tmp_path, run):
     shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((tmp_path / "copy/config.json").read_text())
     (tmp_path / "copy/config.json").write_text(json.dumps(config | {"model_type": "\x1b[2J", "dtype\x1b]0;x\x07": 1}))
-    assert main(["generate", str(tmp_path / "copy"), "Hello"]) == 2
-    assert main(["generate", str(tmp_path / "\x1b[2J"), "Hello"]) == 2
-    err = capsys.readouterr().err
-    assert "\x1b" not in err and "\\x1b[2J" in err
+    for name in ("copy", "\x1b[2J"):
+        err = run("generate", tmp_path / name, "Hello", status=2).err
+        assert "\x1b" not in err and "\\x1b[2J" in err
 
 
 # ---- Chat ----
@@ -508,7 +479,7 @@ def test_a_hostile_name_in_a_config_cannot_drive_the_terminal(folder, tmp_path, 
 
 @pytest.fixture
 def talk(folder, monkeypatch, capsys):
-    """talk(lines, *arguments) -> (status, stdout, stderr, the messages of the conversations that were held)."""
+    """talk(lines, *arguments) -> (status, stdout, stderr without the plan, the messages of each conversation)."""
 
     def run(lines, *arguments, folder=folder, terminal=io.StringIO, thinking=True):
         chats = []
@@ -524,7 +495,8 @@ def talk(folder, monkeypatch, capsys):
             patch.setattr(sys, "stdin", terminal("".join(f"{line}\n" for line in lines)))
             status = main(["chat", folder, "--max-new-tokens", "6", *arguments])
         out, err = capsys.readouterr()
-        return status, out, without_plan(err), [chat.messages for chat in chats]
+        said = [line for line in err.splitlines(keepends=True) if not line.startswith("pop: <")]
+        return status, out, "".join(said), [chat.messages for chat in chats]
 
     return run
 
@@ -538,16 +510,14 @@ def answers(model, *texts, system=None):
     return [chat.send(text, max_new_tokens=6).text for text in texts]
 
 
-@pytest.mark.parametrize("system", [None, "Be short."])
-def test_a_conversation_remembers(talk, model, system):
-    first, second = answers(model, "Hi", "And?", system=system)
-    (fresh,) = answers(model, "And?", system=system)
+def test_a_conversation_remembers(talk, model):
+    first, second = answers(model, "Hi", "And?", system="Be short.")
+    (fresh,) = answers(model, "And?", system="Be short.")
     assert len({first, second, fresh}) == 3
-    options = ["--system", system] if system else []
-    status, out, _, held = talk(["Hi", "", " And? ", "/new", "And?", "/quit", "Hi"], *options)
+    status, out, _, held = talk(["Hi", "", " And? ", "/new", "And?", "/quit", "Hi"], "--system", "Be short.")
     assert (status, out) == (0, f"{first}\n{second}\n{fresh}\n")
-    opening = [{"role": "system", "content": system}] if system else []
-    assert held == [[*opening, *turn("Hi", first), *turn("And?", second)], [*opening, *turn("And?", fresh)]]
+    opening = {"role": "system", "content": "Be short."}
+    assert held == [[opening, *turn("Hi", first), *turn("And?", second)], [opening, *turn("And?", fresh)]]
 
 
 def test_commands_are_no_messages(talk, model):
@@ -563,8 +533,7 @@ def test_commands_are_no_messages(talk, model):
 @pytest.mark.parametrize(
     ("arguments", "typed", "message"),
     [
-        (["Hi"], ["And?"], "Hi"),
-        (["--seed", "1", "Hi"], [], "Hi"),
+        (["--seed", "1", "Hi"], ["And?"], "Hi"),
         (["--no-thinking", "Hi"], [], "Hi"),
         (["/help"], [], "/help"),
         (["-"], ["Hi", "", "/quit"], "Hi\n\n/quit\n"),

@@ -9,7 +9,6 @@ from support.tiny import write_checkpoint
 
 import pop
 from pop.checkpoints import registry
-from pop.cli import main
 from pop.pruning.corrections import Corrections
 from pop.pruning.sketch import NUMBERS
 
@@ -28,13 +27,12 @@ RECORD = {
 }
 
 
-def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
+def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     pop.PrunePlan((2, 3), full_depth_last=8, full_depth_selected=0.25, full_depth_below=300).save("plain")
     pop.PrunePlan((1, 3), full_depth_first=1, corrections=REFIT, about=RECORD).save("refit")
     (tmp_path / "old").write_text('{"layers": []}')
-    assert main(["plans", "plain", "refit", "old"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    assert run("plans", "plain", "refit", "old").out.splitlines() == [
         "plain: without layers 2 to 3, last 8 and 25% whole",
         "  pruned layers: 2, 3",
         "  below 300 tokens: the whole model",
@@ -63,10 +61,9 @@ VERDICT = {
 }
 
 
-def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, capsys):
+def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, run):
     pop.PrunePlan((2, 3), about={"verdict": VERDICT}).save(tmp_path / "plan")
-    assert main(["plans", str(tmp_path / "plan")]) == 0
-    first, layers, _, *lines = capsys.readouterr().out.splitlines()
+    first, layers, _, *lines = run("plans", tmp_path / "plan").out.splitlines()
     assert layers == "  pruned layers: 2, 3"
     assert first.endswith("without layers 2 to 3, keeps 93% to 101% of pop check's answers")
     cells = [" ".join(line.split()) for line in lines if line.strip()]
@@ -80,7 +77,7 @@ def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, caps
     ]
 
 
-def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch, capsys):
+def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch, run):
     """Those of the package, and those beside weights. A broken one does not hide the others."""
     monkeypatch.setattr(registry, "places", lambda: [tmp_path])
     folder = write_checkpoint(tmp_path / "llama3.2-1b")
@@ -88,8 +85,7 @@ def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch
     (folder / "broken.plan").write_text("{")
     (tmp_path / "owner" / "model").mkdir(parents=True)
     pop.PrunePlan((2, 3)).save(tmp_path / "owner" / "model" / "mine.plan")  # of `pop download OWNER/MODEL`
-    assert main(["plans"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = run("plans").out.splitlines()
     third = "without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 92% to 111% of pop check's answers"
     assert f"smollm2-135m-third: {third}" in lines
     assert lines[-1] == f"{tmp_path / 'owner' / 'model' / 'mine.plan'}: without layers 2 to 3"
@@ -101,19 +97,16 @@ def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "content", [None, b"", b"{}", b'{"layers": [1], "about": []}', b'{"layers":[1],"\\u001b[2J":1}']
 )
-def test_a_file_that_is_no_plan_is_refused_in_a_sentence(content, tmp_path, capsys):
+def test_a_file_that_is_no_plan_is_refused_in_a_sentence(content, tmp_path, run):
     path = tmp_path / "plan"
     if content is not None:
         path.write_bytes(content)
-    assert main(["plans", str(path)]) == 2
-    out, err = capsys.readouterr()
+    out, err = run("plans", path, status=2)
     assert (out, len(err.splitlines())) == ("", 1)
     assert str(path) in err and err.strip().isprintable()
 
 
 HOSTILE = "\x1b]0;x\a\n\x9b2J\u202e\ud800" + "x" * 5000
-
-
 WRONG = {"answers": {HOSTILE: {"256": [1, 2]}}, "loss": {HOSTILE: 3}, "kept": [HOSTILE], "sentence": None}
 
 
@@ -122,14 +115,13 @@ WRONG = {"answers": {HOSTILE: {"256": [1, 2]}}, "loss": {HOSTILE: 3}, "kept": [H
     [{HOSTILE: HOSTILE}, {"a": {HOSTILE: [HOSTILE]}}, {"": None}, {"verdict": HOSTILE}, {"verdict": None}]
     + [{"verdict": VERDICT | {name: value}} for name, value in (*WRONG.items(), ("kept", [1, 10**400, 1]))],
 )
-def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
+def test_a_record_cannot_drive_a_terminal(about, tmp_path, run):
     fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1}
     if len(json.dumps(about)) > 10_000:
         about = json.loads(json.dumps(about).replace("x" * 5000, "x" * 4000))
     metadata = {"pop_plan": json.dumps(fields | {"about": about})}
     save_file(REFIT.tensors | {"sketch": REFIT.sketch}, tmp_path / "plan", metadata=metadata)
-    assert main(["plans", str(tmp_path / "plan")]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = run("plans", tmp_path / "plan").out.splitlines()
     assert (len(lines) == 3 or "verdict" in about) and all(
         line.isprintable() and line.isascii() and len(line) < 500 for line in lines
     )
