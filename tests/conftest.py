@@ -73,14 +73,16 @@ def notes(monkeypatch):
     return take
 
 
-def real_weights(name):
-    """The folder of real weights. Without it a test is skipped."""
+def real_weights(name, required=False):
+    """The folder of real weights. Without it a test is skipped, unless it is required."""
     from pop import WeightsNotFound
     from pop.checkpoints import registry
 
     try:
         return registry.find_weights(name)
     except WeightsNotFound as error:
+        if required:
+            raise
         pytest.skip(str(error))
 
 
@@ -93,8 +95,4 @@ def gemma3():
 @pytest.fixture(scope="session")
 def smollm2():
     """The real SmolLM2. Where $POP_REQUIRE_WEIGHTS is set, it must be there."""
-    if os.environ.get("POP_REQUIRE_WEIGHTS"):
-        from pop.checkpoints import registry
-
-        return registry.find_weights("smollm2-135m")
-    return real_weights("smollm2-135m")
+    return real_weights("smollm2-135m", required=os.environ.get("POP_REQUIRE_WEIGHTS"))

@@ -3,7 +3,7 @@
 from support.cases import random_corrections
 from support.letters import Letters
 from support.nightly import thinned
-from support.tiny import random_model, tiny_config, tiny_gemma3_config
+from support.tiny import tiny_config, tiny_gemma3_config, tiny_model
 
 import pop
 
@@ -22,10 +22,9 @@ PAIRS = thinned([(family, name) for family in CONFIGS for name in PLANS], [0, 5,
 
 def make(family, plan, **options):
     """A model with a window of 5 if it is Gemma's, whose prompts run in chunks of 7 tokens."""
-    config = CONFIGS[family]
-    model = pop.Model(random_model(config, seed=3), config, Letters(CONTROL), chunk_size=7, **options)
+    model = tiny_model(CONFIGS[family], seed=3, tokenizer=Letters(CONTROL), chunk_size=7, **options)
     if plan == "calibrated":
         layers = (1, 3, 4)  # h is updated between them
-        plan = pop.PrunePlan(layers, 2, 1, random_corrections(config, layers, 1, model=model))
+        plan = pop.PrunePlan(layers, 2, 1, random_corrections(model.config, layers, 1, model=model))
     model.plan = plan
     return model

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from support.tiny_chat import BYTES
 
 from tools.convert import convert
 
@@ -107,8 +108,6 @@ def converted(tmp_path, tensors=None, keys=(), arch="llama"):
     return json.loads((folder / "config.json").read_text()), weights
 
 
-BYTES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]  # GPT-2's letters for bytes,
-BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]  # first those that are printable, then the others
 WORDS = ["Ġt", "he", "Ġthe", "in"]
 
 

@@ -136,7 +136,7 @@ def naive_kl(model, plan, tokens, cut, images=TEXT):
 
 
 def kl(full, pruned):
-    """KL(full || pruned) [N] of logits [N, V]."""
+    """KL(full || pruned) [...] of logits [..., V]."""
     p, q = (logits.double().log_softmax(-1) for logits in (full, pruned))
     return (p.exp() * (p - q)).sum(-1)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+import pop
 from pop.models import build
 from pop.models.config import (
     Config,
@@ -51,21 +52,13 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**{**SIZES, **overrides})
 
 
-# As awkward. Two local layers precede each global one, and one follows. Tests easily exceed the window.
-GEMMA3_SIZES = {
-    "vocab_size": 67,
-    "hidden_size": 30,
-    "intermediate_size": 44,
+# The same sizes. Two local layers precede each global one, and one follows. Tests easily exceed the window.
+NOT_GEMMAS = ("num_layers", "tie_embeddings", "attention_bias", "mlp_bias")
+GEMMA3_SIZES = {name: value for name, value in SIZES.items() if name not in NOT_GEMMAS} | {
     "windows": (5, 5, None, 5, None),
-    "num_heads": 6,
-    "num_kv_heads": 2,
-    "head_dim": 10,
     "query_pre_attn_scalar": 14.0,
-    "max_positions": 512,
-    "norm_eps": 1e-5,
     "rope": RopeConfig(base=1_000_000.0, kind="linear", factor=8.0),
     "local_rope": RopeConfig(base=10_000.0),
-    "dtype": torch.float32,
     "bos_id": 2,
     "eos_ids": (1,),
 }
@@ -158,6 +151,11 @@ def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     module.load_state_dict(random_weights(shapes, seed, config.family))
     return module.requires_grad_(False).eval()
+
+
+def tiny_model(config: Config, seed: int = 0, **options):
+    """A pop.Model with `random_model`'s weights."""
+    return pop.Model(random_model(config, seed), config, **options)
 
 
 def write_checkpoint(folder: Path | str, seed: int = 0, **overrides) -> Path:
