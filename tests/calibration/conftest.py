@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from support.tiny import random_model, tiny_config
-
-import pop
+from support.tiny import tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return pop.Model(random_model(tiny_config()), tiny_config(), plan=0.6)
+    return tiny_model(tiny_config(), plan=0.6)
 
 
 @pytest.fixture(scope="module")

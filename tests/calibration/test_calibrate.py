@@ -18,35 +18,29 @@ import pop
 from pop import PrunePlan, calibrate
 from pop.calibration import calibrate as calibrate_file
 from pop.calibration import search
+from pop.calibration import texts as sources
 from pop.calibration.calibrate import needed_bytes
-from pop.calibration.texts import (
-    CHARACTERS,
-    DOCUMENTS,
-    LEFT_OUT,
-    MODULES,
-    builtin_texts,
-    default_texts,
-    enough,
-    parted,
-    python_texts,
-    tokens_needed,
-)
 
 TEXTS = random_texts(0, *[200] * 12)
+DECIDE = {"speedup": 1.3, "steps": 3, "progress": False}
 
 
-# ---- What it decides ----
+@pytest.fixture(scope="module")
+def decided(model):
+    """The plan of a run that decides everything."""
+    return calibrate(model, TEXTS, **DECIDE)
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_layers_and_tokens_are_decided_and_two_runs_give_the_same_file(model, tmp_path, steps):
-    plans = [calibrate(model, TEXTS, speedup=1.3, steps=steps, progress=False) for _ in range(2)]
-    for number, plan in enumerate(plans):
-        plan.save(tmp_path / f"{number}")
-    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
-    (plan, _) = plans
-    assert plan.speedup(model, 512) >= 1.3 and plan.full_depth_first == 1 and plan.full_depth_last > 1
-    assert plan.about["speedup_limit"]["512 tokens"] == round(plan.speedup(model, 512), 3)
+def file_of(plan, folder) -> bytes:
+    plan.save(folder / "plan")
+    return (folder / "plan").read_bytes()
+
+
+def test_layers_and_tokens_are_decided_and_two_runs_give_the_same_file(model, decided, tmp_path):
+    assert file_of(calibrate(model, TEXTS, **DECIDE), tmp_path) == file_of(decided, tmp_path)
+    assert decided.speedup(model, 512) >= 1.3 and decided.full_depth_first == 1 and decided.full_depth_last > 1
+    assert decided.about["speedup_limit"]["512 tokens"] == round(decided.speedup(model, 512), 3)
+    assert decided.about["longest"] == model.max_seq_len
 
 
 def test_the_layers_are_those_that_are_given(model):
@@ -66,41 +60,41 @@ def test_short_prompts_are_pruned_while_a_plan_is_fitted_and_judged(model):
     assert calibrate(model, TEXTS, "1,3", steps=0, progress=False).full_depth_below == search.SHORT
 
 
-@pytest.mark.parametrize("layers", ["", "1,5", "1,1", "abc", 3, (1, 3), "none"])
-def test_layers_that_the_model_lacks_are_refused(model, layers):
+@pytest.mark.parametrize("plan", ["none", PrunePlan.none(), "1,5", PrunePlan((7,)), (1, 3)])
+def test_a_plan_without_layers_of_the_model_is_refused(model, plan):
     with pytest.raises(pop.PlanError):
-        calibrate(model, TEXTS, layers, progress=False)
-
-
-# ---- Texts ----
+        calibrate(model, TEXTS, plan, progress=False)
 
 
 def test_the_texts_that_come_along():
     """They are the same in each run. A wide model takes more of Python's."""
-    assert len(builtin_texts()) == 6, "pop/data/README.md says what follows from a further text"
-    assert all(len(text) > 20_000 for text in builtin_texts())
-    texts = python_texts()
-    assert texts == python_texts()
-    assert MODULES + DOCUMENTS - len(LEFT_OUT) <= len(texts) <= MODULES + DOCUMENTS
-    assert all(CHARACTERS[0] < len(text) <= CHARACTERS[1] for text in texts)
-    tested = [Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8") for name in LEFT_OUT]
-    assert not any(text in whole for text in python_texts(8) for whole in tested)
+    builtin = sources.builtin_texts()
+    assert len(builtin) == 6, "pop/data/README.md says what follows from a further text"
+    assert all(len(text) > 20_000 for text in builtin)
+    texts, many = sources.python_texts(), sources.python_texts(8)
+    assert texts == sources.python_texts()
+    most = sources.MODULES + sources.DOCUMENTS
+    assert most - len(sources.LEFT_OUT) <= len(texts) <= most
+    shortest, longest = sources.CHARACTERS
+    assert all(shortest < len(text) <= longest for text in texts)
+    tested = [Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8") for name in sources.LEFT_OUT]
+    assert not any(text in whole for text in many for whole in tested)
     assert any("def " in text for text in texts)
     config = tiny_config(hidden_size=6000, num_layers=1)
     wide = pop.Model(random_model(tiny_config()), config)
-    assert tokens_needed(wide) == 720_000
-    assert len(default_texts(wide)) == 6 + len(python_texts(8)) > 6 + len(texts)
+    assert sources.tokens_needed(wide) == 720_000
+    assert len(sources.default_texts(wide)) == 6 + len(many) > 6 + len(texts)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (10, 1), (11, 2), (25, 3), (99, 4)])
 def test_a_fit_takes_as_many_windows_as_hold_its_tokens(count, expected):
     windows = [([n] * 10, []) for n in range(4)]
-    assert enough(windows, count) == windows[:expected]
+    assert sources.enough(windows, count) == windows[:expected]
 
 
-@given(st.lists(st.one_of(st.text(max_size=50), st.lists(st.integers(0, 9), max_size=50)), max_size=5))
+@given(st.lists(st.one_of(st.text("ab", max_size=50), st.lists(st.integers(0, 9), max_size=50)), max_size=5))
 def test_texts_are_parted_and_nothing_is_lost(texts):
-    fitted, rest = parted(texts)
+    fitted, rest = sources.parted(texts)
     assert [one + other for one, other in zip(fitted, rest, strict=True)] == texts
     assert all(len(one) == int(0.8 * len(text)) for one, text in zip(fitted, texts, strict=True))
 
@@ -109,22 +103,18 @@ def test_without_texts_the_last_fifth_of_the_built_in_ones_is_left_out(model, mo
     texts = random_texts(1, *[500] * 8)
     monkeypatch.setattr(calibrate_file, "default_texts", lambda given: texts if given is model else None)
     found = calibrate(model, plan=PrunePlan((3,)), steps=0, progress=False)
-    expected = calibrate(model, parted(texts)[0], PrunePlan((3,)), steps=0, progress=False)
+    expected = calibrate(model, sources.parted(texts)[0], PrunePlan((3,)), steps=0, progress=False)
     assert contents(found) == contents(expected)
 
 
-# ---- Before the work ----
-
-
-@pytest.mark.parametrize("steps", [0, 2])
-def test_memory_that_is_short_is_refused_with_the_numbers(model, steps, monkeypatch):
-    needed = needed_bytes(model, 15, steps, 512)
+def test_memory_that_is_short_is_refused_with_the_numbers(model, monkeypatch):
+    needed = needed_bytes(model, 15, 2, 512)
     assert needed_bytes(model, 3000, 2, 512) > needed_bytes(model, 15, 2, 512)
     monkeypatch.setattr(calibrate_file, "free_bytes", lambda device: needed - 1)
     monkeypatch.setattr(calibrate_file, "Judge", None)
     numbers = f"about {needed / 1e9:.1f} GB beside the weights, but {(needed - 1) / 1e9:.1f} GB are free"
     with pytest.raises(pop.CacheMemoryError, match=numbers):
-        calibrate(model, TEXTS, PrunePlan((3,)), steps=steps, progress=False)
+        calibrate(model, TEXTS, PrunePlan((3,)), steps=2, progress=False)
     for free in (needed, None):
         monkeypatch.setattr(calibrate_file, "free_bytes", lambda device, free=free: free)
         calibrate_file.check_memory(model.device, needed)
@@ -166,19 +156,14 @@ def test_what_the_work_takes_is_said_before_it(model, monkeypatch, capsys):
     with pytest.raises(pytest.fail.Exception, match="began"):
         calibrate(model, TEXTS, steps=300)
     lacks, line = capsys.readouterr().err.splitlines()
-    assert lacks.startswith(f"a fit of this width can use {tokens_needed(model):,} tokens")
+    assert lacks.startswith(f"a fit of this width can use {sources.tokens_needed(model):,} tokens")
     assert line.startswith("calibrating on 2,0") and ", with 300 steps: about " in line
     assert "0.0 GB beside the weights" in line and line.endswith("a plan of 0 MB")
 
 
-# ---- Unfinished work ----
-
-
 @pytest.mark.parametrize("done", [0, 1])
-def test_an_interrupted_run_continues_from_the_plan_that_it_kept(model, tmp_path, done, notes, monkeypatch):
+def test_an_interrupted_run_continues_from_the_plan_that_it_kept(model, decided, tmp_path, done, notes, monkeypatch):
     """After the closed form the file is the same in the end. After a check, the plan is no worse than the kept one."""
-    options = {"speedup": 1.3, "steps": 3, "progress": False}
-    expected = calibrate(model, TEXTS, **options)
     monkeypatch.setenv("HOME", str(tmp_path))
     counted = []
 
@@ -195,20 +180,18 @@ def test_an_interrupted_run_continues_from_the_plan_that_it_kept(model, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(calibrate_file, "progress_bar", interrupting)
         with pytest.raises(KeyboardInterrupt):
-            calibrate(model, TEXTS, resume="~/progress", **options)
+            calibrate(model, TEXTS, resume="~/progress", **DECIDE)
     kept = PrunePlan.load(tmp_path / "progress")
     assert kept.about["steps"] == done
     monkeypatch.setattr(search, "search", None)  # what was decided and fitted is not computed again
     monkeypatch.setattr(calibrate_file, "fitted", None)
     begun = notes(calibrate_file, "distill", lambda *args, begin, **_: (args[1], args[1].name, args[3], begin))
-    found = calibrate(model, TEXTS, resume="~/progress", **options)
+    found = calibrate(model, TEXTS, resume="~/progress", **DECIDE)
     ((plan, name, judge, begin),) = begun
     assert contents(plan) == contents(kept) and (name, begin) == ("", done)
     assert judge.losses(found).mean <= judge.losses(kept).mean
-    fields = {"corrections": None, "about": expected.about | {"loss": None}}
-    same, whole = (dataclasses.replace(one, **fields) for one in (found, expected))
+    fields = {"corrections": None, "about": decided.about | {"loss": None}}
+    same, whole = (dataclasses.replace(one, **fields) for one in (found, decided))
     assert same == whole and found.about | {"loss": None} == whole.about
     if not done:
-        for number, one in enumerate((expected, found)):
-            one.save(tmp_path / f"{number}")
-        assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+        assert file_of(found, tmp_path) == file_of(decided, tmp_path)

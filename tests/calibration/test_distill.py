@@ -11,26 +11,20 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import assert_close, by_reference, models, plans, recorded_choices
+from support.cases import models, plans, recorded_choices
 from support.naive_fit import naive_gradients
 from support.plans import contents
 from support.texts import of_mean, windows_of
-from support.tiny import random_model, tiny_config, tiny_gemma3_config
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_model
 
 import pop
 from pop import InputError, PrunePlan, calibrate
 from pop.calibration import calibrate as calibrate_file
 from pop.calibration import distill as distillation
 from pop.calibration import passes
-from pop.calibration.distill import (
-    distill,
-    distillation_loss,
-    learning_rate,
-    schedule,
-)
+from pop.calibration.distill import distill, distillation_loss, learning_rate, schedule
 from pop.calibration.exercises import Exercise
 from pop.calibration.held_out import Judge
-from pop.calibration.passes import Pass, first_layer
 from pop.inputs.processors import processor_of
 from pop.pruning.reference import full_depth_tokens
 
@@ -67,9 +61,6 @@ class MadeUp:
         return of_mean(next(self.made_up))
 
 
-# ---- The loss ----
-
-
 @st.composite
 def students(draw):
     """(module, plan with corrections, tokens [B, T], cut)"""
@@ -81,29 +72,9 @@ def students(draw):
     return module, plan, tokens, draw(st.integers(1, T))
 
 
-def of_student(module, plan, tokens, cut):
-    """The student's logits [B, T, V], and which of the prompts' tokens it selects, [B, cut] bool."""
-    run = Pass(module, tokens)
-    entering = run.layers(run.embed(), 0, first_layer(plan))
-    with recorded_choices(passes) as found:
-        h = run.pruned(plan, entering, cut)
-    return module.head(h), found[0] if found else torch.zeros(len(tokens), cut, dtype=torch.bool)
-
-
-@given(students())
-def test_the_student_is_the_reference(case):
-    """Its logits, and how many tokens it selects, for any plan, windows, and kept layers between pruned ones."""
-    module, plan, tokens, cut = case
-    logits, chosen = of_student(module, plan, tokens, cut)
-    others = ~full_depth_tokens(cut, cut, plan)
-    assert not chosen[:, ~others].any()
-    assert (chosen.sum(1) == plan.num_selected(int(others.sum()))).all()
-    for row, found, selected in zip(tokens, logits, chosen, strict=True):
-        assert_close(found, by_reference(module, row, plan, cut, selected)[0])
-
-
 @given(students())
 def test_the_loss_and_its_gradients_are_the_references(case):
+    """And how many tokens the student selects, for any plan, windows, and kept layers between pruned ones."""
     module, plan, tokens, cut = case
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in plan.corrections.tensors.items()}
     vision = processor_of(tiny_config())  # for text
@@ -112,13 +83,13 @@ def test_the_loss_and_its_gradients_are_the_references(case):
     with recorded_choices(passes) as choices:
         loss = distillation_loss(module, vision, trained, exercise)
     chosen = choices[0] if choices else torch.zeros(len(tokens), cut, dtype=torch.bool)
+    others = ~full_depth_tokens(cut, cut, plan)
+    assert not chosen[:, ~others].any()
+    assert (chosen.sum(1) == plan.num_selected(int(others.sum()))).all()
     expected, gradients = naive_gradients(module, plan, tokens, chosen, cut)
     assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
     for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):
         assert (found - naive).abs().max() <= 1e-3 * naive.abs().max() + 1e-7
-
-
-# ---- The steps ----
 
 
 def test_the_rate_rises_and_falls():
@@ -139,14 +110,11 @@ def test_a_step_changes_what_is_computed_by_a_quarter(scale):
     assert 0.1 < change / (weight @ x).square().mean().sqrt() < 0.25
 
 
-# ---- The plan that comes out ----
-
-
 def test_distillation_lowers_the_loss_on_held_out_text(monkeypatch):
     """Random text teaches little. With longer exercises or fewer texts, the closed form often stays the best."""
     monkeypatch.setattr("pop.calibration.exercises.CONTINUATION", 96)
-    config, layers = tiny_gemma3_config(), (3, 4)
-    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 24)
+    layers = (3, 4)
+    model, texts = tiny_model(tiny_gemma3_config(), 1), random_texts(1, *[384] * 24)
     plan = dataclasses.replace(PLAN, layers=layers)
     closed, distilled = (calibrate(model, texts, plan, steps=steps, progress=False) for steps in (0, 16))
     judge = Judge(model, windows_of(random_texts(2, *[384] * 3)))
@@ -154,11 +122,6 @@ def test_distillation_lowers_the_loss_on_held_out_text(monkeypatch):
     assert (distilled.layers, distilled.full_depth_last, distilled.full_depth_first) == (layers, 2, 1)
     assert distilled.corrections.weight.dtype == torch.float32
     assert torch.equal(distilled.corrections.sketch, model.sketch[list(distilled.layers)])
-
-
-def test_steps_that_harm_are_not_taken(model, closed, monkeypatch):
-    monkeypatch.setattr(distillation, "RATE", 100.0)
-    assert contents(calibrate(model, TEXTS, PLAN, steps=8, progress=False)) == contents(closed)
 
 
 def test_the_best_of_eight_checks_is_taken(model, closed, monkeypatch):
@@ -180,12 +143,15 @@ def test_the_best_of_eight_checks_is_taken(model, closed, monkeypatch):
     assert contents(found) == contents(plans[3]) != contents(plans[4])
 
 
-def test_the_model_stays_as_it_is():
+@pytest.mark.parametrize(("steps", "inference"), [(0, False), (2, True)])
+def test_a_trainable_model_stays_as_it_is_whatever_the_callers_modes_are(model, steps, inference):
     module = random_model(tiny_config()).requires_grad_(True)
     before = copy.deepcopy(module.state_dict())
-    with torch.inference_mode():
-        plan = calibrate(pop.Model(module, tiny_config()), TEXTS, PLAN, steps=2, progress=False)
+    with torch.inference_mode(inference), torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = calibrate(pop.Model(module, tiny_config()), TEXTS, PLAN, steps=steps, progress=False)
     assert not plan.corrections.weight.requires_grad and not plan.corrections.weight.is_inference()
+    expected = calibrate(model, TEXTS, PLAN, steps=steps, progress=False)
+    torch.testing.assert_close(plan.corrections.tensors, expected.corrections.tensors, rtol=1e-6, atol=1e-7)
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name])
         assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, True, torch.float32)
@@ -216,13 +182,10 @@ def test_the_passes_run_in_the_dtype_that_the_processor_is_fast_at(model, slow, 
 
 
 def test_the_seed_decides(model, closed):
-    plans = [distill(model, closed, windows_of(TEXTS), MadeUp(*range(20, 0, -1)), 8, seed=seed) for seed in (1, 1, 2)]
+    plans = [distill(model, closed, windows_of(TEXTS), MadeUp(3, 2, 1), 2, seed=seed) for seed in (1, 1, 2)]
     first, again, other = map(contents, plans)
     assert first == again != other
     assert first != contents(closed)
-
-
-# ---- Unfinished work ----
 
 
 def test_a_run_continues_from_the_best_plan_so_far(model, closed, notes):
@@ -265,7 +228,7 @@ def test_all_that_decides_a_run_tells_it_from_others(model):
 
     config = tiny_config()
     half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
-    other, short = pop.Model(random_model(config, 1), config), pop.Model(model.module, config, max_seq_len=75)
+    other, short = tiny_model(config, 1), tiny_model(config, max_seq_len=75)
     runs = [run(), run(half), run(other), run(short), run(plan=PrunePlan((1, 3, 4))), run(texts=TEXTS[1:])]
     runs += [run(judged=TEXTS[1:2]), run(media="a"), run(media="b"), run(rank=9)]
     assert run() == run() and len(set(runs)) == len(runs)
@@ -306,15 +269,6 @@ def test_a_failed_write_does_not_end_the_run(model, tmp_path, monkeypatch, caplo
     found = calibrate(model, TEXTS, PLAN, steps=2, resume=tmp_path / "progress", progress=False)
     assert contents(found) == contents(expected)
     assert "No space left" in caplog.text and not list(tmp_path.iterdir())
-
-
-# ---- Errors ----
-
-
-@pytest.mark.parametrize("steps", [-1, 1.5, True])
-def test_steps_out_of_range_are_refused(model, steps):
-    with pytest.raises(InputError, match=f"steps is {steps}"):
-        calibrate(model, TEXTS, PLAN, progress=False, steps=steps)
 
 
 def test_a_model_in_several_processes_is_refused(model, monkeypatch):

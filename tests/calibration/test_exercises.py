@@ -6,9 +6,8 @@ from itertools import pairwise
 
 import pytest
 from support.chat_formats import TOKENIZERS
-from support.tiny import random_model, tiny_config
+from support.tiny import tiny_config, tiny_model
 
-import pop
 from pop.calibration.exercises import CONTINUATION, FORMS, KINDS, PASSAGE, ROWS, SHORTEST_PROMPT, TOKENS, exercise
 
 WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo"
@@ -23,13 +22,13 @@ def texts(*lengths, first=5):
 @pytest.fixture(scope="module")
 def bare():
     """A model without a tokenizer."""
-    return pop.Model(random_model(tiny_config(bos_id=3)), tiny_config(bos_id=3))
+    return tiny_model(tiny_config(bos_id=3))
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = tiny_config(vocab_size=TOKENIZERS["smollm2"].vocab_size, hidden_size=6)
-    return pop.Model(random_model(config), config, TOKENIZERS["smollm2"])
+    tokenizer = TOKENIZERS["smollm2"]
+    return tiny_model(tiny_config(vocab_size=tokenizer.vocab_size, hidden_size=6), tokenizer=tokenizer)
 
 
 def is_part(part, whole) -> bool:
@@ -54,7 +53,7 @@ def test_lengths_go_up_to_the_longest_window_by_their_logarithm(bare, longest):
     assert longest == 20 or 35 < sum(size < middle for size in sizes) < 65
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", [TEXT, REPETITION, TABLE])
 def test_exercises_of_every_kind_begin_with_bos_and_are_as_short_as_their_text(bare, number):
     windows = [([3, *window], []) for window, _ in texts(700, 800, first=4)]
     for seed in range(3):
@@ -82,7 +81,7 @@ def test_a_prompt_without_words_is_repeated_not_made_a_table(more):
     window[::30] = [tokenizer.vocab_size + 2] * len(window[::30])
     if not more:
         window = tokenizer.encode("1 + 2 = 3; " * 300, bos=False)
-    model = pop.Model(random_model(config), config, tokenizer)
+    model = tiny_model(config, tokenizer=tokenizer)
     assert max(breaks_of(exercise(model, [(window, [])], TABLE, random.Random(1)))) <= 4 * CONTINUATION / PASSAGE[0]
 
 

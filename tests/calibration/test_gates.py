@@ -7,15 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import FAMILIES, models
 from support.gated_loss import assert_close, in_float64, slopes
-from support.tiny import random_model, tiny_config
+from support.tiny import tiny_config, tiny_model
 
 import pop
 from pop.calibration.importance import Sample, gate_gradients, sample_responses
-
-
-def keep_activations(monkeypatch):
-    for file in ("importance", "passes"):
-        monkeypatch.setattr(f"pop.calibration.{file}.checkpointed", lambda function, *args: function(*args))
 
 
 def gradients(model, samples):
@@ -35,29 +30,16 @@ TOKENS = st.lists(st.integers(0, 59), min_size=1, max_size=6)  # below the ids o
 @settings(max_examples=settings().max_examples // 2)
 @given(data=st.data(), pairs=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=3))
 def test_gradients_are_the_slopes_of_the_gated_loss(family, data, pairs):
-    """In float64, since tiny heads magnify rounding. tests/inputs/test_images_everywhere.py has float32 and images."""
+    """Of each pair by itself, though they run as a batch. In float64, since tiny heads magnify rounding.
+
+    tests/inputs/test_images_everywhere.py has float32 and images.
+    """
     module = data.draw(models([family]))
     model = pop.Model(module, module.config, compile=False)
     module.double()
     expected = torch.stack([slopes(model, *pair) for pair in pairs])
     with in_float64():
         assert_close(gradients(model, pairs), expected, 1e-5)
-
-
-# ---- Batches, padding, memory ----
-
-
-@pytest.fixture(scope="module")
-def alone(model, samples):
-    """Each sample's gradients, run on its own."""
-    return [gradients(model, [sample])[0] for sample in samples]
-
-
-@given(chosen=st.lists(st.integers(0, 4), min_size=1, max_size=5))
-def test_a_sample_does_not_depend_on_the_others_of_its_batch(model, samples, alone, chosen):
-    together = gradients(model, [samples[index] for index in chosen])
-    for row, index in enumerate(chosen):
-        assert_close(together[row], alone[index], 1e-5)
 
 
 def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
@@ -72,22 +54,20 @@ def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
     between = 5 * 12 * 30  # rows, tokens a row, width: what one layer hands to the next
     expected, size = kept()
     assert size < (5 + 1) * between
-    keep_activations(monkeypatch)
+    for file in ("importance", "passes"):
+        monkeypatch.setattr(f"pop.calibration.{file}.checkpointed", lambda function, *args: function(*args))
     found, size = kept()
     assert size > 5 * (5 + 1) * between
     assert torch.equal(found, expected)
 
 
 def test_logits_are_computed_for_the_responses_only_and_one_after_the_other(samples, monkeypatch):
-    model = pop.Model(random_model(tiny_config()), tiny_config())
+    model = tiny_model(tiny_config())
     rows, head = [], model.module.head
     monkeypatch.setattr(model.module, "head", lambda h: rows.append(h.shape[0]) or head(h))
     gradients(model, samples)
     lengths = [len(response) for _, response in samples]
     assert rows == lengths + lengths[::-1]  # forward, and again for the backward
-
-
-# ---- Sampled responses ----
 
 
 def test_responses_follow_the_full_model_at_temperature_one(model):
@@ -110,8 +90,7 @@ def deviation(tokens, logits):
 
 
 def test_an_end_token_ends_a_response_and_is_part_of_it():
-    config = tiny_config(eos_ids=tuple(range(0, 67, 4)))
-    model = pop.Model(random_model(config), config)
+    model = tiny_model(tiny_config(eos_ids=tuple(range(0, 67, 4))))
     responses = sampled(model, [[5, 6]] * 40, [(0, n) for n in range(40)], 12)
     assert len({len(response) for response in responses}) > 3
     for response in responses:

@@ -8,23 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.naive_fit import naive_kl
 from support.texts import random_texts, windows_of
-from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
+from support.tiny import tiny_config, tiny_gemma3_config, tiny_model
 
-import pop
 from pop import PrunePlan
 from pop.calibration.held_out import CUES_IN_PASSAGE, Judge, hold_out, repeated_passage
 
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 
 
-@pytest.mark.parametrize(
-    ("config", "lengths"),
-    [(tiny_config(), (60, 31, 16)), (tiny_gemma3_config(), (400, 5)), (tiny_qwen3_moe_config(), (100,))],
-)
-def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(config, lengths):
+def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage():
     """By the naive page. The continuation has at most 128 tokens, and a third of the window. A passage comes again."""
-    model = pop.Model(random_model(config), config)
-    windows = windows_of(random_texts(2, *lengths))
+    model = tiny_model(tiny_gemma3_config())
+    windows = windows_of(random_texts(2, 60, 400, 31, 16, 5))
     judge, texts, passages, firsts = Judge(model, windows), [], [], []
     for (window, _), case in zip(windows, judge.cases, strict=True):
         passage = case.passage
@@ -90,8 +85,7 @@ def test_the_held_out_windows_have_three_lengths():
 
 @pytest.mark.parametrize("spare", [0, 3, 10, 30])
 def test_a_continuation_leaves_room_for_the_passage(spare):
-    config = tiny_config()
-    model = pop.Model(random_model(config), config, max_seq_len=60 + spare)
+    model = tiny_model(tiny_config(), max_seq_len=60 + spare)
     (case,) = Judge(model, windows_of(random_texts(2, 60))).cases
     assert (len(case.prompt), len(case.continuation), len(case.passage)) == (40, min(20, 10 + spare), 10)
     assert len(case.full) == len(case.continuation) + len(case.passage)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -37,9 +36,6 @@ def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, sample
     assert result.prefill.dtype == result.decode_error.dtype == torch.float64
 
 
-# ---- Dtypes, and what stays as it is ----
-
-
 def test_bfloat16_gives_the_scores_of_its_weights(samples):
     config = tiny_config(dtype=torch.bfloat16)
     module = random_model(config).bfloat16()
@@ -47,9 +43,6 @@ def test_bfloat16_gives_the_scores_of_its_weights(samples):
     high = importance(pop.Model(module.float(), config), samples, progress=False)
     assert_close(low.prefill, high.prefill, 0.1)
     assert_close(low.decode, high.decode, 0.1)
-
-
-# ---- What the call leaves as it was ----
 
 
 def test_parameters_and_grad_mode_are_left_alone(samples):
@@ -66,8 +59,9 @@ def test_parameters_and_grad_mode_are_left_alone(samples):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(importance(model, samples, progress=False), expected)
     module.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(InputError, match="not finite"):
-        importance(model, samples, progress=False)
+    for wrong, numbers in ((samples, "gradients of the gates"), ([[1, 2]], "logits")):
+        with pytest.raises(InputError, match=f"the {numbers} are not finite"):
+            importance(model, wrong, progress=False)
     assert [parameter.requires_grad for parameter in module.parameters()] == before
     assert all(parameter.grad is None for parameter in module.parameters())
 
@@ -115,9 +109,6 @@ def test_two_token_ids_are_a_prompt(model):
         assert_same(importance(model, [sample], response_tokens=2, progress=False), expected)
 
 
-# ---- Mistakes ----
-
-
 @pytest.mark.parametrize(
     ("samples", "said"),
     [
@@ -153,27 +144,12 @@ def test_a_model_that_was_loaded_in_inference_mode_has_gradients(tmp_path):
     assert_same(importance(model, [[1, 2]], **options), importance(pop.load(folder), [[1, 2]], **options))
 
 
-def test_numbers_that_overflow_are_refused(samples, prompts):
-    module = random_model(tiny_config())
-    module.layers[3].mlp.down_proj.weight[0, 0] = math.inf
-    model = pop.Model(module, tiny_config())
-    with pytest.raises(InputError, match="gradients of the gates"):
-        importance(model, samples, progress=False)
-    with pytest.raises(InputError, match="logits"):
-        importance(model, prompts, progress=False)
-
-
-def test_progress_is_shown_where_tqdm_is(model, capsys, monkeypatch):
+def test_progress_is_shown_where_tqdm_is(model, capsys):
     pytest.importorskip("tqdm")
     importance(model, [[1], [2], [3]], batch_size=2, response_tokens=1)
     assert "3/3" in capsys.readouterr().err
     importance(model, [[1]], response_tokens=1, progress=False)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    importance(model, [[1]], response_tokens=1)
     assert capsys.readouterr() == ("", "")
-
-
-# ---- Plans and files ----
 
 
 def scores(prefill, decode=None, n=4):
@@ -208,14 +184,7 @@ def test_saved_scores_come_back(model, samples, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"more": 1},
-        {"prefill": 2.0},
-        {"prefill": ["1.5", 2.5]},
-    ],
-)
+@pytest.mark.parametrize("wrong", [{"more": 1}, {"prefill": 2.0}, {"prefill": ["1.5", 2.5]}])
 def test_a_file_that_holds_no_scores_is_refused(tmp_path, wrong):
     """tests/system/test_files.py has files that are no JSON object."""
     path = tmp_path / "scores.json"

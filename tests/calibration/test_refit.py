@@ -1,7 +1,6 @@
 """`pop.calibrate`: the closed form against a naive fit, what must follow from it, and bad input."""
 
 import contextlib
-import copy
 import math
 import random
 import weakref
@@ -15,10 +14,10 @@ from support.cases import models
 from support.naive_fit import assert_fit, fitted, naive_fit, whole_projections
 from support.plans import contents
 from support.texts import of_mean, random_texts, windows_of
-from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
+from support.tiny import random_model, tiny_config, tiny_model
 
 import pop
-from pop import PlanError, PrunePlan, calibrate
+from pop import PrunePlan, calibrate
 from pop.calibration import calibrate as calibrate_file
 from pop.calibration import refit
 from pop.calibration.calibrate import RIDGES
@@ -26,29 +25,7 @@ from pop.calibration.held_out import Judge, hold_out
 from pop.calibration.texts import text_windows
 from pop.pruning.cost import prefill_flops
 
-
-def make_model(seed: int = 0, **overrides) -> pop.Model:
-    config = tiny_config(**overrides)
-    return pop.Model(random_model(config, seed), config)
-
-
-CONFIGS = [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()]
-
-
-@pytest.fixture(scope="module", params=CONFIGS, ids=["llama", "gemma3", "qwen3"])
-def each_family(request):
-    """A model of each family, of the same sizes."""
-    return pop.Model(random_model(request.param), request.param)
-
-
 TEXTS = random_texts(0, 300, 40, 17, 500, 90)
-PLAN = PrunePlan((2, 3), full_depth_last=4)
-
-
-@pytest.fixture(scope="module")
-def calibrated(model):
-    """The plan that comes out with the defaults."""
-    return calibrate(model, TEXTS, PLAN, progress=False, steps=0)
 
 
 @given(models(), st.data())
@@ -68,9 +45,9 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, ridge))
 
 
-def test_corrections_are_the_best_of_their_rank(each_family, notes):
+def test_corrections_are_the_best_of_their_rank(model, notes):
     """By the squared change of what they compute on the texts, and of what lambda adds, in numpy. One updates h."""
-    model, plan, rank, ridge = each_family, PrunePlan((2, 3), full_depth_first=1), 9, 1e-2
+    plan, rank, ridge = PrunePlan((2, 3), full_depth_first=1), 9, 1e-2
     windows = windows_of(TEXTS)
     exact, best = (fitted(model, windows, plan, rank, ridge).corrections for rank in (None, rank))
 
@@ -92,7 +69,7 @@ def test_corrections_are_the_best_of_their_rank(each_family, notes):
 
 
 def test_windows_cover_the_texts_and_each_begins_like_its_text():
-    model = make_model(bos_id=3)
+    model = tiny_model(tiny_config(bos_id=3))
     text, bare = [3, *range(4, 44)], list(range(4, 44))
     cut = [[3, *range(4, 20)], [3, *range(20, 36)]]  # 9 tokens are left out
     assert text_windows(model, [text], None, None, 17) == windows_of(cut)
@@ -100,7 +77,7 @@ def test_windows_cover_the_texts_and_each_begins_like_its_text():
     assert text_windows(model, [text, bare], None, None, 100) == windows_of([text, bare])
 
 
-@pytest.mark.parametrize(("winner", "layers"), [*((ridge, (3, 4)) for ridge in RIDGES), (1.0, (2, 3))])
+@pytest.mark.parametrize(("winner", "layers"), [(RIDGES[1], (3, 4)), (RIDGES[-1], (3, 4)), (1.0, (2, 3))])
 def test_the_best_lambda_is_found(model, winner, layers, notes, monkeypatch):
     """The held-out losses are made up: lower near the winner. With an update of h, lambda is fixed."""
     ridges, made = notes(refit, "solve", lambda *args: args[-1]), {}
@@ -131,7 +108,7 @@ def test_sums_are_freed_before_those_of_the_next_group(model, monkeypatch):
     assert numbers == [0, 0, 0]
 
 
-def test_one_bar_shows_all_of_the_work(monkeypatch):
+def test_one_bar_shows_all_of_the_work(model, monkeypatch):
     """Its unit is the tokens that are run. Choosing lambda at the end is left out."""
     bars = []
 
@@ -141,20 +118,9 @@ def test_one_bar_shows_all_of_the_work(monkeypatch):
         yield bars[-1][1].append
 
     monkeypatch.setattr(calibrate_file, "progress_bar", bar)
-    calibrate(make_model(max_positions=512), random_texts(0, *[500] * 5), PrunePlan((1, 3, 4)), steps=0)
+    calibrate(model, random_texts(0, *[500] * 5), PrunePlan((1, 3, 4)), steps=0)
     ((total, steps),) = bars
     assert total == sum(steps) == 2 * 4 * 500  # two passes for two groups
-
-
-# The plan that comes out
-
-
-def test_the_defaults(model, calibrated):
-    assert (calibrated.layers, calibrated.full_depth_last, calibrated.full_depth_first) == ((2, 3), 4, 1)
-    assert calibrated.corrections.rank == 15  # half of the width
-    assert calibrated.about["longest"] == model.max_seq_len == 512
-    assert calibrated.corrections.weight.dtype == torch.float32
-    assert torch.equal(calibrated.corrections.sketch, model.sketch[list(calibrated.layers)])
 
 
 def test_a_calibrated_plan_can_be_calibrated_again_and_the_seed_decides(model):
@@ -172,6 +138,7 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
     loss = Judge(model, judged).losses(plan)._asdict()
     flops = [prefill_flops(model.config, 512, one) for one in (PrunePlan.none(), plan)]
     plan.save(tmp_path / "plan")
+    assert (plan.layers, plan.full_depth_last, plan.full_depth_first, plan.corrections.rank) == ((2, 3), 4, 1, 15)
     for about in (plan.about, PrunePlan.load(tmp_path / "plan").about):
         assert about.pop("loss") == {name: pytest.approx(value, abs=1e-6) for name, value in loss.items()}
         assert about.pop("speedup_limit") == {"512 tokens": pytest.approx(flops[0] / flops[1], abs=1e-3)}
@@ -182,9 +149,10 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
         }  # fmt: skip
 
 
-def test_bfloat16_is_close_to_float32(model, calibrated, tmp_path):
+def test_bfloat16_is_close_to_float32(model, tmp_path):
     """A plan changes the logits of a bfloat16 model no more than bfloat16 itself does. The model keeps it as given."""
-    config = tiny_config(dtype=torch.bfloat16)
+    config, plan = tiny_config(dtype=torch.bfloat16), PrunePlan((2, 3), full_depth_last=4)
+    calibrated = calibrate(model, TEXTS, plan, progress=False, steps=0)
     half = pop.Model(random_model(config).to(torch.bfloat16), config, plan=calibrated)
     assert half.plan == calibrated
     assert half.resolve(None).corrections.weight.dtype == torch.bfloat16
@@ -192,20 +160,10 @@ def test_bfloat16_is_close_to_float32(model, calibrated, tmp_path):
     exact, rounded = (m.prefill([prompt], m.new_cache(1, 50), plan=calibrated) for m in (model, half))
     full, rounded_full = (m.prefill([prompt], m.new_cache(1, 50), plan=PrunePlan.none()) for m in (model, half))
     assert (rounded - exact).std() < 2 * (rounded_full - full).std()
-    own = calibrate(half, TEXTS, PLAN, progress=False, steps=0)
+    own = calibrate(half, TEXTS, plan, progress=False, steps=0)
     assert own.corrections.weight.dtype == torch.bfloat16
     own.save(tmp_path / "plan")
     assert contents(PrunePlan.load(tmp_path / "plan")) == contents(own)
-
-
-def test_calibration_of_a_trainable_model_leaves_no_graph(calibrated):
-    """And the caller's autocast changes nothing."""
-    model = make_model()
-    model.module.requires_grad_(True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        plan = calibrate(model, TEXTS, PLAN, progress=False, steps=0)
-    assert not plan.corrections.weight.requires_grad
-    assert contents(copy.deepcopy(plan)) == contents(plan) == contents(calibrated)
 
 
 def test_the_pass_runs_no_layer_twice_or_in_vain(model, notes):
@@ -222,9 +180,8 @@ def test_the_pass_runs_no_layer_twice_or_in_vain(model, notes):
         assert runs == expected
 
 
-def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch, notes):
+def test_a_large_float32_model_is_fitted_in_bfloat16(model, monkeypatch, notes):
     """Where the processor has fast products for it, see working_copy. The sums and the plan are as exact as before."""
-    model = make_model()
     expected = calibrate(model, TEXTS, PrunePlan((2, 3)), rank=60, progress=False, steps=0).corrections
     monkeypatch.setattr(refit, "SMALLEST", 1)
     monkeypatch.setattr("pop.calibration.passes.WIDENED", set())
@@ -237,9 +194,6 @@ def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch, notes):
     assert 0 < (found - expected).norm() < 0.02 * expected.norm()
 
 
-# Errors
-
-
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
@@ -250,6 +204,7 @@ def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch, notes):
         ([[1] * 100, []], {}, "the text is empty"),
         ([[1] * 100, [67] * 50], {}, "not in the vocabulary"),
         (TEXTS, {"rank": 61}, "rank is 61"),
+        (TEXTS, {"steps": -1}, "steps is -1"),
         (TEXTS, {"seed": [1]}, r"seed is \[1\]"),
         (TEXTS, {"longest": 15}, "longest is 15"),
         (["text"], {}, "needs a tokenizer"),
@@ -261,18 +216,12 @@ def test_bad_input_is_refused(model, texts, options, message):
         calibrate(model, texts, **{"plan": PrunePlan((2, 3)), "progress": False} | options)
 
 
-@pytest.mark.parametrize("plan", [PrunePlan.none(), PrunePlan((7,)), 0.0, 1, []])
-def test_a_plan_that_cannot_be_calibrated_is_refused(model, plan):
-    with pytest.raises(PlanError):
-        calibrate(model, TEXTS, plan, progress=False, steps=0)
-
-
 def test_a_model_of_nan_is_refused():
-    broken = make_model()
+    broken = tiny_model(tiny_config())
     broken.module.layers[0].self_attn.k_proj.weight[0, 0] = math.nan
     with pytest.raises(pop.PopError, match="hidden states"):
         calibrate(broken, TEXTS, PrunePlan((2, 3)), progress=False, steps=0)
-    broken = make_model()
+    broken = tiny_model(tiny_config())
     broken.module.layers[4].mlp.up_proj.weight[0, 0] = math.nan  # after all that is fitted
     with pytest.raises(pop.PopError, match="predictions"):
         calibrate(broken, TEXTS, PrunePlan((2,)), progress=False, steps=0)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from support.harness import naive_logits
-from support.tiny import random_model, tiny_config
+from support.naive_fit import kl
+from support.tiny import tiny_config, tiny_model
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -35,13 +36,11 @@ def test_the_loss_is_that_of_the_reference(model, verdict):
     assert [*verdict.loss] == [700, 1024 - CONTINUATION]
     for length, found in verdict.loss.items():
         window = (tokens * 2)[: length + CONTINUATION]
-        full, pruned = (
-            naive_logits(model, plan, window[:length], window[length:]).double().log_softmax(-1)
-            for plan in (pop.PrunePlan.none(), PLAN)
-        )
-        kl = (full.exp() * (full - pruned)).sum(-1)
+        plans = (pop.PrunePlan.none(), PLAN)
+        full, pruned = (naive_logits(model, plan, window[:length], window[length:]) for plan in plans)
+        losses = kl(full, pruned)
         same = full.argmax(-1) == pruned.argmax(-1)
-        expected = {"kl": kl.mean(), "first": kl[0], "same": same.double().mean()}
+        expected = {"kl": losses.mean(), "first": losses[0], "same": same.double().mean()}
         assert found == pytest.approx({name: value.item() for name, value in expected.items()}, abs=1e-5)
 
 
@@ -108,8 +107,7 @@ def test_a_length_that_the_plan_does_not_prune_is_left_out(model):
 
 
 def test_without_a_tokenizer_quotations_are_left():
-    config = tiny_config(max_positions=200)
-    model = pop.Model(random_model(config), config)
+    model = tiny_model(tiny_config(max_positions=200))
     text = np.random.default_rng(0).integers(0, 67, size=300).tolist()
     found = pop.check(model, 0.5, [text], lengths=[60], questions=2, progress=False)
     assert [*found.exact] == [("quotations", 60)]
@@ -201,8 +199,8 @@ def test_what_cannot_be_checked_is_refused(model, texts, options, named):
         pop.check(model, PLAN, texts, progress=False, **options)
 
 
-def test_weights_that_are_not_numbers_are_refused(model):
-    broken = pop.Model(random_model(tiny_config()), tiny_config())
+def test_weights_that_are_not_numbers_are_refused():
+    broken = tiny_model(tiny_config())
     broken.module.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(pop.InputError, match="logits"):
         pop.check(broken, 0.5, [[*range(60)]], lengths=[50], questions=1, progress=False)
