@@ -6,6 +6,5 @@ from support.chat_models import PAIRS, PLANS, make
 
 @pytest.fixture(params=PAIRS, ids=", ".join)
 def model(request):
-    """Tiny models that chat."""
     family, plan = request.param
     return make(family, PLANS[plan])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.letters import Letters
-from support.tiny import random_model, tiny_config
+from support.tiny import tiny_config, tiny_model
 
 import pop
 from pop import engine
@@ -17,11 +17,7 @@ PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
 
 @pytest.fixture(scope="module")
 def model():
-    config = tiny_config(vocab_size=256, max_positions=128)
-    return pop.Model(random_model(config, seed=5), config, plan=pop.PrunePlan((1, 3, 4)))
-
-
-# Greedy
+    return tiny_model(tiny_config(vocab_size=256, max_positions=128), seed=5, plan=pop.PrunePlan((1, 3, 4)))
 
 
 def test_greedy_generation_is_the_reference(model):
@@ -45,9 +41,6 @@ def test_prompts_come_as_lists_tensors_and_batches_of_either(model):
         assert [answer.tokens for answer in model.generate(batch, max_new_tokens=4)] == [expected]
 
 
-# Sampled
-
-
 def test_a_seed_gives_the_same_tokens_alone_and_anywhere_in_a_batch(model):
     """Without a seed, every call differs."""
     options = {"max_new_tokens": 8, "temperature": 1.3, "seed": 11}
@@ -62,17 +55,13 @@ def test_a_seed_gives_the_same_tokens_alone_and_anywhere_in_a_batch(model):
 
 def test_each_row_draws_from_its_own_generator(monkeypatch):
     """Also when others have ended. Without a seed, each row gets a random one."""
-    config = tiny_config(vocab_size=256, max_positions=128, eos_ids=tuple(range(0, 256, 8)))
-    model = pop.Model(random_model(config, seed=5), config)
+    model = tiny_model(tiny_config(vocab_size=256, max_positions=128, eos_ids=tuple(range(0, 256, 8))), seed=5)
     options = {"max_new_tokens": 24, "temperature": 3.0}
     expected = [model.generate(prompt, seed=seed, **options).tokens for seed, prompt in enumerate(PROMPTS)]
     assert len({len(tokens) for tokens in expected}) == 3
     seeds = iter(range(3))
     monkeypatch.setattr("pop.generation.sampling.secrets.randbits", lambda bits: next(seeds))
     assert [answer.tokens for answer in model.generate(PROMPTS, **options)] == expected
-
-
-# Where an answer ends
 
 
 def test_an_end_token_ends_the_answer_and_is_not_part_of_it(model):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.replay import Replay
-from support.tiny import random_model, tiny_gemma3_config
+from support.tiny import tiny_gemma3_config, tiny_model
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -37,8 +37,7 @@ def steps(monkeypatch):
 
 
 def new_model(**options):
-    config = tiny_gemma3_config(max_positions=512)
-    return pop.Model(random_model(config, seed=3), config, **options)
+    return tiny_model(tiny_gemma3_config(max_positions=512), seed=3, **options)
 
 
 def test_sizes_go_up_in_steps():

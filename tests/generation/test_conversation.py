@@ -185,9 +185,6 @@ def test_a_full_context_is_an_error_with_numbers(script):
         chat.send("c")
 
 
-# Continued from messages
-
-
 def test_a_conversation_continues_from_messages(model, script):
     """The first turn prefills them, with its own message, as one prompt of the chat format. Messages are copied."""
     told = [
@@ -251,9 +248,6 @@ def test_a_conversation_without_thinking_stays_without(script):
     assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
     with pytest.raises(pop.InputError, match="enable_thinking is 'no'"):
         model.start_chat(enable_thinking="no").send("Hi")
-
-
-# Threads
 
 
 def test_threads_share_a_model():

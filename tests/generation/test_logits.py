@@ -12,7 +12,7 @@ import torch
 from support.chat_models import END, make
 from support.letters import Letters
 from support.meta_device import META, device_only
-from support.tiny import random_model, tiny_config
+from support.tiny import tiny_config, tiny_model
 
 import pop
 from pop.generation.answers import Answer
@@ -25,8 +25,7 @@ ENDS = (3, 77, 150)
 
 @pytest.fixture(scope="module")
 def model():
-    config = tiny_config(vocab_size=256, max_positions=128, eos_ids=ENDS)
-    return pop.Model(random_model(config, seed=5), config, plan=None)
+    return tiny_model(tiny_config(vocab_size=256, max_positions=128, eos_ids=ENDS), seed=5, plan=None)
 
 
 def penalised(logits: torch.Tensor, tokens, penalty: float) -> torch.Tensor:
@@ -65,9 +64,6 @@ def test_repetition_penalty_is_the_papers_and_sees_all_earlier_tokens(model):
         answer = chat.send(message, max_new_tokens=6, repetition_penalty=1.5)
         prompt = chat.tokens[: answer.prompt_tokens]
         assert answer.tokens == naive(model, prompt, 6, lambda tokens, _, x: penalised(x, tokens, 1.5), ends=(END, 255))
-
-
-# The caller's function
 
 
 def test_the_callers_function_decides_row_by_row(model):
@@ -139,9 +135,6 @@ def test_a_model_that_overflows_is_not_blamed_on_the_function(model, monkeypatch
         model.generate(PROMPTS, logits_processor=lambda tokens, logits: torch.zeros_like(logits))
 
 
-# Rows and devices
-
-
 def test_a_row_does_not_depend_on_the_others(model):
     """With every rule, and rows that end and leave the batch."""
 
@@ -172,9 +165,6 @@ def test_rules_do_not_wait_for_the_device(model):
         for _ in range(3):
             assert rules(logits, answers).shape == (3, 256)
             rules.took(torch.zeros(3, dtype=torch.int64, device=META))
-
-
-# Log-probabilities
 
 
 def test_log_probabilities_are_the_models_own(model):

@@ -45,9 +45,6 @@ def expected_probabilities(logits, temperature, top_k=None, top_p=1.0, min_p=0.0
     return torch.zeros_like(probs).index_copy(0, torch.tensor(kept), probs[kept] / probs[kept].sum())
 
 
-# Which tokens, and how often
-
-
 @given(
     st.lists(st.sampled_from([-math.inf, -2.0, -1.0, 0.0, 0.5, 0.75, 3.0]), min_size=1, max_size=12),
     st.none() | st.integers(1, 14),
@@ -99,9 +96,6 @@ def test_extreme_settings():
         assert drawn.nonzero().flatten().tolist() == list(range(kept))
 
 
-# Rows
-
-
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}])
 def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, settings):
@@ -112,9 +106,6 @@ def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, set
     with pytest.raises(pop.InputError, match="logits are not finite"):
         read_tokens(tokens)
     assert read_tokens(tokens[:1]) == tokens[:1].tolist()
-
-
-# The device
 
 
 @pytest.mark.parametrize(

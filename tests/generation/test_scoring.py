@@ -7,7 +7,7 @@ import torch
 from support.chat_models import PAIRS, PLANS, make
 from support.harness import naive_logits
 from support.letters import Letters
-from support.tiny import random_model, tiny_config
+from support.tiny import tiny_config, tiny_model
 
 import pop
 
@@ -40,8 +40,7 @@ def test_scores_are_the_references(family, plan, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    config = tiny_config(vocab_size=256, max_positions=128)
-    return pop.Model(random_model(config, seed=5), config, plan=pop.PrunePlan((1, 3, 4)))
+    return tiny_model(tiny_config(vocab_size=256, max_positions=128), seed=5, plan=pop.PrunePlan((1, 3, 4)))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(model):
@@ -91,9 +90,8 @@ def test_logits_that_are_not_finite_are_no_score_and_no_answer(model, monkeypatc
             for continuations in ([1, 2, 3], [[1], [1, 2, 3]]):
                 with pytest.raises(pop.InputError, match="logits are not finite"):
                     model.score([5, 9, 200], continuations)
-    module = random_model(model.config, seed=5)
-    module.layers[2].mlp.up_proj.weight.data.fill_(float("inf"))
-    broken = pop.Model(module, model.config)
+    broken = tiny_model(model.config)
+    broken.module.layers[2].mlp.up_proj.weight.data.fill_(float("inf"))
     for call in (lambda: broken.score([5, 9], [1, 2]), lambda: broken.generate([5, 9])):
         with pytest.raises(pop.InputError, match="logits are not finite"):
             call()
