@@ -23,11 +23,12 @@ from support import gguf_files
 from support.cases import random_corrections
 from support.hub_server import REPOSITORY, HubServer
 from support.nightly import NIGHTLY
-from support.tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, write_checkpoint
+from support.tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, tiny_model, write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import PrunePlan
+from pop.checkpoints import registry
 from pop.checkpoints.download import download
 from tools.checkpoints import make_random as make_random_checkpoint
 from tools.convert import convert
@@ -83,18 +84,13 @@ def failures(call):
         yield run[line] if line < len(run) else places[line]  # threads run in any order
 
 
-# Files and folders
-
-
 def saved_plan(tmp_path):
-    config = tiny_config()
-    corrections = random_corrections(config, (3, 4), seed=-1)
+    corrections = random_corrections(tiny_config(), (3, 4), seed=-1)
     return PrunePlan((3, 4), 1, 1, corrections).save, PrunePlan((1,)).save
 
 
 def saved_scores(tmp_path):
-    config = tiny_config()
-    model = pop.Model(random_model(config), config)
+    model = tiny_model(tiny_config())
     one, two = (pop.importance(model, [[1, 2, 3]], response_tokens=n, progress=False) for n in (2, 3))
     return one.save, two.save
 
@@ -203,9 +199,7 @@ def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, mon
     server = HubServer(files)
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "HF_TOKEN"]:
         monkeypatch.delenv(name)
-    monkeypatch.setitem(
-        pop.checkpoints.registry.MODELS, "tiny", pop.checkpoints.registry.Entry("tiny", "llama", 1, REPOSITORY)
-    )
+    monkeypatch.setitem(registry.MODELS, "tiny", registry.Entry("tiny", "llama", 1, REPOSITORY))
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("POP_ENDPOINT", server.url)
     monkeypatch.setattr("pop.checkpoints.download.PAUSES", (0.01,) * 5)
@@ -230,9 +224,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# Loading and generating
-
-
 def test_loading_leaves_the_files_alone_and_works_the_next_time(tmp_path):
     folder = write_checkpoint(tmp_path / "tiny")
     expected, files = pop.load(folder).logits([[1, 2, 3]]), contents(folder)
@@ -250,7 +241,7 @@ CALLS = [[5, 12, 44, 3, 60, 8], [33, 2, 19, 7, 1, 50, 21, 4, 9, 30, 11], 9, [40,
 def test_after_a_failure_a_cache_works_or_is_refused(config, selects):
     """Slots of windows may be overwritten, and selected tokens of earlier prompts."""
     fields = {"full_depth_selected": 0.4, "selecting_layer": 2} if selects else {}
-    model = pop.Model(random_model(config), config, chunk_size=4, plan=PrunePlan((1, 3, 4), **fields))
+    model = tiny_model(config, chunk_size=4, plan=PrunePlan((1, 3, 4), **fields))
     done, refused = {}, 0
 
     def step(cache, tokens):
@@ -289,9 +280,7 @@ def test_after_a_failure_a_cache_works_or_is_refused(config, selects):
 @pytest.mark.parametrize("place", ["attention_of", "KVCache.move_to"])
 def test_a_cache_is_refused_if_earlier_tokens_may_be_half_done(place, monkeypatch):
     """While they run once more, and between the two steps that make the new tokens count."""
-    config = tiny_config()
-    plan = PrunePlan((3, 4), full_depth_selected=0.5, selecting_layer=1)
-    model = pop.Model(random_model(config), config, plan=plan)
+    model = tiny_model(tiny_config(), plan=PrunePlan((3, 4), full_depth_selected=0.5, selecting_layer=1))
     cache = model.new_cache(1, 60)
     model.prefill([list(range(40))], cache)
     with monkeypatch.context() as patch:

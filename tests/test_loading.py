@@ -101,8 +101,7 @@ def test_the_plan_beside_the_weights_is_the_default(folder, tmp_path, capsys):
         pop.load(folder)
 
 
-def test_a_shipped_plan_of_near_weights_is_the_default_with_a_second_line(tmp_path, monkeypatch, capsys):
-    folder = write_checkpoint(tmp_path / "tiny", seed=4, dtype=torch.float32)
+def test_a_shipped_plan_of_near_weights_is_the_default_with_a_second_line(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "plans").mkdir()
     monkeypatch.setattr("pop.loading.SHIPPED", tmp_path / "plans")
     plan = calibrated(folder, (3, 4))
@@ -178,9 +177,7 @@ def test_a_known_name_wins_over_a_directory_of_that_name(tmp_path, monkeypatch):
 
 def test_the_home_directory_is_expanded(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    plan = pop.PrunePlan((2,))
-    plan.save("~/plan.json")
-    assert pop.load("~/tiny", prune="~/plan.json").plan == plan
+    assert pop.load("~/tiny").name == "tiny"
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(pop.TokenizerError, match=str(tmp_path / "tokenizer.json")):
         pop.load_tokenizer("~/tokenizer.json")

@@ -15,12 +15,13 @@ import shlex
 import shutil
 import sys
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from support.chat_templates import QWEN3
 from support.nightly import NIGHTLY
-from support.readme import README, READMES, ROOT, TEXT, blocks
+from support.readme import README, READMES, ROOT, TEXT, blocks, prose
 from support.tiny import write_weights
 from support.tiny_chat import write_chat_checkpoint
 from support.tiny_images import picture
@@ -81,10 +82,8 @@ def folder(weights, smollm2, tmp_path, monkeypatch):
         if str(name).startswith("qwen3"):
             inspect.signature(pop.load).bind(name, **options)
             return copy.copy(qwen3_vl())
-        if name == REAL:
-            name = (
-                smollm2 if str(options.get("prune")).startswith(REAL) else weights
-            )  # plans that ship fit the real one
+        if name == REAL:  # plans that ship fit the real one
+            name = smollm2 if str(options.get("prune")).startswith(REAL) else weights
         return copy.copy(real_load(name, **options))  # a block may set its plan
 
     monkeypatch.setattr(pop, "load", load)
@@ -103,17 +102,14 @@ def folder(weights, smollm2, tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def tables_of_evaluate():
     """Its README adds a method and a task, which are here for one test only."""
-    kept = [dict(selection.BASELINES), dict(selection.TITLES), [*RULER]]
-    yield
-    for table, before in zip((selection.BASELINES, selection.TITLES), kept, strict=False):
-        table.clear()
-        table.update(before)
-    RULER[:] = kept[-1]
+    kept = [*RULER]
+    with patch.dict(selection.BASELINES), patch.dict(selection.TITLES):
+        yield
+    RULER[:] = kept
 
 
 def test_the_readme_is_short():
-    text = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
-    words = [word for line in text.splitlines() if not line.startswith("|") for word in line.split()]
+    words = [word for line in prose("README.md").splitlines() if not line.startswith("|") for word in line.split()]
     assert len(words) <= 1600  # without code and tables; move longer texts to the README of a folder
 
 

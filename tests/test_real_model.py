@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support import naive_fit
 from support.chat_templates import assert_chats
 from support.goldens import GOLDENS, TOLERANCE
 from support.nightly import NIGHTLY
@@ -83,17 +84,17 @@ def test_cost_of_pruning_a_third(model):
     for passage in passages:
         prompt, continuation = passage[:PROMPT], passage[PROMPT:]
         full = model.logits(passage[None])[0]
-        first = full[PROMPT - 1].log_softmax(-1)
+        first = full[PROMPT - 1]
         loss["full"] += F.cross_entropy(full[PROMPT - 1 : -1], continuation, reduction="sum").item()
 
         loss["pruned prefill"] -= model.score(prompt, continuation, plan=plan)
         logits = model.prefill(prompt[None], model.new_cache(1, PROMPT), plan=plan)[0]
-        kl["boundary at full depth"] += divergence(first, logits)
+        kl["boundary at full depth"] += naive_fit.kl(first, logits).item()
 
         # With no token at full depth the layers are gone for good, from the prompt's last token on.
         nowhere = torch.zeros(len(passage), dtype=torch.bool)
         dropped, _ = reference.forward(model.module, passage, nowhere, plan)
-        kl["boundary pruned too"] += divergence(first, dropped[PROMPT - 1])
+        kl["boundary pruned too"] += naive_fit.kl(first, dropped[PROMPT - 1]).item()
         loss["dropped in both stages"] += F.cross_entropy(
             dropped[PROMPT - 1 : -1], continuation, reduction="sum"
         ).item()
@@ -166,8 +167,3 @@ def test_selected_tokens_bring_answers_back(model):
     nats = {name: row["difference"]["value"] for name, row in rows.items()}
     print(nats)
     assert nats["selected"] > -0.8
-
-
-def divergence(full: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL(p || softmax(logits)) in nats, where `full` [V] holds the logarithms of p."""
-    return F.kl_div(logits.log_softmax(-1), full, reduction="sum", log_target=True).item()
