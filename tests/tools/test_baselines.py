@@ -35,6 +35,11 @@ def tiny_windows() -> pop.Model:
     return pop.Model(random_model(config, seed=3), config, chunk_size=8)
 
 
+@pytest.fixture(params=[tiny_model, tiny_windows], ids=["no windows", "windows"])
+def model(request):
+    return request.param()
+
+
 def assert_predicts(contender, logits: torch.Tensor) -> None:
     """Of logits [T, V] at every position, those that predict the continuation are the contender's."""
     found = contender.logits(PROMPT, CONTINUATION)
@@ -81,14 +86,11 @@ def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
     return module.head(h)
 
 
-def test_a_plan_reads_the_prompt_as_the_reference_does():
+def test_an_answer_is_the_references():
     model = tiny_model()
     plan = pop.PrunePlan((1, 3, 4), full_depth_last=2, full_depth_first=1)
-    contender = Contender("plan", model, plan)
-    full_depth = reference.full_depth_tokens(N, len(TOKENS), plan)
-    assert_predicts(contender, reference.forward(model.module, TOKENS, full_depth, plan)[0])
-    assert contender.logits(PROMPT, CONTINUATION[:1]).shape == (1, 67)
-    assert contender.generate(PROMPT, 7) == reference.generate(model.module, torch.tensor(PROMPT), plan, 7)
+    expected = reference.generate(model.module, torch.tensor(PROMPT), plan, 7)
+    assert Contender("plan", model, plan).generate(PROMPT, 7) == expected
 
 
 def test_generation_ends_with_an_end_token_and_where_it_is_told_to():
@@ -180,9 +182,7 @@ def test_slicegpt_refuses_what_it_cannot_cut(monkeypatch):
 
 @pytest.mark.parametrize("layers", [(1, 2, 4), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("kind", [baselines.NoKV, baselines.FirstKV])
-@pytest.mark.parametrize("windows", [False, True])
-def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_first_token(layers, kind, windows):
-    model = tiny_windows() if windows else tiny_model()
+def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_first_token(layers, kind, model):
     contender = kind("no-kv", model, pop.PrunePlan(layers))
     position = torch.arange(len(TOKENS))
     without = (position < N - 1) & (position >= kind.first)
@@ -236,13 +236,13 @@ def causal(window: int | None) -> torch.Tensor:
     return (distance >= 0) & (distance < (window or len(TOKENS)))
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(windows, monkeypatch):
-    """Of 5 layers, 3 and 4, or 4 alone with windows, where layer 3 has one. Layer 2 selects."""
+@pytest.mark.parametrize(("make", "first"), [(tiny_model, 3), (tiny_windows, 4)])
+def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(make, first, monkeypatch):
+    """Of 5 layers, those from `first` on. Layer 2 selects. With windows, layer 3 has one."""
     monkeypatch.setattr(attended, "PROPAGATED", 0.6)
-    model = tiny_windows() if windows else tiny_model()
+    model = make()
     layers = model.module.layers
-    first, selecting = (4, 2) if windows else (3, 2)
+    selecting = 2
     assert layers[selecting].window is None and all(layer.window for layer in layers[selecting + 1 : first])
     contender = attended.fastkv(model, (5 - first) / 5)
     selected = with_most(received(model.module, selecting).sum(0), int(0.6 * N))
@@ -256,10 +256,8 @@ def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(wind
     assert_predicts(contender, naive_forward(model.module, TOKENS, lambda layer: absent & (layer >= first), visible))
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_snapkv_drops_what_the_prompts_end_does_not_attend_to_for_each_head(windows):
+def test_snapkv_drops_what_the_prompts_end_does_not_attend_to_for_each_head(model):
     """Each K/V head hides its own tokens from the tokens after the prompt. Layers with a window hide none."""
-    model = tiny_windows() if windows else tiny_model()
     module = model.module
     contender = attended.snapkv(model, 0.3)
     kept = [torch.stack([with_most(row, int(0.7 * N)) for row in received(module, layer)]) for layer in range(5)]
@@ -298,9 +296,8 @@ def test_methods_that_keep_tokens_refuse_what_they_cannot_cut():
             make(model, 0.4).logits(PROMPT[:8], [1])
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_without_boundary_handling_the_whole_prompt_is_pruned(windows):
-    model, plan = tiny_windows() if windows else tiny_model(), pop.PrunePlan((1, 2, 4))
+def test_without_boundary_handling_the_whole_prompt_is_pruned(model):
+    plan = pop.PrunePlan((1, 2, 4))
     naive, _ = reference.forward(model.module, TOKENS, torch.arange(len(TOKENS)) >= N, plan)
     assert_predicts(baselines.NoBoundary("no-boundary", model, plan), naive)
 
@@ -310,13 +307,11 @@ def with_constants(projected, constants, h):
 
 
 @pytest.mark.parametrize("make", [controls.constant_kv, controls.embedding_kv])
-@pytest.mark.parametrize("windows", [False, True])
-def test_controls_are_plans_whose_codes_are_the_embedding(make, windows):
+def test_controls_are_plans_whose_codes_are_the_embedding(make, model):
     """With all layers pruned, the embedding is the state that enters the group. So the engine can run the same plan.
 
     Its corrections lack a constant, which is added to the projections of pruned tokens.
     """
-    model = tiny_windows() if windows else tiny_model()
     layers = tuple(range(5))
     contender = make(model, 1.0, WINDOWS)
     D = model.config.hidden_size

@@ -33,12 +33,10 @@ def test_log_likelihoods_are_the_references_in_the_order_of_the_requests(make, n
     pairs = [(context, choice) for context in CONTEXTS for choice in CHOICES]
     random.Random(0).shuffle(pairs)
     expected = [naive(adapter, ids(context), ids(choice)) for context, choice in pairs]
-    scores = [adapter.model.score(ids(context), ids(choice)) for context, choice in pairs]
     calls = notes(adapter.model, "prefill_checked", lambda tokens, *_, **_more: len(tokens))
     results = adapter.loglikelihood(instances(*pairs))
     assert close(results, expected)
     assert calls == rows
-    assert [value for value, _ in results] == pytest.approx(scores, abs=1e-4)
     full = make(batch_size, plan=pop.PrunePlan.none()).loglikelihood(instances(*pairs))
     assert not close(results, full)  # the plan is used
 
