@@ -24,6 +24,12 @@ def folder(tmp_path_factory):
     return write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_layers=6)
 
 
+@pytest.fixture
+def no_questions(monkeypatch):
+    """Making them takes longer than all else, and none is asked."""
+    monkeypatch.setattr(check_server, "questions_of", lambda *_: ({}, None))
+
+
 def answerable(model, plan, lengths=(40, 90), count=4):
     """Questions whose right answers are the full model's own, and how many of them a plan gets right."""
     questions = {}
@@ -52,10 +58,7 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
         words = [str(folder), "--server", "pop", "--url", url, "--lengths", "40,90", "--questions", "4"]
         assert check_server.main([*words, "--key", "secret"]) == 1  # the plan does not hold
         out = capsys.readouterr().out
-        for others, says in (
-            ([], "answers 401"),
-            (["--key", "secret", "--server", "vllm"], "vllm_xargs"),
-        ):
+        for others, says in (([], "answers 401"), (["--key", "secret", "--server", "vllm"], "vllm_xargs")):
             assert check_server.main([*words, *others]) == 2
             err = capsys.readouterr().err
             assert says in err and "asking" not in err  # known before the questions
@@ -121,6 +124,7 @@ def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys):
         (b"no JSON", {}, "does not answer"),
     ],
 )
+@pytest.mark.usefixtures("no_questions")
 def test_a_server_that_answers_otherwise_is_an_error_of_one_line(folder, models, completions, says, capsys):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self, answer=models):
@@ -137,9 +141,9 @@ def test_a_server_that_answers_otherwise_is_an_error_of_one_line(folder, models,
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # which ends within 10 ms
         words = [str(folder), "--url", f"http://127.0.0.1:{server.server_port}/v1"]
-        status = check_server.main([*words, "--lengths", "900", "--questions", "1"])
+        status = check_server.main([*words, "--lengths", "900"])
         server.shutdown()
     err = capsys.readouterr().err
     assert status == 2 and re.search(says, err) and err.count("\n") == 1
@@ -160,6 +164,7 @@ def test_a_server_without_a_right_answer_does_not_pass():
         (3, [0, 64], 1, "does not hold"),
     ],
 )
+@pytest.mark.usefixtures("no_questions")
 def test_answers_that_judge_nothing_do_not_pass(right, reused, status, says, folder, monkeypatch, capsys):
     """A plan that loses all right answers, of a server that tells how many tokens it has taken from its cache."""
 
@@ -173,15 +178,14 @@ def test_answers_that_judge_nothing_do_not_pass(right, reused, status, says, fol
     exact = {("codes", 900): np.array([[False, number < right] for number in range(3)])}
     monkeypatch.setattr(check_server, "Client", Client)
     monkeypatch.setattr(check_server, "compare", lambda *args: Verdict({}, exact))
-    assert check_server.main([str(folder), "--lengths", "900", "--questions", "1", "--cached"]) == status
+    assert check_server.main([str(folder), "--cached"]) == status
     out, err = capsys.readouterr()
     assert f"0 / {right} of 3" in out
     assert says in (out + err).replace("\n", " ")
 
 
+@pytest.mark.usefixtures("no_questions")
 def test_a_server_that_is_not_there_is_an_error_of_one_line(folder, capsys):
-    assert (
-        check_server.main([str(folder), "--url", "http://127.0.0.1:1/v1", "--lengths", "900", "--questions", "1"]) == 2
-    )
+    assert check_server.main([str(folder), "--url", "http://127.0.0.1:1/v1"]) == 2
     err = capsys.readouterr().err
     assert "does not answer" in err and err.count("\n") == 1

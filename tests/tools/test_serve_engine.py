@@ -1,7 +1,7 @@
 """The engine of tools/serve: what its caches hold, who is in its batch, and what it does about errors."""
 
 import random
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -22,11 +22,6 @@ from tools.serve import engine as engines
 from tools.serve import kept
 from tools.serve.engine import Engine
 from tools.serve.rows import Busy, Job, Row
-
-
-@pytest.fixture(params=[(family, name) for family in CONFIGS for name in PLANS], ids=lambda case: ", ".join(case))
-def model(request):
-    return make(request.param[0], PLANS[request.param[1]])
 
 
 @pytest.fixture
@@ -107,8 +102,10 @@ def depths(plan, length, start=0):
     return [n < plan.full_depth_first or n >= length - plan.full_depth_last for n in range(start, length)]
 
 
-def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypatch, on_prefill):
+@pytest.mark.parametrize(("family", "name"), [*product(CONFIGS, PLANS)])
+def test_a_prompt_is_prefilled_after_what_a_cache_holds(family, name, logits, monkeypatch, on_prefill):
     monkeypatch.setattr(engines, "WORTH_KEEPING", 4)
+    model = make(family, PLANS[name])
     engine, plan = new_engine(model), model.plan
     ran = []
     on_prefill(lambda tokens: ran.append(len(tokens)))
@@ -273,16 +270,16 @@ def test_jobs_of_several_plans_share_a_batch_and_no_cache():
     assert len(texts) > 1
 
 
-def test_a_job_that_uses_no_kept_cache_gets_the_logits_of_an_empty_one(model, logits):
+def test_a_job_that_uses_no_kept_cache_gets_the_logits_of_an_empty_one(paper, logits):
     """In the next turn of a conversation, a kept cache holds an answer at full depth."""
-    engine = new_engine(model)
+    engine = new_engine(paper)
     first = prompt(30, 1)
     answered = answer(engine, new_job(first))
     turn = new_job([*first, *answered, *prompt(9, 2)])
     turn.uses_kept = False
     answer(engine, turn)
     assert turn.cached_tokens == 0
-    assert_close(logits[turn][0], reference.prefill(model.module, torch.tensor(turn.tokens), model.plan))
+    assert_close(logits[turn][0], reference.prefill(paper.module, torch.tensor(turn.tokens), paper.plan))
 
 
 def test_a_processor_that_fails_ends_its_own_answer(paper):

@@ -25,10 +25,9 @@ def fake(name, delays, seen, lists=True):
             pass
 
         def do_GET(self):
-            if lists:
-                self.reply(json.dumps({"data": [{"id": name}]}).encode())
-            else:
-                self.send_error(500)
+            self.send_response(200 if lists else 500)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": name}]}).encode())
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -45,13 +44,8 @@ def fake(name, delays, seen, lists=True):
                 self.wfile.flush()
             self.wfile.write(b"data: [DONE]\n\n")
 
-        def reply(self, content):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(content)
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # which ends within 10 ms
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:
