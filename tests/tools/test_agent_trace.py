@@ -37,15 +37,6 @@ def greedy(module, trace: list[Turn], plan: pop.PrunePlan) -> list[list[int]]:
     return found
 
 
-def table(words: list[str], capsys) -> list[list[str]]:
-    """The rows of the table that a command prints, without its head."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["agent_trace", *words])
-        assert agent_trace.main() == 0
-    _, text = capsys.readouterr().out.split("\n\n")
-    return [re.split("  +", line.strip()) for line in text.splitlines()[1:]]
-
-
 def test_the_table_says_what_the_reference_does(tiny, tiny_folder, tmp_path, monkeypatch, capsys):
     """Turn 1 has the answer that the plan gives, which is not the full model's, and turn 2 that of the full model."""
     PLAN.save(tmp_path / "my.plan")
@@ -57,7 +48,11 @@ def test_the_table_says_what_the_reference_does(tiny, tiny_folder, tmp_path, mon
     second = Turn(second.prompt, greedy(tiny.module, [first, second], plans[0])[1])
     trace = [first, second]
     monkeypatch.setattr(agent_trace, "make_trace", lambda *_: trace)
-    rows = table(["--model", tiny_folder, "--prune", str(tmp_path / "my.plan"), "--rounds", "2"], capsys)
+    words = ["--model", tiny_folder, "--prune", str(tmp_path / "my.plan"), "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["agent_trace", *words])
+    assert agent_trace.main() == 0
+    _, table = capsys.readouterr().out.split("\n\n")
+    rows = [re.split("  +", line.strip()) for line in table.splitlines()[1:]]
 
     begin = 0
     for row, turn in zip(rows, trace, strict=False):

@@ -5,12 +5,9 @@ import json
 import pytest
 import sentencepiece
 import torch
+from support.gguf_files import BYTES, WORDS, bpe_keys, converted, many_tokens, sentencepiece_keys
 
 import pop
-
-pytest.importorskip("gguf")
-
-from support.gguf_files import BYTES, WORDS, bpe_keys, converted, many_tokens, sentencepiece_keys
 
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])

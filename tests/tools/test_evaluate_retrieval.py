@@ -16,17 +16,7 @@ from tools.evaluate import baselines
 from tools.evaluate.contender import Contender
 from tools.evaluate.questions import CUE, QUOTED, Writer, codes, documents, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
-from tools.evaluate.ruler import (
-    HOPS,
-    RULER,
-    VALUES,
-    common,
-    frequent,
-    multikey,
-    multiquery,
-    multivalue,
-    variables,
-)
+from tools.evaluate.ruler import HOPS, RULER, VALUES, common, frequent, multikey, multiquery, multivalue, variables
 
 
 @pytest.fixture

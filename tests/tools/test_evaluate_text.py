@@ -99,17 +99,24 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     assert (high - low) / 2 == pytest.approx(2.201 * values.std(ddof=1) / 12**0.5, rel=0.01)
 
 
-def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, monkeypatch):
-    now, calls = [0.0], []
+@pytest.fixture
+def times(monkeypatch):
+    """The seconds that the next prefills of each contender take, by its name. Nothing else moves the clock."""
+    times = {}
+    now = [0.0]
 
     def prefill(self, tokens, cache):
         now[0] += times[self.name].pop(0)
-        calls.append(self.name)
         return torch.zeros(3)
 
-    times = {"full": [100.0, 8.0, 6.0, 7.0], "pruned": [50.0, 3.0, 9.0, 3.5]}
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Contender, "prefill", prefill)
+    return times
+
+
+def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, times, notes):
+    times |= {"full": [100.0, 8.0, 6.0, 7.0], "pruned": [50.0, 3.0, 9.0, 3.5]}
+    calls = notes(Contender, "prefill", lambda contender, *_: contender.name)
     result = measure_ttft(contenders, list(range(40)), 3)
     assert calls == ["full", "pruned"] * 4
     assert result["pruned"]["seconds"] == [3.0, 9.0, 3.5]
@@ -119,20 +126,12 @@ def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, mo
     assert result["pruned"]["low"] is result["pruned"]["high"] is None  # three rounds are too few
 
 
-def test_the_interval_of_a_speedup_pairs_the_rounds(contenders, monkeypatch):
+def test_the_interval_of_a_speedup_pairs_the_rounds(contenders, times):
     """A slow round is slow for all contenders, so it does not widen the interval. Another ratio in some rounds does."""
-    now = [0.0]
-
-    def prefill(self, tokens, cache):
-        now[0] += times[self.name].pop(0)
-        return torch.zeros(3)
-
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(Contender, "prefill", prefill)
     rounds = [8.0, 6.0, 16.0, 6.5, 7.0]
-    times = {"full": [1.0, *rounds], "pruned": [1.0, *(seconds / 2 for seconds in rounds)]}
+    times |= {"full": [1.0, *rounds], "pruned": [1.0, *(seconds / 2 for seconds in rounds)]}
     steady = measure_ttft(contenders, [5], len(rounds))["pruned"]
     assert (steady["low"], steady["speedup"], steady["high"]) == (2.0, 2.0, 2.0)
-    times = {"full": [1.0, *rounds], "pruned": [1.0, 4.0, 4.0, 8.0, 4.0, 3.5]}
+    times |= {"full": [1.0, *rounds], "pruned": [1.0, 4.0, 4.0, 8.0, 4.0, 3.5]}
     varied = measure_ttft(contenders, [5], len(rounds))["pruned"]
     assert varied["low"] == 6 / 4 < varied["speedup"] == 7 / 4 < varied["high"] == 2

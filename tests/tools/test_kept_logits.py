@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.pruning import reference
@@ -13,17 +12,12 @@ from tools.serve.engine import Engine
 PLAN = pop.PrunePlan((1, 3, 4), full_depth_last=3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat"))
-
-
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(kept_logits, "PASSAGE", 30)
 
 
-def test_the_figures_are_those_of_the_reference(folder, monkeypatch):
+def test_the_figures_are_those_of_the_reference(tiny_folder, monkeypatch):
     answers = []
     prompts = []
     answer = kept_logits.answer
@@ -34,7 +28,7 @@ def test_the_figures_are_those_of_the_reference(folder, monkeypatch):
         return answers[-1]
 
     monkeypatch.setattr(kept_logits, "answer", watched)
-    model = pop.load(folder, dtype=torch.float32, prune=PLAN, compile=False)
+    model = pop.load(tiny_folder, dtype=torch.float32, prune=PLAN, compile=False)
     found = kept_logits.compare(model, 2, 4)
     first, kept, empty = answers
     assert empty.tokens == kept.tokens
@@ -65,8 +59,8 @@ def test_the_figures_are_those_of_the_reference(folder, monkeypatch):
     assert expected["difference"].min() > 0.01
 
 
-def test_the_table_has_a_line_for_first_and_for_later_tokens(folder, capsys):
-    assert kept_logits.main([folder, "--prune", "none", "--turns", "3", "--new-tokens", "4", "--no-compile"]) == 0
+def test_the_table_has_a_line_for_first_and_for_later_tokens(tiny_folder, capsys):
+    assert kept_logits.main([tiny_folder, "--prune", "none", "--turns", "3", "--new-tokens", "4", "--no-compile"]) == 0
     _, *lines, _, about, _ = capsys.readouterr().out.splitlines()
     cells = [line.split() for line in lines]
     assert [row[:4] for row in cells[:2]] == [["none", "bfloat16", "first", "2"], ["none", "bfloat16", "later", "6"]]
@@ -79,8 +73,8 @@ def test_the_table_has_a_line_for_first_and_for_later_tokens(folder, capsys):
     assert 0 < cached < prompts
 
 
-def test_an_answer_takes_the_tokens_that_it_is_given(folder):
-    model = pop.load(folder, dtype=torch.float32, prune=None, compile=False)
+def test_an_answer_takes_the_tokens_that_it_is_given(tiny_folder):
+    model = pop.load(tiny_folder, dtype=torch.float32, prune=None, compile=False)
     forced = kept_logits.answer(Engine(model, 1, 1, 0), [5, 6, 7], 4, forced=[70, 71, 72])
     assert forced.tokens == [70, 71, 72]
     tokens = torch.tensor([5, 6, 7, 70, 71, 72])

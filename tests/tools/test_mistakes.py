@@ -63,10 +63,8 @@ def test_a_mistake_is_one_sentence(tool, words, said, folder, tiny_folder, seein
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for library in ("llama_cpp", "llguidance", "lm_eval", "matplotlib", "transformers", "vllm"):
         monkeypatch.setitem(sys.modules, library, None)
-    names = {"BASE": "base", "META": "meta", "ADAPTER": "adapter", "BROKEN": "broken.json"}
-    names |= {"SHORT": "short.txt", "LONG": "long.txt", "TEXT": "text.txt", "NEW": "new"}
-    names |= {"EMPTY": "empty.txt", "ONE": "one.txt", "PICTURE": "picture.png", "NAN": "nan"}
-    paths = {name: str(folder / file) for name, file in names.items()} | {"CHAT": tiny_folder, "SEEING": seeing}
+    paths = {path.stem.upper(): str(path) for path in folder.iterdir()}  # SHORT is the path of short.txt
+    paths |= {"NEW": str(folder / "new"), "CHAT": tiny_folder, "SEEING": seeing}
     paths["BUILTIN"] = str(shutil.copy(evaluate.BUILTIN[0], folder / "copy.txt"))
     words = f"{ALSO.get(tool, '')} {words}"
     for name, path in paths.items():

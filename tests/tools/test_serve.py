@@ -347,19 +347,7 @@ def test_the_options_reach_the_model(tmp_path, monkeypatch, capsys):
         raise pop.CheckpointError("enough")
 
     monkeypatch.setattr(pop, "load", load)
-    words = [
-        folder,
-        "--port",
-        "0",
-        "--dtype",
-        "bfloat16",
-        "--chat-format",
-        "gemma",
-        "--prune",
-        "0.5",
-        "--prune",
-        "none",
-    ]
+    words = [folder, *shlex.split("--port 0 --dtype bfloat16 --chat-format gemma --prune 0.5 --prune none")]
     assert main([*words, "--prune", "1,3"]) == 2
     expected = {"dtype": torch.bfloat16, "chat_format": "gemma", "prune": "0.5", "compile": "auto"}
     assert calls == [expected | {"device": None, "max_seq_len": None}]
@@ -432,9 +420,7 @@ def test_a_response_is_the_models_answer(client, model):
 
     items = [{"role": "developer", "content": "Be short."}, *HELLO, *answer.output]
     items.append({"type": "reasoning", "summary": [], "id": "rs_1"})
-    items.append(
-        {"role": "user", "content": [{"type": "input_text", "text": "An"}, {"type": "input_text", "text": "d?"}]}
-    )
+    items += user([{"type": "input_text", "text": "An"}, {"type": "input_text", "text": "d?"}])
     messages += [{"role": "assistant", "content": expected.text}, *user("And?")]
     answer = client.responses.create(model="tiny", input=items, max_output_tokens=9, temperature=0, extra_body=FRESH)
     assert answer.output_text == model.chat(messages, max_new_tokens=9).text
@@ -560,36 +546,30 @@ def changed(path, changes):
     return {name: value for name, value in body.items() if value is not None}
 
 
-BAD = [  # path, body, status, and what the message or the code says
-    ("/chat/completions", b'{"model": "tiny"', 400, "JSON"),
-    ("/chat/completions", b"\xff\xfe", 400, "JSON"),
-    ("/chat/completions", b"[" * 100_000, 400, "nested"),
-    ("/chat/completions", b'{"model": "tiny", "seed": 1' + b"0" * 5000 + b"}", 400, "JSON"),
-    ("/chat/completions", [], 400, "object"),
-    ("/chat/completions", CHAT | {"messages": HELLO * 3000}, 400, "messages"),
-    ("/chat/completions", CHAT | {"messages": user("a" * 600)}, 400, "context_length_exceeded"),
-    ("/chat/completions", CHAT | {"messages": user("a" * 200_000)}, 400, " bytes"),
-    ("/chat/completions", CHAT | {"temperature": float("nan")}, 400, "temperature"),
-    ("/chat/completions", CHAT | {"max_new_tokens": 5}, 400, "near names are max_tokens"),
-    (
-        "/chat/completions",
-        CHAT | {"messages": user([{"type": "image_url", "image_url": {"url": "a"}}])},
-        400,
-        "text only",
-    ),
-    ("/completions", TEXT | {"prompt": HELLO}, 400, "send these to /v1/chat/completions"),
-    ("/completions", TEXT | {"response_format": {"type": "json_schema", "schema": {}}}, 400, "must be a JSON schema"),
-    (
-        "/responses",
-        {"model": "tiny", "input": "a", "text": {"format": {"type": "json_schema"}}},
-        400,
-        "text.format.schema",
-    ),
-    ("/responses", {"model": "tiny", "input": "Hello", "max_new_tokens": 5}, 400, "max_output_tokens"),
-    ("/responses", {"model": "tiny", "input": HELLO * 3000}, 400, "items"),
-    ("/responses", {"model": "tiny", "input": "a" * 600}, 400, "context_length_exceeded"),
+NO_REQUEST = [  # to /v1/chat/completions, and what the message says
+    (b'{"model": "tiny"', "JSON"),
+    (b"\xff\xfe", "JSON"),
+    (b"[" * 100_000, "nested"),
+    (b'{"model": "tiny", "seed": 1' + b"0" * 5000 + b"}", "JSON"),
+    ([], "object"),
 ]
-BAD += [(path, changed(path, changes), *told) for path, changes, *told in REFUSED["requests to tools.serve"]]
+CHANGES = [  # path, changes of a body, status, and what the message or the code says
+    ("/chat/completions", {"messages": HELLO * 3000}, 400, "messages"),
+    ("/chat/completions", {"messages": user("a" * 600)}, 400, "context_length_exceeded"),
+    ("/chat/completions", {"messages": user("a" * 200_000)}, 400, " bytes"),
+    ("/chat/completions", {"temperature": float("nan")}, 400, "temperature"),
+    ("/chat/completions", {"max_new_tokens": 5}, 400, "near names are max_tokens"),
+    ("/chat/completions", {"messages": user([{"type": "image_url", "image_url": {"url": "a"}}])}, 400, "text only"),
+    ("/completions", {"prompt": HELLO}, 400, "send these to /v1/chat/completions"),
+    ("/completions", {"response_format": {"type": "json_schema", "schema": {}}}, 400, "must be a JSON schema"),
+    ("/responses", {"text": {"format": {"type": "json_schema"}}}, 400, "text.format.schema"),
+    ("/responses", {"max_new_tokens": 5}, 400, "max_output_tokens"),
+    ("/responses", {"input": HELLO * 3000}, 400, "items"),
+    ("/responses", {"input": "a" * 600}, 400, "context_length_exceeded"),
+    *REFUSED["requests to tools.serve"],
+]
+BAD = [("/chat/completions", body, 400, says) for body, says in NO_REQUEST]
+BAD += [(path, changed(path, changes), *told) for path, changes, *told in CHANGES]
 
 
 def test_a_lack_of_memory_is_no_failure_of_the_server():
