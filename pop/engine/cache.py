@@ -223,10 +223,6 @@ class KVCache:
         """S of a layer with this window."""
         return _slots(window, self.max_seq_len, self.chunk_size)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [B, S + 1, K, E]."""
-        return self.keys[index], self.values[index]
-
 
 def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Keys or values of a layer: zeros [B, S + 1, K, E], in memory [B, K, S + 1, E].

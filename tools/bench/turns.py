@@ -55,7 +55,9 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     def attend():
         for queries, attention in chunks:
             for index, layer in enumerate(model.module.layers):
-                layer.cache_attention(queries, *cache.layer(index), attention[layer.window], layer.scale)
+                keys = cache.keys[index]
+                values = cache.values[index]
+                layer.cache_attention(queries, keys, values, attention[layer.window], layer.scale)
 
     return lambda: {"attention_s": seconds(attend, model.device)}
 

@@ -88,7 +88,8 @@ class NoBoundary(OneByOne):
         slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
         for index, layer in enumerate(module.layers):
             if index in self.plan.layers:
-                write(*cache.layer(index), slots, *layer.keys_values(h, rope[layer.window]))
+                k, v = layer.keys_values(h, rope[layer.window])
+                write(cache.keys[index], cache.values[index], slots, k, v)
             else:
                 h = layer(h, rope[layer.window], write_and_attend(cache, index, slots))
         cache.lengths += len(tokens)

@@ -74,7 +74,8 @@ def write_and_attend(cache: pop.KVCache, index: int, slots: torch.Tensor, mask: 
 
     mask: [K, T, S], which of the first S slots each token attends to. None: the tokens attend to each other causally.
     """
-    keys, values = cache.layer(index)
+    keys = cache.keys[index]
+    values = cache.values[index]
 
     def attend(layer, q, k, v):
         write(keys, values, slots, k, v)
