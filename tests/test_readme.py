@@ -6,6 +6,7 @@ tools/serve/README.md prints by tests/tools/test_serve.py.
 
 import ast
 import copy
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -74,7 +75,7 @@ def shortened_check(check, model, plan, texts=None, **options):
 
 
 @pytest.fixture
-def folder(weights, smollm2, tmp_path, monkeypatch):
+def folder(weights, tmp_path, monkeypatch):
     """A folder to run in, with the files that the READMEs name. Small models stand for those that they load."""
     from PIL import Image
 
@@ -82,8 +83,11 @@ def folder(weights, smollm2, tmp_path, monkeypatch):
         if str(name).startswith("qwen3"):
             inspect.signature(pop.load).bind(name, **options)
             return copy.copy(qwen3_vl())
-        if name == REAL:  # plans that ship fit the real one
-            name = smollm2 if str(options.get("prune")).startswith(REAL) else weights
+        prune = str(options.get("prune"))
+        if name == REAL and prune.startswith(REAL) and not NIGHTLY:  # its corrections fit the real weights only
+            options["prune"] = dataclasses.replace(pop.PrunePlan.load(prune), corrections=None)
+        if name == REAL:
+            name = weights
         return copy.copy(real_load(name, **options))  # a block may set its plan
 
     monkeypatch.setattr(pop, "load", load)
@@ -95,6 +99,8 @@ def folder(weights, smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibrate_file, "RIDGES", (1e-2,))  # the search would take most of the time
     monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)  # notes.txt suffices
+    monkeypatch.setattr("pop.calibration.search.SAMPLES", 4)
+    monkeypatch.setattr("pop.cli.plans.PROMPT", 600)  # tokens whose prefill is timed
     monkeypatch.setattr(pop, "calibrate", functools.partial(shortened, pop.calibrate))
     monkeypatch.setattr(pop, "check", functools.partial(shortened_check, pop.check))
 

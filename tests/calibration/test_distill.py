@@ -143,15 +143,18 @@ def test_the_best_of_eight_checks_is_taken(model, closed, monkeypatch):
     assert contents(found) == contents(plans[3]) != contents(plans[4])
 
 
-@pytest.mark.parametrize(("steps", "inference"), [(0, False), (2, True)])
-def test_a_trainable_model_stays_as_it_is_whatever_the_callers_modes_are(model, steps, inference):
+@pytest.mark.parametrize(("steps", "inference", "tolerance"), [(0, False, 0), (2, True, 1e-6)])
+def test_a_trainable_model_stays_as_it_is_whatever_the_callers_modes_are(model, steps, inference, tolerance):
+    """Distillation of a trainable model rounds in another order."""
     module = random_model(tiny_config()).requires_grad_(True)
     before = copy.deepcopy(module.state_dict())
     with torch.inference_mode(inference), torch.autocast("cpu", dtype=torch.bfloat16):
         plan = calibrate(pop.Model(module, tiny_config()), TEXTS, PLAN, steps=steps, progress=False)
     assert not plan.corrections.weight.requires_grad and not plan.corrections.weight.is_inference()
     expected = calibrate(model, TEXTS, PLAN, steps=steps, progress=False)
-    torch.testing.assert_close(plan.corrections.tensors, expected.corrections.tensors, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        plan.corrections.tensors, expected.corrections.tensors, rtol=tolerance, atol=tolerance / 10
+    )
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name])
         assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, True, torch.float32)
