@@ -48,6 +48,8 @@ class Graph:
         self.record: _Record | None = None
 
     def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        # The first call runs, the second is recorded, and the third is compared, unless a record of the same compiled
+        # functions was. Later ones repeat the record. If it has no calls, all later ones run.
         if not self.has_run:
             self.has_run = True
             return function()

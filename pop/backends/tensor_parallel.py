@@ -118,9 +118,15 @@ def end(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def add_up(numbers: Tensor, **options) -> Tensor:
-    """Replace numbers by their sums over the ranks, or by another reduction `op`, and return them."""
-    dist.all_reduce(numbers, **options)
+def add_up(numbers: Tensor) -> Tensor:
+    """Replace numbers by their sums over the ranks, and return them."""
+    dist.all_reduce(numbers)
+    return numbers
+
+
+def largest(numbers: Tensor) -> Tensor:
+    """Replace numbers by their maxima over the ranks, and return them."""
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers
 
 
@@ -175,7 +181,7 @@ class Part:
             model = models.build(self.config)
             whole = models.build(self.whole)
         model.sum_over_processes = add_up
-        model.largest_of_processes = lambda numbers: add_up(numbers, op=dist.ReduceOp.MAX)
+        model.largest_of_processes = largest
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]
             if isinstance(module, HeadsNorm):

@@ -13,7 +13,7 @@ from pop.pruning.plan import PrunePlan
 
 @torch.no_grad()
 def found_by_layer(model, prompt: list[int], answer: list[int], share: float, last: int) -> Tensor | None:
-    """The share of an answer's tokens that each layer would select, [L].
+    """The share of an answer's tokens that each layer would select, [L], where the answer first occurs.
 
     None: the prompt does not hold the answer, or only in its end.
 
@@ -36,7 +36,7 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
     h = run.embed()
     found = []
     for index in range(model.config.num_layers):
-        plan = PrunePlan((index + 1,), selecting_layer=index)
+        plan = PrunePlan((index + 1,), selecting_layer=index)  # `select` reads its selecting layer only
         selected = select(model.module, plan, h, position, torch.tensor([T]), others, count)
         found.append(selected[0, begin : begin + size].float().mean())
         h = run.layer(index, h)

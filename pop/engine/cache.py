@@ -30,10 +30,10 @@ class KVCache:
     lengths: The number of tokens in each row, [B] int64 on the CPU.
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
-    skipped: For each slot, -1, or the selecting layer of the plan whose pruned layers its token has skipped:
-        [B, S + 1] int16. Later prompts may select such tokens (earlier.py), so a token that none may select has -1 as
-        well, whatever it has skipped. It is -1 from a row's length on, since a decode step does not write it. Until
-        `hold_states`, it has only the spare slot.
+    skipped: For each slot, the selecting layer of the plan whose pruned layers its token has skipped, if later prompts
+        may select this token (earlier.py): [B, S + 1] int16. It is -1 if the token has run every layer, if none may
+        select it, and from a row's length on, since a decode step does not write it. Until `hold_states`, it has only
+        the spare slot.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     passes: The decode step, and the passes of prompts, that are replayed on this cache's tensors, by class.
@@ -199,7 +199,7 @@ class KVCache:
                 latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
                 target[:, latest % slots] = source[:, latest % other_slots]
         B = self.batch_size
-        self.lengths = other.lengths.repeat(B)  # now, or move_to would forget what a longer row has skipped
+        self.lengths = other.lengths.repeat(B)  # first, since move_to clears `skipped` where a row becomes shorter
         self.move_to((self.lengths, other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
 
     @torch.inference_mode(False)  # as above

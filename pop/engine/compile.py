@@ -125,7 +125,8 @@ class ReadyStages:
     def _warm_up_once(self, several: bool, plan: PrunePlan) -> None:
         """Compile what one row or several need, unless it is there: for all plans, or what one plan adds to that."""
         # Code is compiled for the rank of corrections, if there are any, and for a selection. A plain plan has neither.
-        forms = {plan.corrections and ("rank", plan.corrections.rank), plan.selects}
+        rank = plan.corrections and plan.corrections.rank
+        forms = {("rank", rank), ("selects", plan.selects)}
         kinds = set(self._kinds.values()) - {None}
         # torch compiles again for other numbers of threads.
         wanted = set(product([several], [torch.get_num_threads()], forms, kinds))
@@ -180,7 +181,7 @@ class ReadyStages:
         rows = _unlike(taken, 2) if several else 1
         # Inductor tunes kernels for GPUs with these sizes, so they are those of a usual prompt there.
         first = _unlike(taken, 500 if weight.is_cuda else 4)
-        second = _unlike(taken | {size - first for size in taken}, first + 2)  # so that their sum is not taken
+        second = _unlike(taken | {size - first for size in taken}, first + 2)  # `extend` adds both to one cache
         slots = _unlike(taken, 1200)
 
         def prompt(tokens: int) -> Tensor:
@@ -246,9 +247,9 @@ class _CompiledStage:
 
     def warm_up(self, layer, h, *args):
         """Run the stage once to compile it. Layers with hooks are skipped, so no hook sees this call."""
-        calls_modules = self.function is not stages.code
+        calls_modules = self.function is not stages.code  # which only normalises and multiplies, so no hook sees it
         if calls_modules and self.kinds.of(layer) is None:
-            # Results of the right shape. Their values do not matter.
+            # What follows needs as many dimensions. Sizes and values do not matter.
             return h[..., 0] if self.function is stages.received else h
         return self(layer, h, *args)
 

@@ -160,6 +160,7 @@ class Call:
 
         others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)  # [B, N + T]
         counts = torch.tensor([plan.num_selected(number) if boundary else 0 for number in others.sum(1).tolist()])
+        # Scores of earlier tokens are not compiled, because N differs with each call.
         received = earlier.received(cache, plan.selects_at) if N else self.stages.received
         inputs = entering, rotary, prompts.lengths, others, counts, received
         (others_there,) = to_device([others], cache.device)
@@ -174,7 +175,7 @@ class Call:
 
         if N:
             again = chosen[:, :N].cpu()
-            self.run_again([row[chosen] for row, chosen in zip(earlier.slots, again, strict=True)])
+            self.run_again([row[is_chosen] for row, is_chosen in zip(earlier.slots, again, strict=True)])
             counts = counts - again.sum(1)
         return Selection(chosen[:, N:], counts)
 
@@ -207,6 +208,7 @@ class Call:
         layers = range(self.plan.selects_at, len(self.module.layers))
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
+            # The first phase has replaced the states of its own layers only.
             h, self.hidden = self.passes.run(layers, chunk, full, entering[batch_rows, chunk.target], self.hidden)
             yield chunk, h
 

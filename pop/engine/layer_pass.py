@@ -43,7 +43,7 @@ class LayerPass:
     def of(cls, module, cache: KVCache, stages: Stages):
         """The one that a cache keeps, or a new one for another module or other stages.
 
-        Stages are others after each change of the module.
+        After each change of the module, the stages are a new object, so nothing that was recorded before is found.
         """
         kept = cache.passes.get(cls)
         if kept is None or kept.module is not module or kept.stages is not stages:

@@ -18,7 +18,7 @@ from support.compiler import requires_compiler
 from support.goldens import GOLDENS
 from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, corrections, run
 from support.readme import READMES, blocks
-from support.tiny import tiny_config, write_weights
+from support.tiny import tiny_config, tiny_olmo2_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -300,6 +300,21 @@ def test_a_rank_that_fails_ends_the_others(how, folder, tmp_path):
     assert ran.returncode != 0
     assert ENDS[how] in said
     assert time.time() - float(re.search(r"failed at (\S+)", said)[1]) < 20
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_norm_of_keys_is_cut_as_the_keys_are(size):
+    """Four ranks hold two copies of each of OLMo-2's two K/V heads, so two of them hold the same half of the norm."""
+    config = tiny_olmo2_config(num_heads=4, num_kv_heads=2)
+    cut = []
+    for rank in range(size):
+        part = Part(config, rank, size)
+        part.build()
+        attention = "model.layers.0.self_attn."
+        keys = part.shards[f"{attention}k_proj.weight"].spans
+        assert part.shards[f"{attention}k_norm.weight"].spans == keys
+        cut.append(keys)
+    assert len(set(cut)) == 2
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[" ".join(row[:2]) for row in TABLE])

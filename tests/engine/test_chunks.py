@@ -51,6 +51,17 @@ def test_padding_attends_to_tokens_of_its_row():
         assert (last < lengths[:, None]).all()
 
 
+@pytest.mark.parametrize(("lengths", "is_exact"), [([5, 5], True), ([3, 5], False)])
+def test_a_band_is_exact_only_if_its_rows_begin_together(lengths, is_exact):
+    module = random_model(tiny_config())
+    cache = new_cache(module, 2)
+    cache.lengths[:] = torch.tensor(lengths)
+    prompts = prompts_of(cache, torch.tensor([4, 4]), NONE)
+    (bounds,) = chunk_bounds(prompts, 1000)
+    at = Chunk.of(module, cache, prompts, bounds).attention[None]
+    assert bool(at.band[-1]) == is_exact
+
+
 def test_a_prompt_that_goes_on_is_not_short():
     cache = new_cache(random_model(tiny_config()), 3)
     cache.lengths[:] = torch.tensor([0, 0, 6])

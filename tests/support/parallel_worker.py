@@ -4,6 +4,7 @@ FOLDER has checkpoints, and the cases of 2 and of 4 ranks in cases-N.json. The p
 imported once. Each rank writes its results to rank-N-of-SIZE.safetensors, as tensors "case/what".
 """
 
+import faulthandler
 import io
 import json
 import os
@@ -182,6 +183,7 @@ def start(rank: int, folder: Path) -> int:
     child = os.fork()
     if child == 0:
         os.environ["RANK"] = str(rank)
+        faulthandler.dump_traceback_later(240, exit=True)  # a rank that hangs says where, and ends
         try:
             main(folder)
             end()
