@@ -76,7 +76,7 @@ def plan_of(model: pop.Model, name: str) -> pop.PrunePlan:
     if name == "plain":
         return pop.PrunePlan(LAYERS, last, first)
     corrections = random_corrections(model.config, LAYERS, 0, RANK, model)
-    rounded = {name: tensor.to(model.dtype).float() for name, tensor in corrections.tensors.items()}
+    rounded = {key: tensor.to(model.dtype).float() for key, tensor in corrections.tensors.items()}
     return pop.PrunePlan(LAYERS, last, first, corrections.replaced(rounded))
 
 

@@ -99,8 +99,9 @@ def folder(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibrate_file, "RIDGES", (1e-2,))  # the search would take most of the time
     monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)  # notes.txt suffices
-    monkeypatch.setattr("pop.calibration.search.SAMPLES", 4)
-    monkeypatch.setattr("pop.cli.plans.PROMPT", 600)  # tokens whose prefill is timed
+    if not NIGHTLY:
+        monkeypatch.setattr("pop.calibration.search.SAMPLES", 4)  # texts on which gates are measured
+        monkeypatch.setattr("pop.cli.plans.PROMPT", 600)  # tokens whose prefill is timed
     monkeypatch.setattr(pop, "calibrate", functools.partial(shortened, pop.calibrate))
     monkeypatch.setattr(pop, "check", functools.partial(shortened_check, pop.check))
 

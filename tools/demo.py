@@ -190,7 +190,7 @@ def cells_of(row: dict) -> str:
     return line
 
 
-TOO_HIGH = "  above its limit: the full model, which runs first, was slowed down by other programs; run this again"
+TOO_HIGH = "  above its limit: other programs may have slowed down the full model, which runs first; run this again"
 TOO_LOW = "  slower than the full model: if other programs were running, run this again; KL and answers hold anyway"
 
 

@@ -43,8 +43,8 @@ class Prefix:
             is_shared = [token == another for token, another in zip(one, other, strict=False)]
             self.tokens = one[: [*is_shared, False].index(False)]
         else:
-            if in_chat["tools"]:
-                raise InputError("tools need a prefix of messages, as model.chat takes them, and not a plain prompt")
+            if in_chat["tools"] or in_chat["enable_thinking"] is not True:
+                raise InputError("tools and enable_thinking need a prefix of messages, and not of a plain prompt")
             (media,) = model.vision.prepare_batch(images, videos, 1)
             self.tokens = model.encode(prompt, "prefix", media=media)
         model.check_fits(len(self.tokens), "the prefix")

@@ -88,7 +88,7 @@ INSTEAD = {  # of options that there are elsewhere
     "prune": "plan, of which 'none' is full depth",
     "messages": "model.chat",
     "system": "that of start_chat, or a message with the role system",
-    "tools": "those of model.chat, model.chat_tokens and model.prefix",
+    "tools": "that of model.chat, model.chat_tokens and model.prefix",
     "enable_thinking": "that of model.chat, model.chat_tokens, start_chat and prefix",
     "response_format": "tools/examples/json_schema.py of a clone, which makes a logits_processor of a JSON schema",
 }

@@ -11,12 +11,13 @@ import pytest
 import torch
 from support.compiler import requires_compiler
 from support.nightly import NIGHTLY
-from support.tiny import random_model, tiny_config
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_heads": 4, "num_kv_heads": 2}
 CONFIG = tiny_config(**WIDE, attention_bias=True, mlp_bias=True)
+GEMMA = tiny_gemma3_config(**WIDE)
 PLAN = pop.PrunePlan((3, 4))
 TOKENS = [[5, 12, 44, 3, 50, 8, 33, 2, 19]]
 TOLERANCE = 0.1  # of the logits' standard deviation, root mean square
@@ -41,13 +42,15 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).pow(2).mean().sqrt() / expected.std()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_stay_close_and_memory_falls(dtype):
-    module = random_model(CONFIG, seed=2).to(dtype)
+@pytest.mark.parametrize(
+    ("config", "dtype"), [(CONFIG, torch.bfloat16), (GEMMA, torch.float32)], ids=["llama", "gemma3"]
+)
+def test_logits_stay_close_and_memory_falls(config, dtype):
+    module = random_model(config, seed=2).to(dtype)
     options = {"plan": PLAN, "compile": False, "chunk_size": 4}
-    expected = run(pop.Model(copy.deepcopy(module), CONFIG, **options))
+    expected = run(pop.Model(copy.deepcopy(module), config, **options))
     small = quantized(module)
-    found = run(pop.Model(small, CONFIG, **options))
+    found = run(pop.Model(small, config, **options))
     assert 0 < error(found, expected) < TOLERANCE
     weight = small.layers[0].mlp.up_proj.weight
     assert weight.qdata.dtype == torch.int8 and weight.dtype == dtype

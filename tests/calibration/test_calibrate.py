@@ -71,7 +71,8 @@ def test_the_texts_that_come_along():
     builtin = sources.builtin_texts()
     assert len(builtin) == 6, "pop/data/README.md says what follows from a further text"
     assert all(len(text) > 20_000 for text in builtin)
-    texts, many = sources.python_texts(), sources.python_texts(8)
+    texts = sources.python_texts()
+    many = sources.python_texts(8)
     assert texts == sources.python_texts()
     most = sources.MODULES + sources.DOCUMENTS
     assert most - len(sources.LEFT_OUT) <= len(texts) <= most

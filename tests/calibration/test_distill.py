@@ -114,7 +114,8 @@ def test_distillation_lowers_the_loss_on_held_out_text(monkeypatch):
     """Random text teaches little. With longer exercises or fewer texts, the closed form often stays the best."""
     monkeypatch.setattr("pop.calibration.exercises.CONTINUATION", 96)
     layers = (3, 4)
-    model, texts = tiny_model(tiny_gemma3_config(), 1), random_texts(1, *[384] * 24)
+    model = tiny_model(tiny_gemma3_config(), 1)
+    texts = random_texts(1, *[384] * 24)
     plan = dataclasses.replace(PLAN, layers=layers)
     closed, distilled = (calibrate(model, texts, plan, steps=steps, progress=False) for steps in (0, 16))
     judge = Judge(model, windows_of(random_texts(2, *[384] * 3)))
@@ -231,7 +232,8 @@ def test_all_that_decides_a_run_tells_it_from_others(model):
 
     config = tiny_config()
     half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
-    other, short = tiny_model(config, 1), tiny_model(config, max_seq_len=75)
+    other = tiny_model(config, 1)
+    short = tiny_model(config, max_seq_len=75)
     runs = [run(), run(half), run(other), run(short), run(plan=PrunePlan((1, 3, 4))), run(texts=TEXTS[1:])]
     runs += [run(judged=TEXTS[1:2]), run(media="a"), run(media="b"), run(rank=9)]
     assert run() == run() and len(set(runs)) == len(runs)

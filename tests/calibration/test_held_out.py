@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.naive_fit import naive_kl
 from support.texts import random_texts, windows_of
-from support.tiny import tiny_config, tiny_gemma3_config, tiny_model
+from support.tiny import tiny_config, tiny_gemma3_config, tiny_model, tiny_qwen3_moe_config
 
 from pop import PrunePlan
 from pop.calibration.held_out import CUES_IN_PASSAGE, Judge, hold_out, repeated_passage
@@ -16,10 +16,13 @@ from pop.calibration.held_out import CUES_IN_PASSAGE, Judge, hold_out, repeated_
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 
 
-def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage():
+@pytest.mark.parametrize(
+    ("config", "lengths"), [(tiny_gemma3_config(), (60, 400, 31, 16, 5)), (tiny_qwen3_moe_config(), (100,))]
+)
+def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(config, lengths):
     """By the naive page. The continuation has at most 128 tokens, and a third of the window. A passage comes again."""
-    model = tiny_model(tiny_gemma3_config())
-    windows = windows_of(random_texts(2, 60, 400, 31, 16, 5))
+    model = tiny_model(config)
+    windows = windows_of(random_texts(2, *lengths))
     judge, texts, passages, firsts = Judge(model, windows), [], [], []
     for (window, _), case in zip(windows, judge.cases, strict=True):
         passage = case.passage

@@ -151,7 +151,8 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
 
 def test_bfloat16_is_close_to_float32(model, tmp_path):
     """A plan changes the logits of a bfloat16 model no more than bfloat16 itself does. The model keeps it as given."""
-    config, plan = tiny_config(dtype=torch.bfloat16), PrunePlan((2, 3), full_depth_last=4)
+    config = tiny_config(dtype=torch.bfloat16)
+    plan = PrunePlan((2, 3), full_depth_last=4)
     calibrated = calibrate(model, TEXTS, plan, progress=False, steps=0)
     half = pop.Model(random_model(config).to(torch.bfloat16), config, plan=calibrated)
     assert half.plan == calibrated

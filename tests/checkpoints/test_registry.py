@@ -138,6 +138,8 @@ def test_beside_a_whole_model_only_an_adapter_is_refused(tmp_path):
     put(tmp_path, "adapter_config.json")
     with pytest.raises(CheckpointError, match="python -m tools.convert BASE DIR --adapter"):
         pop.load(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file, not a folder.*tools.convert"):
+        pop.load(tmp_path / "model.gguf")
 
 
 def test_a_folder_that_cannot_be_read_holds_no_weights(places, monkeypatch):

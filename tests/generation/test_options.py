@@ -57,6 +57,8 @@ def test_what_a_method_cannot_take_is_said_at_once(model):
             r"no option 'stream', but there is model.stream, .*chat_tokens\(messages\)",
         ),
         (prefix.stream, "Hi", {"plan": None}, "no option 'plan'"),
+        (model.generate, "a", {"tools": []}, "no option 'tools', but there is that of model.chat"),
+        (model.generate, "a", {"messages": []}, "no option 'messages', but there is model.chat"),
         (model.generate, "a", {"prune": None}, "no option 'prune', but there is plan, of which 'none' is full depth"),
         (model.chat, MESSAGES, {"images": []}, "images and videos in its messages"),
         (model.stream, "", {}, "prompt"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.cases import assert_close
 from support.chat_models import OTHER_END, make
-from support.tiny import tiny_config, tiny_model
+from support.tiny import tiny_config, tiny_model, tiny_olmo2_config
 
 import pop
 from pop.generation import batch
@@ -37,11 +37,13 @@ def test_a_prefix_and_a_rest_are_one_prompt(model, length, notes):
         assert_close(row, reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
 
 
-@pytest.mark.parametrize("chunk_size", [20, 99])
-def test_a_rest_selects_among_the_tokens_of_its_prefix(chunk_size, notes):
+@pytest.mark.parametrize(
+    ("config", "chunk_size"), [(tiny_config(num_layers=6), 20), (tiny_olmo2_config(num_layers=6), 99)]
+)
+def test_a_rest_selects_among_the_tokens_of_its_prefix(config, chunk_size, notes):
     """With pruned layers that are the deepest, prefix and rest are one prompt. Each rest may select other tokens."""
     plan = pop.PrunePlan((1, 4, 5), 16, 1, full_depth_selected=0.3, selecting_layer=3)
-    model = tiny_model(tiny_config(num_layers=6), seed=3, plan=plan, chunk_size=chunk_size)
+    model = tiny_model(config, seed=3, plan=plan, chunk_size=chunk_size)
     tokens = [(7 * n + 3) % 50 for n in range(60)]
     prefix = model.prefix(tokens)
     rests = [[9], list(range(30, 51)), list(range(9))]
@@ -136,6 +138,7 @@ def test_what_a_prefix_of_messages_refuses():
         ),
         (lambda: prefix.score("a"), "scores nothing"),
         (lambda: model.prefix("a", tools=[{"name": "weigh"}]), "a prefix of messages"),
+        (lambda: model.prefix("a", enable_thinking=False), "a prefix of messages"),
         (lambda: model.prefix(DOCUMENT, enable_thinking="no"), "enable_thinking is 'no'"),
         (lambda: model.prefix([{"role": "bishop", "content": "a"}]), "'bishop'"),
         (lambda: model.generate(DOCUMENT), "prefix take these"),

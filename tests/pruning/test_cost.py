@@ -60,11 +60,22 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
 )
 @given(st.sampled_from([1, 7, 40]), st.data())
 def test_count_equals_what_torch_counts_in_the_engine(config, tokens, data):
+    assert_counts_are_equal(config, tokens, data.draw(plans(config)))
+
+
+@pytest.mark.parametrize("selected", [0.3, 1.0])
+def test_corrections_before_and_after_the_selecting_layer_are_counted(selected):
+    config = tiny_config()
+    layers = (1, 3)
+    plan = PrunePlan(layers, 2, 1, random_corrections(config, layers, 0, 7), selected, selecting_layer=2)
+    assert_counts_are_equal(config, 20, plan)
+
+
+def assert_counts_are_equal(config, tokens: int, plan: PrunePlan) -> None:
     """Matrix products as torch counts them; attention (torch counts the whole square) in closed form.
 
     The count places selected tokens in the middles of equal parts of the tokens among which they are selected.
     """
-    plan = data.draw(plans(config))
     cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
     prompt = torch.ones(1, tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

@@ -103,11 +103,17 @@ def test_questions_come_from_the_tokenizer_alone(folder):
     assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
 
 
-def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys):
+def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys, notes):
     text = "Sphinx of black quartz, judge my vow. " * 200
     questions, tokenizer = check_server.questions_of(folder, [900], 1, 3, [text])
     assert all("quartz" in tokenizer.decode(question.prompt) for question in questions[900])
-    assert check_server.main([str(folder), "--text", str(tmp_path / "missing.txt")]) == 2
+    (tmp_path / "mine.txt").write_text(text)
+    asked = notes(check_server, "questions_of", lambda *given: given[-1])
+    words = [str(folder), "--url", "http://127.0.0.1:1/v1", "--lengths", "900", "--questions", "1", "--text"]
+    assert check_server.main([*words, str(tmp_path / "mine.txt")]) == 2  # there is no server
+    assert asked == [[text]]
+    capsys.readouterr()
+    assert check_server.main([*words, str(tmp_path / "missing.txt")]) == 2
     assert "missing.txt" in capsys.readouterr().err
 
 

@@ -64,7 +64,7 @@ class Pruned:
         counts = len(self.plan.layers), len(self.model.layers), self.plan.full_depth_below
         what = "pop: POP_PLAN is %s: %d of %d layers, for prompts of %d tokens or more%s"
         logger.info(what, name, *counts, self.plan.judgement)
-        if self.plan.judgement and not self.plan.holds:
+        if "verdict" in self.plan.about and not self.plan.holds:
             logger.warning("pop: by the verdict in its record, this plan does not hold; `pop plans` prints why")
         if self.plan.layers and self.plan.corrections is None:
             logger.warning("pop: this plan is not calibrated, so it may lose answers about the prompt")

@@ -89,12 +89,13 @@ def test_the_log_says_that_a_plan_does_not_hold(engine, monkeypatch):
     said, warned = [], []
     monkeypatch.setattr("pop_vllm.model.logger.info", lambda text, *values: said.append(text % values))
     monkeypatch.setattr("pop_vllm.model.logger.warning", warned.append)
-    for holds in (True, False):
-        about = {"verdict": {"holds": holds, "kept": [0.9, 0.8, 1.0]}}
+    for holds, kept in ((True, [0.9, 0.8, 1.0]), (False, None), (False, [0.9, 0.8, 1.0])):
+        about = {"verdict": {"holds": holds, "kept": kept}}
         engine.use(dataclasses.replace(calibrated(engine, (3, 4, 5)), about=about), 2048)
         engine.llm.apply_model(lambda module: module.announce("my.plan"))
         assert any("does not hold" in line for line in warned) != holds
-        assert "tokens or more, keeps 80% to 100% of pop check's answers" in said[-1]
+        warned.clear()
+    assert "tokens or more, keeps 80% to 100% of pop check's answers, but does not hold" in said[-1]
 
 
 @pytest.mark.parametrize("budget", [2048, 33])
