@@ -180,6 +180,10 @@ class Model(Runner):
         """
         if not isinstance(messages, list | tuple | None):
             raise InputError(f"messages is a {type(messages).__name__}; give a list of them, as `chat` takes it")
+        if not isinstance(system, str | None):
+            raise InputError(
+                f"system is a {type(system).__name__}, not text; earlier messages are start_chat(messages=...)"
+            )
         earlier = list(messages or ())
         if system is not None:
             earlier.insert(0, {"role": "system", "content": system})

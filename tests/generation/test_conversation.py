@@ -221,7 +221,8 @@ def test_conversations_that_are_refused_at_once():
         ({"messages": ["Hi"]}, "message 0 "),
         ({"messages": [system], "system": "Be long."}, "message 1 .*'system'"),
         ({"messages": 3}, "messages"),
-        ({"system": 3}, r"message 0.*\b3\b"),
+        ({"system": 3}, "system is a int"),
+        ({"system": [system]}, r"start_chat\(messages="),
         ({"system": "\ud800"}, "surrogate"),
     ):
         with pytest.raises(pop.InputError, match=words):

@@ -604,6 +604,8 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ("/chat/completions", {"messages": [{"role": "usr", "content": "a"}]}, "messages"),
         ("/chat/completions", {"messages": [{"role": "usr", "content": "a"}], "tools": TOOLS}, "messages"),
         ("/chat/completions", {"tools": TOOLS}, "tools"),
+        ("/chat/completions", {"tools": 129 * TOOLS}, "tools"),
+        ("/chat/completions", {"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_an_error_names_its_argument(url, path, changes, param):

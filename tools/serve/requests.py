@@ -157,8 +157,10 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
         messages, characters = _messages(model, _typed(body, "messages", list, []))
         _check_size(model, size - characters)
         tools, choice = _typed(body, "tools", list, []), body.get("tool_choice", "auto")
-        if len(tools) > MAX_TOOLS or choice not in ("auto", "none"):
-            raise Wrong(f"tool_choice must be 'auto' or 'none', and there may be {MAX_TOOLS} tools", param="tools")
+        if choice not in ("auto", "none"):
+            raise Wrong(f"tool_choice is {choice!r:.80}; it must be 'auto' or 'none'", param="tool_choice")
+        if len(tools) > MAX_TOOLS:
+            raise Wrong(f"there are {len(tools)} tools; there may be {MAX_TOOLS}", param="tools")
         tools = None if choice == "none" else tools or None
         template = _typed(body, "chat_template_kwargs", dict, {"enable_thinking": True})
         if template.keys() != {"enable_thinking"}:
