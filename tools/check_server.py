@@ -162,6 +162,9 @@ def compare(
     return Verdict({}, {cell: np.array(found) for cell, found in exact.items()})
 
 
+ALIKE = "No question tells the plan from full depth. See in the server's counters or usage whether it prunes at all."
+
+
 def report(verdict: Verdict) -> str:
     """A row for each kind of question, a column for each length, and a sentence.
 
@@ -175,7 +178,10 @@ def report(verdict: Verdict) -> str:
         cells.setdefault(kind, []).append("{} / {} of {}".format(*exact.sum(0), len(exact)))
     rows = [["exact answers, plan / full depth", *(f"{length:,} tokens" for length in lengths)]]
     rows += [[kind, *row] for kind, row in cells.items()]
-    return f"{table(rows)}\n\n{verdict.sentence}\nKL is not compared."
+    text = f"{table(rows)}\n\n{verdict.sentence}\nKL is not compared."
+    if all((exact[:, 0] == exact[:, 1]).all() for exact in verdict.exact.values()):
+        text += f"\n{ALIKE}"
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:

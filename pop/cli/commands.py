@@ -167,7 +167,7 @@ def calibrate(args) -> None:
     kept.unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
     if not verdict.holds:
-        print("The plan is saved all the same. Before you use it, ask for a smaller --speedup, or give more text.")
+        print("The plan is saved. Before you use it, ask for a smaller --speedup or fewer --layers, or give more text.")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
 

@@ -272,7 +272,7 @@ def test_calibrate_puts_a_plan_beside_the_weights(calibration, run):
     plan = pop.PrunePlan.load(folder / "default.plan")
     assert contents(plan) == contents(expected)
     assert plan.about == expected.about | {"verdict": {"holds": False, "sentence": "It does not hold."}}
-    assert "The plan is saved all the same" in out
+    assert "The plan is saved. Before you use it" in out
     assert not list(folder.glob("*.progress"))
     run("generate", folder, "Hello", "--prune", folder / "default.plan", "--max-new-tokens", "3")
 

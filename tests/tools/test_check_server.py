@@ -155,6 +155,13 @@ def test_a_server_that_answers_otherwise_is_an_error_of_one_line(folder, models,
     assert status == 2 and re.search(says, err) and err.count("\n") == 1
 
 
+def test_a_plan_that_changes_no_answer_may_prune_nothing():
+    alike = np.array([[True, True], [False, False]])
+    other = np.array([[True, True], [True, False]])
+    assert check_server.ALIKE in check_server.report(Verdict({}, {("codes", 900): alike}))
+    assert check_server.ALIKE not in check_server.report(Verdict({}, {("codes", 900): alike, ("sums", 900): other}))
+
+
 def test_a_server_without_a_right_answer_does_not_pass():
     exact = {("codes", 900): np.array([[True, False], [False, False]])}
     with pytest.raises(InputError, match="tokenizer"):

@@ -23,7 +23,9 @@ def install() -> None:
     @wraps(init)
     def wrapped_init(self, vllm_config, *args, **kwargs):
         check_architecture(vllm_config)
-        PrunePlan.of(os.environ["POP_PLAN"], vllm_config.model_config.hf_text_config.num_hidden_layers)
+        model_config = vllm_config.model_config
+        plan = PrunePlan.of(os.environ["POP_PLAN"], model_config.hf_text_config.num_hidden_layers)
+        check_widths(plan, model_config)
         init(self, vllm_config, *args, **kwargs)
 
     @wraps(process)
@@ -36,6 +38,25 @@ def install() -> None:
 
     InputProcessor.__init__ = wrapped_init
     InputProcessor.process_inputs = wrapped
+
+
+def check_widths(plan: PrunePlan, model_config) -> None:
+    """Raise PlanError if a plan's corrections are those of a model with other widths.
+
+    Quantised weights cannot be compared with a plan's sketch, so nothing else would notice before a prompt is pruned.
+    """
+    if plan.corrections is None:
+        return
+    found = plan.corrections.shared.shape[2] // 2, plan.corrections.weight.shape[2]
+    wanted = (
+        model_config.get_hidden_size(),
+        model_config.get_total_num_kv_heads() * model_config.get_head_size(),
+    )
+    if found != wanted:
+        raise PlanError(
+            f"POP_PLAN is for a model with a width of {found[0]} and keys of {found[1]} numbers, and this one has "
+            f"{wanted[0]} and {wanted[1]}; give this model's own plan"
+        )
 
 
 def may_prune(params) -> bool:

@@ -1,5 +1,6 @@
 """What is refused, and the values of POP_PLAN."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.engine.input_processor import InputProcessor
 
-from pop import PlanError, UnsupportedError
+from pop import PlanError, PrunePlan, UnsupportedError
 
 
 def config(**changed):
@@ -75,6 +76,25 @@ def test_other_models_and_versions_are_refused(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.29.1")
     with pytest.raises(UnsupportedError, match="0.29.1"):
         checks.check_version()
+
+
+def test_a_plan_of_a_model_with_other_widths_is_refused(monkeypatch):
+    """Before there is an engine, since quantised weights cannot be compared with a plan's sketch."""
+
+    def sizes(width, kv_heads, head_width):
+        names = ("get_hidden_size", "get_total_num_kv_heads", "get_head_size")
+        values = (width, kv_heads, head_width)
+        return {name: partial(int, value) for name, value in zip(names, values, strict=True)}
+
+    third = PrunePlan.load("smollm2-135m-third")
+    plan.check_widths(third, SimpleNamespace(**sizes(576, 3, 64)))
+    plan.check_widths(PrunePlan((2,)), SimpleNamespace())
+    plan.install()
+    monkeypatch.setenv("POP_PLAN", "smollm2-135m-third")
+    layers = SimpleNamespace(num_hidden_layers=30)
+    for other in (sizes(4096, 3, 64), sizes(576, 8, 64)):
+        with pytest.raises(PlanError, match="a width of 576 and keys of 192 numbers"):
+            InputProcessor(config(hf_text_config=layers, **other))
 
 
 def test_other_backends_of_attention_are_refused():
