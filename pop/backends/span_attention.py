@@ -40,7 +40,7 @@ def span_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale
             latest S are in the slots.
         scale: The factor on q . k.
 
-    Returns: [B, T, H * E], or None where Triton cannot build the kernels.
+    Returns: [B, T, H * E], or None where the kernels do not take q (`_processors`), or Triton cannot build them.
     """
     kind = q.device, q.dtype, q.shape[-1]
     processors = _processors(q)
@@ -82,9 +82,9 @@ def blocks_of(q: Tensor, keys: Tensor, processors: int) -> tuple[int, int, int]:
         queries = min(64, QUERIES // E)
     block = min(64, max(16, BLOCK_BYTES // (E * keys.itemsize)))
     programs = B * K * -(-T * G // queries)
-    fill_the_device = -(-PROGRAMS * processors // programs)
-    have_enough_slots = -(-slots // (BLOCKS_PER_PART * block))
-    return queries, block, min(fill_the_device, have_enough_slots, MOST_PARTS)
+    parts_for_device = -(-PROGRAMS * processors // programs)
+    parts_for_slots = -(-slots // (BLOCKS_PER_PART * block))
+    return queries, block, min(parts_for_device, parts_for_slots, MOST_PARTS)
 
 
 def attention_in_parts(

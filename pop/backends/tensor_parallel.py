@@ -186,7 +186,7 @@ class Part:
             kind = name.rpartition(".")[2]
             if isinstance(module, HeadsNorm):
                 module.__class__ = ParallelHeadsNorm
-            if kind not in PARALLEL or name.startswith(VISION):
+            if kind not in PARALLEL or name.startswith(VISION):  # no tower has such names yet
                 continue
             module.__class__ = PARALLEL[kind]
             if kind in ("embed_tokens", "lm_head"):  # the config keeps the whole vocabulary

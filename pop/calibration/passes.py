@@ -139,7 +139,7 @@ class Pass:
 
 
 def _attend_prompt(layer, q, k, v, *, prompt_k, prompt_v, rows, mask):
-    """Full-depth rows q, k, v [B, R, heads, E] attend to K and V [B, T, K, E] of all tokens, with their own k and v."""
+    """Full-depth rows q, k, v [B, W, heads, E] attend to K and V [B, T, K, E] of all tokens, with their own k and v."""
     return masked_attention(q, prompt_k.index_put(rows, k), prompt_v.index_put(rows, v), mask, layer.scale)
 
 

@@ -155,11 +155,14 @@ def quotations(writer: Writer, length: int, depth: float) -> Question:
 
 
 def quote(kind, writer, length, depth, text, asking, cue: int, quoted: int) -> Question:
-    """A passage of `text` [cue + quoted tokens], after the token ids `asking` and its cue."""
+    """Ask for `quoted` tokens of `text` by the `cue` tokens before them.
+
+    The prompt is the text with the passage, the token ids `asking`, and the cue.
+    """
     text = writer.cut(text, length - len(writer.head) - len(asking) - cue)
     room = len(text) - cue - quoted
     if room < 0:
-        writer.cut(text, room)
+        writer.cut(text, room)  # raises, since the text is too short
     nearest = sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room)))
     for begin in nearest:
         passage = text[begin : begin + cue + quoted]
@@ -197,7 +200,7 @@ def sums(writer: Writer, length: int, depth: float) -> Question:
 
 
 def brackets(writer: Writer, length: int, depth: float) -> Question:
-    """Three short lists are examples. The numbers in the last list keep its brackets apart."""
+    """Three short lists are examples. The numbers in the last list keep its brackets apart. The depth plays no part."""
     lists = []
     for size in (3, 3, 3, 14):
         kinds = writer.rng.sample([*CLOSING], 3)

@@ -14,10 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from pop.models.base import PrunableModel
 
 
-def parts_of(layer: nn.Module) -> dict[str, nn.Module]:
+def parts_of(module: nn.Module) -> dict[str, nn.Module]:
     """All modules inside a layer, by name. Of a model: those outside of its layers."""
-    inner = [*layer.layers, *layer.tower] if isinstance(layer, PrunableModel) else []
-    return dict(layer.named_modules(memo={part for other in inner for part in other.modules()}))
+    inner = [*module.layers, *module.tower] if isinstance(module, PrunableModel) else []
+    left_out = {part for other in inner for part in other.modules()}
+    return dict(module.named_modules(memo=left_out))
 
 
 def sizes_of(weights: list[Tensor]) -> list:
@@ -103,7 +104,9 @@ class Kinds(dict[nn.Module, int | None]):
         """Number the layers as they are now. A kind that has been there before keeps its number."""
         self.clear()
         self.forget()
-        newest_hook = RemovableHandle.next_id  # each new hook of the process has a new id
+        # Each new hook of the process has a new id. It is read first, so that a hook that comes meanwhile is found, and
+        # set last, so that after an error the next question finds a change.
+        newest_hook = RemovableHandle.next_id
         for layer in layers:
             self._look_at(layer)
         self.newest_hook = newest_hook

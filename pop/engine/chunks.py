@@ -102,9 +102,9 @@ class FullDepth(NamedTuple):
 
     plan: PrunePlan  # without layers if no token of the chunk is pruned
     attention: dict[int | None, AttentionMetadata]  # how the full-depth tokens attend, by the layers' window
-    # [B, W], in order. A row with fewer begins with columns that are not valid: those of pruned tokens, which run for
-    # nothing. Their K and V go to the spare slot, and their h is put back. So the last column is that of each row's
-    # latest full-depth token.
+    # [B, W], in order. A row with fewer begins with columns that are not valid: those of padding or of pruned tokens,
+    # which run for nothing. Their K and V go to the spare slot, and their h is put back. So the last column is that of
+    # each row's latest full-depth token.
     columns: Tensor
     valid: Tensor  # [B, W] bool
     last_is_full: Tensor  # [B, 1] bool, whether a row's last token in the chunk is one of them, the last
@@ -228,7 +228,7 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
 def _held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
     """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none.
 
-    There are at least as many slots as columns, if the ring has them: chunk_attention may read one for each column.
+    There are at least as many slots as columns, if the ring has them, so that replayed passes have few sizes.
     """
     latest = ends[:, None] - 1
     slot = torch.arange(min(max(int(ends.max()), columns), ring))

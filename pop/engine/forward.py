@@ -48,8 +48,9 @@ def prefill(
     """
     full_depth = full_depth_tokens(cache, lengths, plan, boundary)
     is_one_chunk = full_depth.shape[1] <= min(chunk_size, cache.chunk_size)
-    is_short = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
-    has_stepped_sizes = is_short and images is TEXT and not cache.lengths.any()
+    is_replayable = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
+    # Replayed passes are to have few sizes, so these go up in steps.
+    has_stepped_sizes = is_replayable and images is TEXT and not cache.lengths.any()
     prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes)
     call = Call(module, cache, plan, stages, chunk_size, replays=has_stepped_sizes)
     last = 0.0  # then [B, D], each row's h after the last layer, at its last token so far

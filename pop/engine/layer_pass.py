@@ -128,7 +128,7 @@ class ReplayedPasses(LayerPass):
     """Passes on fixed memory, which `stages.replay` can repeat: one for each plan and each set of sizes.
 
     They are for prompts of text that begin a sequence (`Prompts.has_stepped_sizes`). Of these, plan and sizes are all
-    that a pass knows on the host.
+    that a pass knows on the host, since bands follow from them: each row begins at position 0.
     """
 
     def __init__(self, module, cache: KVCache, stages: Stages):

@@ -127,8 +127,8 @@ def test_a_rank_holds_and_reads_its_part(ranks, folder):
             else:
                 expected += weight.nbytes / (1 if vision or whole else N)
         for found in (_of(name, rank) for rank in ranks):
-            assert found["cache"].item() == cache
-            assert found["read"].item() == pytest.approx(expected, rel=0.03)  # 67 tokens, 46 wide: no even shares
+            assert found["cache"].item() == cache, name
+            assert found["read"].item() == pytest.approx(expected, rel=0.03), name  # 67 tokens, 46 wide: no even shares
 
 
 def test_several_processes_calibrate_and_compile_as_one_does(ranks, folder):
@@ -231,6 +231,12 @@ def test_a_group_is_made_for_the_device(alone):
     assert "device" not in alone
 
 
+def test_a_process_without_a_gpu_of_its_own_is_refused(alone, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(pop.InputError, match="process 3 of a machine with 2 GPUs"):
+        join(None)
+
+
 @pytest.mark.parametrize(
     ("backends", "device", "needed"), [("cpu:gloo,cuda:gloo", None, "nccl"), ("cuda:nccl", "cpu", "gloo")]
 )
@@ -294,7 +300,9 @@ def test_a_rank_that_fails_ends_the_others(how, folder, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     ran = start([*torchrun, script, folder / "llama", how])
     try:
-        said = ran.communicate(timeout=200)[1]
+        said = ran.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        pytest.fail("the others still wait 60 s after a rank has failed: see `end`")
     finally:
         ran.terminate()  # torchrun ends the others
     assert ran.returncode != 0

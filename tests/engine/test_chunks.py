@@ -95,6 +95,7 @@ def test_full_depth_rows_by_hand():
     full = FullDepth.of(cache, second, prompts, plan)
     assert full.plan == NONE and full.columns.shape == (2, 0)
     assert second.target[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
+    assert second.attention[None].band[-1]  # a row that has ended does not make it inexact
 
 
 def test_the_example_in_the_docstring_of_attention_metadata():

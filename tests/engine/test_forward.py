@@ -106,7 +106,8 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
                 full_depth = [True] * m
             ends = [plan.selects_at + 1 if selected else module.config.num_layers for selected in chosen[row, N:][:m]]
             used = [(NONE if full else plan, end) for full, end in zip(full_depth, ends, strict=True)]
-            append(row, turn[row, :m], used, logits[row : row + 1][: not goes_on])
+            expected = logits[:0] if goes_on else logits[row : row + 1]
+            append(row, turn[row, :m], used, expected)
         answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)
         for step in answer.T:
             logits = engine.decode(module, step, cache)

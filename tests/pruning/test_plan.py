@@ -16,6 +16,7 @@ from support.tiny import tiny_config
 import pop
 from pop import InputError, PlanError, PrunePlan, cost
 from pop.pruning import reference
+from pop.pruning.plan import POOLED, SELECTING
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,11 @@ from pop.pruning import reference
 )  # fmt: skip
 def test_deepest_prunes_the_floor_of_the_share(num_layers, fraction, count):
     assert PrunePlan.deepest(num_layers, fraction).layers == tuple(range(num_layers - count, num_layers))
+
+
+def test_plans_that_ship_were_made_with_these_numbers_of_queries_and_of_averaged_tokens():
+    """Other tests use smaller ones, or those of the engine. tests/README.md says what a change of the score needs."""
+    assert (SELECTING, POOLED) == (16, 20)
 
 
 def test_layers_are_stored_sorted_as_python_integers():
