@@ -204,9 +204,9 @@ def conclusion(result: dict, has_gpu: bool) -> str:
     answers = "\n".join(answers)
     return f"""
 * time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
-  predictions differ from the full model's, for text that continues and for a passage of the prompt that is repeated,
-  and the share of its tokens that are copied; whole: these prompt tokens run all layers, namely the last ones and,
-  from the layer on that selects them, a share of the others, to which the last ones attend most
+  predictions differ from the full model's on two windows of the built-in story, where the text continues, and where a
+  passage of it is repeated, with the share of its tokens that are copied; whole: these prompt tokens run all layers,
+  namely the last ones and, from the layer on that selects them, a share of the others, to which the last ones attend
 {GPU if has_gpu else ""}
 answers
 {answers}
