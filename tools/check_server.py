@@ -11,8 +11,8 @@ if it runs with --enable-prompt-tokens-details.
 
 It reads a tokenizer and no weights. So it also judges a plan on a GPU, and on weights that the server has quantised. An
 answer is exact if the greedy text is the right one, but for spaces around it. Predictions are not compared: no KL.
-The exit status is 1 if the plan does not hold, and 2 if nothing was judged. Prompts that are too short for the plan
-show no difference.
+The exit status is 1 if the plan does not hold, and 2 if nothing was judged. tools.serve tells if it has pruned nothing.
+vLLM's counters do: there, a line below the table says if no question tells the plan from full depth.
 """
 
 from __future__ import annotations
@@ -66,15 +66,14 @@ class Client:
         self.key = key
         is_local = urllib.parse.urlsplit(url).hostname in LOCAL
         self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * is_local)
-        self.reused: list[int] = []  # tokens of each prompt from the server's cache, if the server tells
+        self.details: list[dict] = []  # what the server tells of each prompt's tokens
         self.about = self._asked("models", read=lambda found: {"max_model_len": None} | found["data"][0])
 
     def answer(self, prompt: list[int], most: int, options: dict) -> str:
         """The text of at most `most` tokens after a prompt of token ids."""
         fields = {"model": self.about["id"], "prompt": prompt, "max_tokens": most, "temperature": 0}
-        text, reused = self._asked("completions", fields | options, read=text_and_reused)
-        if reused is not None:
-            self.reused.append(reused)
+        text, details = self._asked("completions", fields | options, read=text_and_details)
+        self.details.append(details)
         return text
 
     def check(self, lengths: list[int], plan_of) -> None:
@@ -111,11 +110,16 @@ class Client:
             raise InputError(f"{self.url}/{route} does not answer ({error!r}); is the server there?") from None
 
 
-def text_and_reused(found: dict) -> tuple[str, int | None]:
-    """The text of an answer, and how many tokens of its prompt came from the server's cache, if the server tells."""
+def text_and_details(found: dict) -> tuple[str, dict]:
+    """The text of an answer, and what the server tells of its prompt's tokens."""
     usage = found.get("usage") or {}
-    details = usage.get("prompt_tokens_details") or {}
-    return found["choices"][0]["text"] + "", details.get("cached_tokens")
+    return found["choices"][0]["text"] + "", usage.get("prompt_tokens_details") or {}
+
+
+def is_never(details: list[dict], name: str) -> bool:
+    """Whether a server tells how many tokens of a kind prompts have, and none has any."""
+    told = [one[name] for one in details if one.get(name) is not None]
+    return bool(told) and not any(told)
 
 
 def questions_of(
@@ -215,7 +219,9 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(
                 "too few answers at full depth are right to judge a kind of question; give more --questions"
             )
-        if args.cached and client.reused and not any(client.reused):
+        if is_never(client.details, "pruned_tokens"):
+            raise InputError("the server has pruned no token; are the prompts long enough for its plan?")
+        if args.cached and is_never(client.details, "cached_tokens"):
             raise InputError(
                 "the server has taken no token from its cache, so no text was cached; does it keep caches?"
             )

@@ -204,9 +204,9 @@ def conclusion(result: dict, has_gpu: bool) -> str:
     answers = "\n".join(answers)
     return f"""
 * time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
-  predictions differ from the full model's on two windows of the built-in story, where the text continues, and where a
-  passage of it is repeated, with the share of its tokens that are copied; whole: these prompt tokens run all layers,
-  namely the last ones and, from the layer on that selects them, a share of the others, to which the last ones attend
+  predictions differ from the full model's on two windows of the built-in story: where its text continues, and where a
+  passage of it is repeated; copied: the share of the passage's tokens that are predicted; whole: these prompt tokens
+  run all layers: the last ones and, from the layer that selects them, those others that the last ones attend to most
 {GPU if has_gpu else ""}
 answers
 {answers}

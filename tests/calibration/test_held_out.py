@@ -26,7 +26,8 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
     judge, texts, passages, firsts = Judge(model, windows), [], [], []
     for (window, _), case in zip(windows, judge.cases, strict=True):
         passage = case.passage
-        cut, cue = max(len(window) * 2 // 3, len(window) - 128), max(1, len(passage) // CUES_IN_PASSAGE)
+        cut = max(len(window) * 2 // 3, len(window) - 128)
+        cue = max(1, len(passage) // CUES_IN_PASSAGE)
         assert len(passage) == (min(64, cut // 4) if cut >= 8 else 0)
         kl = naive_kl(model, PLAN, window + passage, cut)
         texts.append(kl[: len(window) - cut + 1])

@@ -92,6 +92,8 @@ def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch
     kept = "keeps 90% to 100% of pop check's answers, but does not hold"
     assert lines[-2] == f"{folder / 'default.plan'}: without layers 2 to 2, {kept}"
     assert lines[-3].startswith(f"{folder / 'broken.plan'} is not a pruning plan")
+    unjudged = pop.PrunePlan((2,), about={"verdict": {"holds": False, "kept": None}})  # by its KL alone
+    assert unjudged.judgement == ", does not hold"
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,10 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
 def test_a_server_may_tell_what_it_took_from_its_cache():
     answer = {"choices": [{"text": "a"}]}
     for usage in ({}, {"prompt_tokens_details": None}, None):
-        assert check_server.text_and_reused(answer | {"usage": usage}) == ("a", None)
+        assert check_server.text_and_details(answer | {"usage": usage}) == ("a", {})
     told = {"prompt_tokens_details": {"cached_tokens": 64}}
-    assert check_server.text_and_reused(answer | {"usage": told}) == ("a", 64)
+    assert check_server.text_and_details(answer | {"usage": told}) == ("a", {"cached_tokens": 64})
+    assert not check_server.is_never([{}, {"cached_tokens": None}], "cached_tokens")
 
 
 def test_a_cached_text_is_sent_before_its_question(folder):
@@ -169,21 +170,23 @@ def test_a_server_without_a_right_answer_does_not_pass():
 
 
 @pytest.mark.parametrize(
-    ("right", "reused", "status", "says"),
+    ("right", "details", "status", "says"),
     [
         (2, [], 2, "give more --questions"),  # too few, even if the plan loses all of them
         (3, [], 1, "does not hold"),
-        (3, [0, 0], 2, "has taken no token from its cache"),
-        (3, [0, 64], 1, "does not hold"),
+        (3, [{"cached_tokens": 0}], 2, "has taken no token from its cache"),
+        (3, [{"cached_tokens": 0}, {"cached_tokens": 64}], 1, "does not hold"),
+        (3, [{"pruned_tokens": 0}], 2, "has pruned no token"),
+        (3, [{"pruned_tokens": 0}, {"pruned_tokens": 64}], 1, "does not hold"),
     ],
 )
 @pytest.mark.usefixtures("no_questions")
-def test_answers_that_judge_nothing_do_not_pass(right, reused, status, says, folder, monkeypatch, capsys):
-    """A plan that loses all right answers, of a server that tells how many tokens it has taken from its cache."""
+def test_answers_that_judge_nothing_do_not_pass(right, details, status, says, folder, monkeypatch, capsys):
+    """A plan that loses all right answers, of a server that tells how many tokens were pruned, or in its cache."""
 
     class Client:
         def __init__(self, url, key):
-            self.reused = reused
+            self.details = details
 
         def check(self, lengths, plan_of):
             pass

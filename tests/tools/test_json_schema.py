@@ -19,7 +19,8 @@ SCHEMA = {
 def test_answers_follow_the_schema_alone_and_in_a_batch(tmp_path):
     pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
     model = pop.load(write_chat_checkpoint(tmp_path, vocab_size=270, eos_ids=(0,)))
-    schema, found = JsonSchema(model, SCHEMA), set()
+    schema = JsonSchema(model, SCHEMA)
+    found = set()
     for seed in range(8):
         options = {"temperature": 3.0, "seed": seed, "max_new_tokens": 60, "logits_processor": schema}
         answers = model.generate(["A cat: ", "A bird, which has wings: "], **options)

@@ -156,7 +156,8 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
     if is_chat:
         messages, characters = _messages(model, _typed(body, "messages", list, []))
         _check_size(model, size - characters)
-        tools, choice = _typed(body, "tools", list, []), body.get("tool_choice", "auto")
+        tools = _typed(body, "tools", list, [])
+        choice = body.get("tool_choice", "auto")
         if choice not in ("auto", "none"):
             raise Wrong(f"tool_choice is {choice!r:.80}; it must be 'auto' or 'none'", param="tool_choice")
         if len(tools) > MAX_TOOLS:

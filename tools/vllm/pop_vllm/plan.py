@@ -47,15 +47,14 @@ def check_widths(plan: PrunePlan, model_config) -> None:
     """
     if plan.corrections is None:
         return
-    found = plan.corrections.shared.shape[2] // 2, plan.corrections.weight.shape[2]
-    wanted = (
-        model_config.get_hidden_size(),
-        model_config.get_total_num_kv_heads() * model_config.get_head_size(),
-    )
-    if found != wanted:
+    codes = plan.corrections.shared  # [G, R, 2 * D]
+    outputs = plan.corrections.weight  # [n, 2, K * E, R]
+    width = model_config.get_hidden_size()
+    keys = model_config.get_total_num_kv_heads() * model_config.get_head_size()
+    if codes.shape[2] != 2 * width or outputs.shape[2] != keys:
         raise PlanError(
-            f"POP_PLAN is for a model with a width of {found[0]} and keys of {found[1]} numbers, and this one has "
-            f"{wanted[0]} and {wanted[1]}; give this model's own plan"
+            f"POP_PLAN is for a model with a width of {codes.shape[2] // 2} and keys of {outputs.shape[2]} numbers, "
+            f"and this one has {width} and {keys}; give this model's own plan"
         )
 
 
