@@ -320,7 +320,9 @@ def test_the_tables_are_those_of_the_run():
             assert f": {pairs.count((1, 0))} lost, {pairs.count((0, 1))} gained |" in READMES["README.md"]
 
 
-@pytest.mark.parametrize("run", ["smollm2-135m-512", "smollm2-135m-unseen", "gemma3-270m-512"])
+@pytest.mark.parametrize(
+    "run", ["smollm2-135m-512", "smollm2-135m-2048-others", "smollm2-135m-unseen", "gemma3-270m-512"]
+)
 def test_kl_and_answers_in_the_tables_are_those_of_the_run(run):
     result = json.loads((RESULTS / "runs" / f"{run}.json").read_bytes())
     text, answers = result["text"]["all"]["rows"], result["retrieval"]["rows"]

@@ -286,7 +286,9 @@ def test_the_readme_runs_as_printed(started, capsys):
     _, asked, *_ = (block.replace("http://127.0.0.1:8000/v1", url) for block in blocks("bash", README))
     names = {}
     for code in blocks("python", README):
-        code = code.replace("http://127.0.0.1:8000/v1", url).replace("output_tokens=24", "output_tokens=24, temperature=0")
+        code = code.replace("http://127.0.0.1:8000/v1", url).replace(
+            "output_tokens=24", "output_tokens=24, temperature=0"
+        )
         exec(compile(code, README, "exec"), names)  # greedy, because a sampled answer may be empty
         assert capsys.readouterr().out
     if shutil.which("curl"):
