@@ -122,6 +122,14 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("exact answers, all of retrieval, share: -0.2000 [") for line in lines)
     assert "exact answers, all of other tasks, share: +0.0000 too few for an interval" in lines
+    other = tmp_path / "other.json"
+    for own in (0.0, 0.5):  # of the full model in the other run
+        for file, name, moved in ((path, "a", 0.0), (other, "b", own)):
+            texts = {"all": {"rows": {name: rows[name], "full": {"by_window": {"nll": [1.0 + moved]}}}}}
+            asked = {"rows": {name: answers[name], "full": {"by_question": {"log_prob": [-1.0] * 6}}}}
+            file.write_text(json.dumps({"text": texts, "retrieval": asked, "contenders": {name: {}}}))
+        assert compare.main([str(path), "a", "b", "--other", str(other)]) == (2 if own else 0)
+        assert ("the full models of the two runs differ" in capsys.readouterr().err) == bool(own)
     for name, changed in (("c", result), ("b", result | {"text": {"all": {"rows": {}}}})):
         path.write_text(json.dumps(changed))
         assert compare.main([str(path), "a", name]) == 2

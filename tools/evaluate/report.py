@@ -197,7 +197,8 @@ def _draw(axes, result: dict, values: dict[str, dict]) -> None:
         if speedup is None:
             continue
         point = (speedup, values[name], contender["pruned_layers"])
-        lines.setdefault(contender["method"], []).append(point)
+        label = f"{contender['method']} (at its limit)" if contender.get("is_own") else contender["method"]
+        lines.setdefault(label, []).append(point)
     for number, (method, points) in enumerate(lines.items()):
         _draw_line(axes, method, sorted(points, key=lambda point: point[0]), number)
     axes.axvline(1, color="gray", linewidth=0.8, linestyle="--")

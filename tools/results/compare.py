@@ -3,8 +3,9 @@
 python -m tools.evaluate --prune third --prune default --tasks text --json mine.json
 python -m tools.results.compare mine.json third default
 
-Both have seen the same windows and questions, so the differences are paired. An interval that covers 95 % misses the
-true value in one of twenty comparisons.
+Both have seen the same windows and questions, so the differences are paired. With --other, the second method is that of
+another run with these windows and questions. An interval that covers 95 % misses the true value in one of twenty
+comparisons.
 """
 
 from __future__ import annotations
@@ -21,21 +22,32 @@ from tools.results.leaderboard import KINDS, kind_of
 from tools.results.rows import read_result
 
 
-def differences(path: str, first: str, second: str) -> dict[str, dict]:
+def differences(path: str, first: str, second: str, other: str | None = None) -> dict[str, dict]:
     """The first method's mean figures minus the second's: {figure: {"value", "low", "high"}}.
 
-    Raises InputError for a file or a method that lacks them.
+    Args:
+        path: Of the run with the first method.
+        first, second: The names of the methods.
+        other: Of the run with the second method, on the same windows and questions. None: it is the first one.
+
+    Raises:
+        InputError: A file or a method lacks the figures, or the full models of two runs differ.
     """
     result = read_result(path)
+    seed = result.get("seed", 0)
     methods = first, second
     found = {}
     try:
+        if other is not None:
+            _add_rows(result, read_result(other), second)
         for domain, text in result.get("text", {}).items():
-            found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", methods)
+            found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", methods, seed)
         answers = result["retrieval"]["rows"]
         for group, which in _groups(answers[first]["by_question"].get("kind", [])).items():
-            found[f"exact answers{group}, share"] = _paired(answers, "by_question", "exact", methods, which)
-            found[f"log-probability{group}, nats"] = _paired(answers, "by_question", "log_prob", methods, which)
+            found[f"exact answers{group}, share"] = _paired(answers, "by_question", "exact", methods, seed, which)
+            found[f"log-probability{group}, nats"] = _paired(answers, "by_question", "log_prob", methods, seed, which)
+    except InputError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(result.get("contenders", ()))
         advice = f"it has the methods {names}; write it with tools.evaluate --tasks text --json"
@@ -55,10 +67,25 @@ def _groups(kinds: list[str]) -> dict[str, np.ndarray | slice]:
     return groups
 
 
-def _paired(rows: dict[str, dict], figures: str, name: str, methods: tuple[str, str], which=slice(None)) -> dict:
+def _add_rows(result: dict, other: dict, method: str) -> None:
+    """Add a method of another run to a result. Raises InputError if the runs differ in what the full model does."""
+    pairs = [(result["retrieval"]["rows"], other["retrieval"]["rows"], "by_question", "log_prob")]
+    for domain, text in result.get("text", {}).items():
+        pairs.append((text["rows"], other["text"][domain]["rows"], "by_window", "nll"))
+    for mine, theirs, figures, name in pairs:
+        own = mine["full"][figures][name]
+        full = theirs["full"][figures][name]
+        if len(own) != len(full) or not np.allclose(own, full, atol=1e-3):
+            raise InputError("the full models of the two runs differ, so they had other windows, questions or weights")
+        mine[method] = theirs[method]
+
+
+def _paired(
+    rows: dict[str, dict], figures: str, name: str, methods: tuple[str, str], seed: int, which=slice(None)
+) -> dict:
     """The first method's figures minus the second's, of `which` windows or questions."""
     first, second = (np.array(rows[method][figures][name])[which] for method in methods)
-    return interval(first - second)
+    return interval(first - second, seed=seed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,10 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", help="written by tools.evaluate --json")
     parser.add_argument("first", help="a method, as a row of the tables is called")
     parser.add_argument("second", help="another method")
+    parser.add_argument("--other", help="the file of the second method, if it is another run of the same questions")
     args = parser.parse_args(argv)
 
     def work() -> None:
-        found = differences(args.file, args.first, args.second)
+        found = differences(args.file, args.first, args.second, args.other)
         print(f"{args.first} minus {args.second}, with intervals of 95 %")
         for name, figure in found.items():
             ends = "too few for an interval"
