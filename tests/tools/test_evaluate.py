@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.cases import random_corrections
 from support.goldens import GOLDENS
 from support.plans import contents
 from support.tiny import random_model, tiny_config
@@ -102,6 +103,14 @@ def run(tiny_folder, text_file, tmp_path):
         return json.loads(path.read_text())
 
     return run
+
+
+def test_the_figures_tell_which_corrections_a_plan_has():
+    def plan(seed):
+        return pop.PrunePlan((2, 3), 1, 1, random_corrections(tiny_config(), (2, 3), seed))
+
+    assert evaluate.hash_of(plan(0)) == evaluate.hash_of(plan(0)) != evaluate.hash_of(plan(1))
+    assert evaluate.hash_of(pop.PrunePlan((2, 3))) is None
 
 
 def test_one_run_prints_the_report_of_the_figures_in_json(run, tiny_folder, text_file, tmp_path, capsys):

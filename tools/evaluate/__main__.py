@@ -212,11 +212,21 @@ def _settings(args, model: pop.Model, domains: dict[str, list[Path]], contenders
                 "method": contender.method,
                 "pruned_layers": len(contender.plan.layers),
                 "is_own": contender.is_own,  # whether it reads prompts one at a time, in code that is not the engine's
-                "plan": contender.plan.fields() | {"name": contender.plan.name},
+                "plan": contender.plan.fields() | {"name": contender.plan.name, "sha256": hash_of(contender.plan)},
             }
             for contender in contenders
         },
     }
+
+
+def hash_of(plan: pop.PrunePlan) -> str | None:
+    """The SHA-256 of a plan's corrections, which tells plans of the same layers apart. None without any."""
+    if plan.corrections is None:
+        return None
+    found = hashlib.sha256()
+    for _, tensor in sorted(plan.corrections.tensors.items()):
+        found.update(tensor.float().cpu().contiguous().numpy().tobytes())  # float32, whatever the model's dtype is
+    return found.hexdigest()
 
 
 def _parser() -> argparse.ArgumentParser:
