@@ -182,7 +182,7 @@ class Model(Runner):
             raise InputError(f"messages is a {type(messages).__name__}; give a list of them, as `chat` takes it")
         if not isinstance(system, str | None):
             raise InputError(
-                f"system is a {type(system).__name__}, not text; earlier messages are start_chat(messages=...)"
+                f"system is {system!r:.80}, and must be text; give earlier messages as start_chat(messages=...)"
             )
         earlier = list(messages or ())
         if system is not None:

@@ -7,7 +7,7 @@ from pop.errors import InputError
 from pop.inputs.images import Image
 from pop.inputs.processors import Prepared, Processor
 
-PART = "{'type': 'text', 'text': 'Hi'} or {'type': 'image', 'image': PATH_OR_BYTES}"
+PART = "{'type': 'text', 'text': 'Hi'}, or have the type image or video, with a path or bytes under that key"
 # The roles, and what a message may have besides its role and content.
 _RESULT = ("name", "tool_call_id")
 KEYS = {
@@ -89,7 +89,7 @@ def _read_part(part: dict[str, Any], where: str, vision: Processor) -> str | Pre
         case {"type": "video", "video": given, **rest} if not rest:
             pass
         case _:
-            raise InputError(f"{where}: a part must be like {PART}, or of a video in this form, got {part!r:.80}.")
+            raise InputError(f"{where}: a part must be like {PART}; got {part!r:.80}.")
     return vision.prepare(part["type"], given)
 
 

@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
         cases = {name: CASES[name] for name in names}
         (folder / f"cases-{size}.json").write_text(json.dumps(cases), encoding="utf-8")
     ran = start([sys.executable, WORKER, folder])
-    said = ran.communicate(timeout=600)[1]  # a rank that hangs ends after 240 s, and there are two runs
+    said = ran.communicate(timeout=300)[1]  # in each of two runs, a rank that hangs ends after 120 s
     assert ran.returncode == 0, said[-4000:]
     return folder
 

@@ -57,7 +57,8 @@ def test_tokens_are_copied_if_they_are_the_likeliest(model):
     judge = Judge(model, windows)
     for case in judge.cases:
         passage = case.passage
-        tokens, cue = case.prompt + case.continuation + passage, max(1, len(passage) // CUES_IN_PASSAGE)
+        tokens = case.prompt + case.continuation + passage
+        cue = max(1, len(passage) // CUES_IN_PASSAGE)
         answers = model.logits([tokens])[0].argmax(-1)[len(tokens) - len(passage) + cue - 1 : -1]
         right += sum(int(a == b) for a, b in zip(answers, passage[cue:], strict=True))
         total += len(answers)

@@ -47,7 +47,9 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
 
 def test_corrections_are_the_best_of_their_rank(model, notes):
     """By the squared change of what they compute on the texts, and of what lambda adds, in numpy. One updates h."""
-    plan, rank, ridge = PrunePlan((2, 3), full_depth_first=1), 9, 1e-2
+    plan = PrunePlan((2, 3), full_depth_first=1)
+    rank = 9
+    ridge = 1e-2
     windows = windows_of(TEXTS)
     exact, best = (fitted(model, windows, plan, rank, ridge).corrections for rank in (None, rank))
 

@@ -183,7 +183,7 @@ def start(rank: int, folder: Path) -> int:
     child = os.fork()
     if child == 0:
         os.environ["RANK"] = str(rank)
-        faulthandler.dump_traceback_later(240, exit=True)  # a rank that hangs says where, and ends
+        faulthandler.dump_traceback_later(120, exit=True)  # a rank that hangs says where, and ends
         try:
             main(folder)
             end()
