@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.compiler import requires_compiler
+from support.compiler import requires_compiler, requires_new_torch
 from support.nightly import NIGHTLY
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
@@ -21,6 +21,7 @@ GEMMA = tiny_gemma3_config(**WIDE)
 PLAN = pop.PrunePlan((3, 4))
 TOKENS = [[5, 12, 44, 3, 50, 8, 33, 2, 19]]
 TOLERANCE = 0.1  # of the logits' standard deviation, root mean square
+pytestmark = requires_new_torch  # as torchao does
 
 
 def quantized(module):

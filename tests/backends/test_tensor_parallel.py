@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from support.compiler import requires_compiler
+from support.compiler import requires_compiler, requires_new_torch
 from support.goldens import GOLDENS
 from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, corrections, run
 from support.readme import READMES, blocks
@@ -154,6 +154,7 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(folder)
         pop.load(folder / "llama", parallel=2)
 
 
+@requires_new_torch  # torch 2.8 prints lines of Gloo's as well
 @pytest.mark.parametrize("line", TORCHRUN if THOROUGH else TORCHRUN[:1], ids=lambda line: line.split()[1])
 def test_the_readmes_lines_print_once_what_one_process_prints(line, tmp_path, monkeypatch, capsys):
     """With a tiny model under the given name, two processes, and this machine instead of two machines."""

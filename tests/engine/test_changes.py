@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from support.cases import assert_close, new_cache
-from support.compiler import requires_compiler
+from support.compiler import IS_OLD, requires_compiler, requires_new_torch
 from support.nightly import NIGHTLY
 from support.tiny import random_model, tiny_config
 from torch import nn
@@ -161,6 +161,8 @@ NIGHTLY_ONLY = {"forward", "hook on last norm", "eps of last norm", "strides"}  
 @pytest.mark.parametrize("name", CHANGES if NIGHTLY else [name for name in CHANGES if name not in NIGHTLY_ONLY])
 def test_compiled_code_follows_a_change_and_back(shared, name):
     """The change has the effect that it has eagerly. The first call compiles it, and undoing it compiles nothing."""
+    if IS_OLD and name in ("eps", "parametrization"):
+        pytest.skip("this torch looks at eps itself, or cannot compile a parametrization")
     compiled, eager, module, compilations = shared
     original = logits(compiled)
     with changed(module, name, compiled):
@@ -206,6 +208,7 @@ def test_a_weight_that_reaches_beyond_its_memory_is_refused():
             kinds.look(module.layers)
 
 
+@requires_new_torch
 @requires_compiler
 def test_layers_may_differ_in_which_weights_are_trained(shared):
     compiled, _, module, compilations = shared

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import batches, plans, random_corrections
-from support.compiler import requires_compiler
+from support.compiler import requires_compiler, requires_new_torch
 from support.nightly import NIGHTLY
 from support.tiny import (
     EXPERTS,
@@ -160,6 +160,7 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
             assert (ours - expected).abs().max() < 1e-4 * expected.std()
 
 
+@requires_new_torch
 @requires_compiler
 @pytest.mark.parametrize("config", [tiny_qwen3_vl_config(), tiny_gemma3_vl_config()])
 def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch):

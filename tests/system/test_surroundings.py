@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.compiler import IS_OLD
 from support.plans import contents
 from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
@@ -85,7 +86,7 @@ def test_a_model_runs_where_torch_cannot_make_its_cache_folder(tmp_path):
     folder = write_checkpoint(tmp_path / "model")
     (tmp_path / "file").touch()
     expected = pop.load(folder, compile=False, tokenizer=None).generate([1], max_new_tokens=2).tokens
-    for more in ((), ("no temporary folder",)):
+    for more in ((),) if IS_OLD else ((), ("no temporary folder",)):  # an old torch itself needs a temporary folder
         result = subprocess.run(
             [sys.executable, "-c", WITHOUT_FOLDER, str(folder), *more],
             env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")},
