@@ -27,12 +27,12 @@ PLANS = Path(__file__).parent / "plans"
 # What a row must say, and what it may. A figure that is null or missing is not known.
 NEEDED = ("model", "plan")
 TEXTS = (*NEEDED, "machine", "commit", "run", "dtype", "texts", "python")
-FIGURES = ("speedup_2048", "speedup_8192", "kl", "retrieved", "lambada")
+FIGURES = ("speedup_2048", "speedup_8192", "limit_2048", "kl", "retrieved", "lambada")
 COUNTS = ("prompt_tokens", "windows", "questions", "question_tokens", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
 FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
-HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", "after tokens", *KINDS, "all", "of full")
-HEADS += ("questions", "of tokens", "LAMBADA", "losses in", "on texts", "seed", "machine", "commit", "run")
+HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "limit at 2,048", "KL, nats", "after tokens", *KINDS, "all")
+HEADS += ("of full", "questions", "of tokens", "LAMBADA", "losses in", "on texts", "seed", "machine", "commit", "run")
 
 
 def read_row(path: Path) -> dict:
@@ -100,6 +100,7 @@ def row_of(path: Path, plan: str) -> dict:
             "python": machine["python"],
             "speedup_2048": None,
             "speedup_8192": None,
+            "limit_2048": None,
             "kl": round(first["rows"][plan].get("kl", {"value": 0})["value"], 3),
             "retrieved": round(figures["exact"], 2),
             "kept": _kept(figures["share"]),
@@ -112,8 +113,12 @@ def row_of(path: Path, plan: str) -> dict:
             "lambada": None,
         }
         measured = f"speedup_{row['prompt_tokens']}"
-        if measured in FIGURES and "ttft" in result:
-            row[measured] = round(result["ttft"][plan]["speedup"], 2)
+        if "ttft" in result:
+            times = result["ttft"][plan]
+            if measured in FIGURES:
+                row[measured] = round(times["speedup"], 2)
+            if row["prompt_tokens"] == 2048 and times["limit"] is not None:
+                row["limit_2048"] = round(times["limit"], 2)
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
@@ -179,6 +184,7 @@ def _cells(row: dict) -> list[str]:
         row["plan"],
         cell(row.get("speedup_2048"), "{:.2f}x"),
         cell(row.get("speedup_8192"), "{:.2f}x"),
+        cell(row.get("limit_2048"), "{:.2f}x"),
         cell(row.get("kl"), "{:.3f}"),
         cell(row.get("prompt_tokens"), "{}"),
         *(cell(kinds.get(kind), "{:.0%}") for kind in KINDS),
