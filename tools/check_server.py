@@ -166,6 +166,11 @@ def compare(
     return Verdict({}, {cell: np.array(found) for cell, found in exact.items()})
 
 
+def is_unjudged(verdict: Verdict) -> bool:
+    """Whether too few answers are right at full depth to judge any kind of question."""
+    return verdict.holds and len(verdict.unjudged) == len(verdict.exact)
+
+
 ALIKE = "No question tells the plan from full depth. See in the server's counters or usage whether it prunes at all."
 
 
@@ -182,7 +187,8 @@ def report(verdict: Verdict) -> str:
         cells.setdefault(kind, []).append("{} / {} of {}".format(*exact.sum(0), len(exact)))
     rows = [["exact answers, plan / full depth", *(f"{length:,} tokens" for length in lengths)]]
     rows += [[kind, *row] for kind, row in cells.items()]
-    text = f"{table(rows)}\n\n{verdict.sentence}\nKL is not compared."
+    sentence = "Nothing was judged." if is_unjudged(verdict) else verdict.sentence
+    text = f"{table(rows)}\n\n{sentence}\nKL is not compared."
     if all((exact[:, 0] == exact[:, 1]).all() for exact in verdict.exact.values()):
         text += f"\n{ALIKE}"
     return text
@@ -215,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         client.check(lengths, PLAN[args.server])
         verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"), args.cached)
         print(report(verdict))
-        if verdict.holds and len(verdict.unjudged) == len(verdict.exact):
+        if is_unjudged(verdict):
             raise InputError(
                 "too few answers at full depth are right to judge a kind of question; give more --questions"
             )

@@ -169,8 +169,8 @@ machine  {computer["device"]}, {computer["threads"]} threads, torch {computer["t
 prompt   {result["prompt_tokens"]:,} tokens: {about}"""
 
 
-HEADS = ("TTFT*, ms", "speedup", "limit", "KL, nats", "repeated", "copied")
-TABLE = f"\n{'prompt encoded by':58}" + "".join(f"{head:>10}" for head in HEADS)
+HEADS = ("TTFT*, ms", "speedup", "limit", "KL, nats", "KL, repeated", "copied")
+TABLE = f"\n{'prompt encoded by':58}" + "".join(f"  {head}" for head in HEADS)
 
 
 def cells_of(row: dict) -> str:
@@ -182,7 +182,7 @@ def cells_of(row: dict) -> str:
         f"{row['repetition_kl_nats']:.3f}",
         f"{row['copied']:.0%}",
     ]
-    line = f"{row['plan']:58}" + "".join(f"{cell:>10}" for cell in cells)
+    line = f"{row['plan']:58}" + "".join(f"  {cell:>{len(head)}}" for head, cell in zip(HEADS, cells, strict=True))
     if row["speedup"] > row["speedup_limit"]:
         line += f"\n{TOO_HIGH}"
     elif row["speedup"] < 1:

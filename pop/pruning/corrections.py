@@ -68,14 +68,14 @@ def corrected_keys_values(layer, h, z, weight, rope) -> tuple[Tensor, Tensor]:
 
 
 class Corrections:
-    """The corrections of all n pruned layers of a plan, which form G groups of consecutive layers.
+    """The corrections of all n pruned layers of a plan, which form m groups of consecutive layers.
 
     They compare by identity.
 
     Args:
         layers: The indices of the layers, in order.
         weight: U [n, 2, K * E, R], for K and for V.
-        shared: P [G, R, 2 * D].
+        shared: P [m, R, 2 * D].
         update: A [g, D, R] of the g groups that kept layers follow, which are all but possibly the last. None: g is 0.
         sketch: Of the layers that they were fitted to, [n, 2, J] float32 on the CPU (sketch.py).
 

@@ -587,3 +587,13 @@ def test_ctrl_c_at_the_prompt_ends_the_session(talk, monkeypatch):
     monkeypatch.setattr("builtins.input", interrupt)
     status, _, err, _ = talk([])
     assert (status, err.splitlines()[-1]) == (130, "pop: interrupted")
+
+
+@pytest.mark.parametrize(
+    "words", ["generate m", "chat m", "importance m", "calibrate m", "check m p", "plans", "download m"]
+)
+def test_every_option_is_read(words):
+    """An option that no command reads would be dropped without a word."""
+    source = inspect.getsource(commands)
+    read = {*commands.LOADING, *commands.SAMPLING, *re.findall(r"args\.(\w+)", source), *re.findall(r'"(\w+)"', source)}
+    assert {*vars(parse(words.split()))} - read <= {"command"}

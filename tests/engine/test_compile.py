@@ -114,6 +114,18 @@ def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
 
 
 @requires_compiler
+@pytest.mark.parametrize("length", [4090, 4100])
+def test_a_long_prompt_whose_tokens_are_selected_needs_no_new_graph(pair, nothing_compiles, length):
+    """Code for CPUs adds up more than 4,096 numbers in another way. Here, a selected token changes the logits little."""
+    compiled, eager, _ = pair
+    last = compiled.config.num_layers - 1
+    plan = pop.PrunePlan((last,), full_depth_selected=0.01, selecting_layer=last - 1)
+    tokens = torch.randint(60, (1, length), generator=torch.Generator().manual_seed(0))
+    ours, expected = (model.prefill(tokens, model.new_cache(1, 5000), plan=plan) for model in (compiled, eager))
+    assert (ours - expected).abs().max() < 1e-4 * expected.std()
+
+
+@requires_compiler
 def test_answers_and_scores_compile_nothing_for_any_prompt_or_setting(pair, nothing_compiles):
     """Rows differ in length and their answers end at different times, sampled or greedy, as in the eager model."""
     compiled, eager, max_rows = pair

@@ -30,9 +30,9 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def attention(self, h, kv):
-        """The update of T tokens that attend to N >= T tokens, whose keys and values kv [B, N, 2 D] end with theirs."""
+        """The update of T new tokens. Their keys and values are the last ones of kv [B, N + T, 2 D]."""
         q, k, v = self.queries(self.norm(h)), *kv.chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T or N, E]
+        q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T or N + T, E]
         causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
         return self.output(mixed.transpose(1, 2).flatten(2))
@@ -111,7 +111,7 @@ def exact_answers(model, prefill=(), boundary=(), decode=(), without_kv=()):
     """Answer 500 prompts greedily, and return the shares of exact answers as text.
 
     The first three arguments are the layers that are skipped by the prompt without its last token, by that token, and
-    by generated tokens. In the layers `without_kv`, the first part's keys and values are dropped.
+    by generated tokens. In the layers `without_kv`, K and V of the prompt without its last token are dropped.
     """
     torch.manual_seed(1)
     prompts, answers = examples(500)
