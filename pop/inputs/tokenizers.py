@@ -185,8 +185,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return _load(files)
     except Exception as error:  # broken files can raise nearly anything
-        reason = "" if isinstance(error, TokenizerError) else f"not a tokenizer, {type(error).__name__}: "
-        raise TokenizerError(f"{path}: {reason}{error}") from error
+        if isinstance(error, TokenizerError):
+            raise TokenizerError(f"{path}: {error}") from error
+        where = files[0] if len(files) == 1 else path
+        raise TokenizerError(f"{where}: not a tokenizer, {type(error).__name__}: {error}; fetch it again") from error
 
 
 def _load(files: list[Path]) -> Tokenizer:

@@ -188,9 +188,9 @@ class PrunePlan:
     def judgement(self) -> str:
         """What a line on the plan says of its verdict, after a comma. Empty if its record has none."""
         with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
-            _, low, high = self.about["verdict"]["kept"]
+            share, low, high = self.about["verdict"]["kept"]
             limits = "" if self.holds else ", but does not hold"
-            return f", keeps {low:.0%} to {high:.0%} of pop check's answers{limits}"
+            return f", keeps {share:.0%} [{low:.0%}, {high:.0%}] of pop check's answers{limits}"
         return ", does not hold" if "verdict" in self.about and not self.holds else ""
 
     def speedup(self, model, prompt_tokens: int) -> float:

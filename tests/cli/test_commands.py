@@ -177,7 +177,7 @@ def test_a_changed_plan_has_neither_the_name_nor_the_record_of_the_given_one(fol
     for options, is_said in (([], True), (["--full-depth-last", "2"], False)):
         (line,) = plan_lines(run(*words, *options).err)
         assert "skips 2 of 6 layers" in line
-        assert ("by mine.plan" in line) == ("keeps 90% to 100% of pop check's answers" in line) == is_said
+        assert ("by mine.plan" in line) == ("keeps 97% [90%, 100%] of pop check's answers" in line) == is_said
 
 
 def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, run):

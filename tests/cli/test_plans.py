@@ -65,7 +65,7 @@ def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, run)
     pop.PrunePlan((2, 3), about={"verdict": VERDICT}).save(tmp_path / "plan")
     first, layers, _, *lines = run("plans", tmp_path / "plan").out.splitlines()
     assert layers == "  pruned layers: 2, 3"
-    assert first.endswith("without layers 2 to 3, keeps 93% to 101% of pop check's answers")
+    assert first.endswith("without layers 2 to 3, keeps 97% [93%, 101%] of pop check's answers")
     cells = [" ".join(line.split()) for line in lines if line.strip()]
     assert cells == [
         "exact answers, plan / full model 256 tokens 1,024 tokens",
@@ -86,10 +86,10 @@ def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch
     (tmp_path / "owner" / "model").mkdir(parents=True)
     pop.PrunePlan((2, 3)).save(tmp_path / "owner" / "model" / "mine.plan")  # of `pop download OWNER/MODEL`
     lines = run("plans").out.splitlines()
-    third = "without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 92% to 111% of pop check's answers"
+    third = "without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 101% [92%, 111%] of pop check's answers"
     assert f"smollm2-135m-third: {third}" in lines
     assert lines[-1] == f"{tmp_path / 'owner' / 'model' / 'mine.plan'}: without layers 2 to 3"
-    kept = "keeps 90% to 100% of pop check's answers, but does not hold"
+    kept = "keeps 97% [90%, 100%] of pop check's answers, but does not hold"
     assert lines[-2] == f"{folder / 'default.plan'}: without layers 2 to 2, {kept}"
     assert lines[-3].startswith(f"{folder / 'broken.plan'} is not a pruning plan")
     unjudged = pop.PrunePlan((2,), about={"verdict": {"holds": False, "kept": None}})  # by its KL alone

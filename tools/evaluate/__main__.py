@@ -166,7 +166,10 @@ def _cut_windows(args, model: pop.Model, encoded: dict[str, list[int]]) -> dict[
     for name, tokens in encoded.items():
         windows[name] = spread_windows(tokens, size, args.windows, model.tokenizer.bos_id)
         if not windows[name]:
-            raise InputError(f"the domain {name} has {len(tokens)} tokens, less than a window of {size}")
+            raise InputError(
+                f"the domain {name} has {len(tokens)} tokens, less than a window of {size}; "
+                "give a longer text, or lower --prompt-tokens or --continuation-tokens"
+            )
     return windows
 
 
