@@ -45,7 +45,6 @@ COMPILED = (
     "head",
 )  # stages; the others run as they are
 PRUNED = (stages.pruned_layer, stages.corrected_layer)
-SUMMED = 4096  # numbers; compiled code for CPUs adds up more of them in another way, so it would be compiled again
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class ReadyStages:
 
     def _warm_up(self, several: bool, plan: PrunePlan) -> None:
         if self.progress and not self._warm:
-            print("... compiling prefill and decode, half a minute or more the first time", file=sys.stderr, flush=True)
+            print("... compiling prefill and decode, up to half a minute the first time", file=sys.stderr, flush=True)
         try:
             if self.add_up is not None and not self._warm:
                 self._check_compilers()
@@ -260,8 +259,6 @@ class _CompiledStage:
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
         if self.function is stages.head:
             is_rare = not one_token
-        elif self.function is stages.received:  # whose softmax adds up a number for each token
-            is_rare = one_token or (h.shape[1] > SUMMED and not h.is_cuda)
         else:
             is_rare = one_token and self.function is not stages.full_layer
         if kind is None or is_rare:

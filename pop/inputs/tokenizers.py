@@ -5,7 +5,6 @@ Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's B
 
 import codecs
 import copy
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, groupby
@@ -185,10 +184,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return _load(files)
     except Exception as error:  # broken files can raise nearly anything
-        if isinstance(error, TokenizerError):
-            raise TokenizerError(f"{path}: {error}") from error
-        where = files[0] if len(files) == 1 else path
-        raise TokenizerError(f"{where}: not a tokenizer, {type(error).__name__}: {error}; fetch it again") from error
+        reason = "" if isinstance(error, TokenizerError) else f"not a tokenizer, {type(error).__name__}: "
+        raise TokenizerError(f"{path}: {reason}{error}") from error
 
 
 def _load(files: list[Path]) -> Tokenizer:
@@ -197,7 +194,7 @@ def _load(files: list[Path]) -> Tokenizer:
 
     folder = files[0].parent
     is_json = files[0].suffix == ".json"
-    spec = json.loads(files[0].read_bytes()) if is_json else {}
+    spec = read_json(files[0], TokenizerError) if is_json else {}
     config = _read(folder, "tokenizer_config.json")
     byte_pair.refuse_settings(config, ("add_prefix_space", "split_special_tokens"))  # which would change ids
     listed = config.get("added_tokens_decoder")

@@ -27,8 +27,10 @@ def attention_received(q: Tensor, k: Tensor, query: Tensor, key: Tensor, scale: 
     products = scale * torch.einsum("...qkge,...tke->...kgqt", q.float(), k.float())
     key = key[..., None, None, None, :]  # [..., 1, 1, 1, T]
     attended = (key >= 0) & (key <= query[..., None, None, :, None])  # [..., 1, 1, Q, T]
-    weights = products.masked_fill(~attended, torch.finfo(products.dtype).min).softmax(-1)
-    return weights.where(attended, 0).amax((-4, -3, -2))
+    masked = products.masked_fill(~attended, torch.finfo(products.dtype).min)
+    # Inductor's sums of more than 4,096 numbers of float32 are other code. In float64, all lengths share one graph.
+    weights = masked.softmax(-1, dtype=torch.float64)
+    return weights.where(attended, 0).amax((-4, -3, -2)).float()
 
 
 def most_attended(received: Tensor, others: Tensor, counts: Tensor) -> Tensor:

@@ -13,6 +13,6 @@ def _compiler_works() -> bool:
 
 
 # torch 2.6 and 2.8 compile again in other cases, and torchao and Triton's interpreter need a newer torch.
-IS_OLD = torch.__version__ < "2.13"
-requires_new_torch = pytest.mark.skipif(IS_OLD, reason="torch is older than 2.13")
+IS_OLD = torch.__version__ < "2.9"
+requires_new_torch = pytest.mark.skipif(IS_OLD, reason="torch is older than 2.9")
 requires_compiler = pytest.mark.skipif(not _compiler_works(), reason="torch cannot compile on this machine")

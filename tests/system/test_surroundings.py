@@ -51,6 +51,12 @@ def test_the_default_device_changes_nothing(tmp_path):
             torch.set_default_device(None)
 
 
+def test_a_model_runs_after_the_default_device_was_reset(tmp_path, monkeypatch):
+    """torch 2.6 then cannot say what the default device is."""
+    monkeypatch.delattr(torch, "get_default_device")
+    assert pop.load(write_chat_checkpoint(tmp_path), prune=0.5).generate([[1, 2, 3]], max_new_tokens=1)
+
+
 @pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 5000, "/" + "x" * 5000, "a/" + "x" * 4990], ids=len)
 def test_paths_that_the_system_refuses(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -35,12 +35,12 @@ class JsonSchema:
 
     Args:
         model: a model with a tokenizer.
-        schema: a JSON schema, as a dict.
+        schema: a JSON schema, as a dict or as text.
         tokenizer: what `tokenizer_of` has made for the model. It takes a second, so share it among schemas.
     """
 
-    def __init__(self, model: pop.Model, schema: dict[str, Any], tokenizer: Any = None):
-        if not isinstance(schema, dict):  # a class of pydantic, for instance
+    def __init__(self, model: pop.Model, schema: dict[str, Any] | str, tokenizer: Any = None):
+        if not isinstance(schema, dict | str):  # a class of pydantic, for instance
             raise InputError(f"the JSON schema is {schema!r:.80}; give a dict, such as pydantic's model_json_schema()")
         tokenizer = tokenizer or tokenizer_of(model)
         matcher = import_llguidance().LLMatcher
