@@ -47,7 +47,7 @@ def check_widths(plan: PrunePlan, model_config) -> None:
     """
     if plan.corrections is None:
         return
-    codes = plan.corrections.shared  # [G, R, 2 * D]
+    codes = plan.corrections.shared  # [m, R, 2 * D]
     outputs = plan.corrections.weight  # [n, 2, K * E, R]
     width = model_config.get_hidden_size()
     keys = model_config.get_total_num_kv_heads() * model_config.get_head_size()
