@@ -92,7 +92,9 @@ def load_weights(
             advance(target.nbytes)
     for name, weight in weights.items():
         if weight.dim() == 1 and not weight.isfinite().all():
-            raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")
+            raise CheckpointError(
+                f"{folder}: {name} has NaN or infinite values in {dtype}; delete the folder, and fetch it again"
+            )
     module.load_state_dict(weights, assign=True)
     module.requires_grad_(False)
 
@@ -191,7 +193,9 @@ def _map(file: Path) -> dict[str, Tensor]:
         reason = reason_of(error)
         if "Cannot allocate memory" in reason:
             raise CacheMemoryError(f"{file} cannot be mapped into memory ({reason}); raise `ulimit -v`") from None
-        raise CheckpointError(f"{file} is truncated or corrupt, fetch it again ({reason})") from None
+        raise CheckpointError(
+            f"{file} is truncated or corrupt ({reason}); delete its folder, and fetch it again"
+        ) from None
     return tensors
 
 
@@ -287,7 +291,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} holds no weights, such as model.safetensors{instead(os.listdir(folder))}")
     weight_map = read_json(index_file, CheckpointError).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
-        raise CheckpointError(f"{index_file} holds no weight_map of tensors to files; fetch it again")
+        raise CheckpointError(
+            f"{index_file} holds no weight_map of tensors to files; delete its folder, and fetch it again"
+        )
     files = []
     for shard in sorted(set(weight_map.values())):
         # The name comes from outside and must not lead out of the folder. The file may be a symbolic link.

@@ -164,10 +164,10 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
     assert leaderboard.main(paths) == 0
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"| a | b |{' - |' * 20}",
-        f"| m | faster | 2.00x |{' - |' * 19}",
+        f"| a | b |{' - |' * 21}",
+        f"| m | faster | 2.00x |{' - |' * 20}",
         "| m | p/q | 1.50x | - | 1.61x | 0.012 | 512 | 88 % | - | - | - | 50 % | 62 % [49 %, 74 %] | 180 | 2048 | -"
-        " | float32 | alice | 3 | two cores | 0123456-dirty | r.json |",
+        " | float32 | alice | - | 3 | two cores | 0123456-dirty | r.json |",
     ]
 
 
@@ -220,6 +220,9 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
         path.write_text(json.dumps(result | {"tokens": {"prompt": 2048}}))
         row = leaderboard.row_of(path, "half")
         assert (row["speedup_2048"], row["limit_2048"]) == (1.5, limit)
+    result["contenders"]["half"]["is_own"] = True  # its speed says nothing
+    path.write_text(json.dumps(result | {"tokens": {"prompt": 2048}}))
+    assert leaderboard.row_of(path, "half")["speedup_2048"] is None
     path.with_name("row.json").write_text(out)
     assert leaderboard.main([str(path.with_name("row.json"))]) == 0
     assert "| mine | half | - | - | - | 0.050 | 64 | 50 % |" in capsys.readouterr().out

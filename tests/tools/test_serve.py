@@ -372,6 +372,8 @@ def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(monkeypatch
 def test_the_first_plan_is_the_default_and_has_its_own_name_too(tmp_path, monkeypatch, capsys):
     folder = write_chat_checkpoint(tmp_path / "chat")
     made, load = [], pop.load
+    warmed = Mock()
+    monkeypatch.setattr(pop.Model, "warmup", warmed)
     monkeypatch.setattr("tools.serve.__main__.threading.Thread", Mock())
     monkeypatch.setattr("tools.serve.__main__.uvicorn", Mock())
     monkeypatch.setattr("tools.serve.__main__.Server", lambda *args: made.append(args) or Mock())
@@ -379,6 +381,7 @@ def test_the_first_plan_is_the_default_and_has_its_own_name_too(tmp_path, monkey
     engine, *_, plans = made.pop()
     assert engine.model.plan.layers == (4,)
     assert plans == {"0.2": None, "1,3": pop.PrunePlan((1, 3))}
+    assert warmed.call_args.args[1:] == ([plans["1,3"]],)
     assert "skips 1 of 5 layers" in capsys.readouterr().err
 
     shipped = pop.PrunePlan((2, 3), name="shipped.plan")

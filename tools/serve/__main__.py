@@ -57,7 +57,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         model.resolve(plan)  # refuses one of another model
     if default == "default" and model.plan.name:
         plans[model.plan.name.removesuffix(".plan")] = None  # the default by its own name
-    model.warmup(min(args.batch, 2))
+    model.warmup(min(args.batch, 2), [plan for plan in plans.values() if plan is not None])
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
     threading.Thread(target=work, args=(engine,), daemon=True).start()
