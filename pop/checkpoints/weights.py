@@ -93,7 +93,7 @@ def load_weights(
     for name, weight in weights.items():
         if weight.dim() == 1 and not weight.isfinite().all():
             raise CheckpointError(
-                f"{folder}: {name} has NaN or infinite values in {dtype}; delete the folder, and fetch it again"
+                f"{folder}: {name} has NaN or infinite values in {dtype}; move the folder away, and fetch it again"
             )
     module.load_state_dict(weights, assign=True)
     module.requires_grad_(False)
@@ -194,7 +194,7 @@ def _map(file: Path) -> dict[str, Tensor]:
         if "Cannot allocate memory" in reason:
             raise CacheMemoryError(f"{file} cannot be mapped into memory ({reason}); raise `ulimit -v`") from None
         raise CheckpointError(
-            f"{file} is truncated or corrupt ({reason}); delete its folder, and fetch it again"
+            f"{file} is truncated or corrupt ({reason}); move its folder away, and fetch it again"
         ) from None
     return tensors
 
@@ -292,7 +292,7 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(index_file, CheckpointError).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
         raise CheckpointError(
-            f"{index_file} holds no weight_map of tensors to files; delete its folder, and fetch it again"
+            f"{index_file} holds no weight_map of tensors to files; move its folder away, and fetch it again"
         )
     files = []
     for shard in sorted(set(weight_map.values())):

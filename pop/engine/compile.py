@@ -136,7 +136,7 @@ class ReadyStages:
 
     def _warm_up(self, several: bool, plan: PrunePlan) -> None:
         if self.progress and not self._warm:
-            print("... compiling prefill and decode, up to half a minute the first time", file=sys.stderr, flush=True)
+            print("... compiling prefill and decode, about half a minute the first time", file=sys.stderr, flush=True)
         try:
             if self.add_up is not None and not self._warm:
                 self._check_compilers()

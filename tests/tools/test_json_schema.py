@@ -20,10 +20,12 @@ def test_answers_follow_the_schema_alone_and_in_a_batch(tmp_path):
     pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
     model = pop.load(write_chat_checkpoint(tmp_path, vocab_size=270, eos_ids=(0,)))
     schema = JsonSchema(model, SCHEMA)
+    as_text = JsonSchema(model, json.dumps(SCHEMA))
     found = set()
     for seed in range(8):
         options = {"temperature": 3.0, "seed": seed, "max_new_tokens": 60, "logits_processor": schema}
         answers = model.generate(["A cat: ", "A bird, which has wings: "], **options)
+        options["logits_processor"] = as_text
         assert [answer.tokens for answer in answers[:1]] == [model.generate("A cat: ", **options).tokens]
         for answer in answers:
             assert answer.finish_reason == "stop"

@@ -41,7 +41,9 @@ class JsonSchema:
 
     def __init__(self, model: pop.Model, schema: dict[str, Any] | str, tokenizer: Any = None):
         if not isinstance(schema, dict | str):  # a class of pydantic, for instance
-            raise InputError(f"the JSON schema is {schema!r:.80}; give a dict, such as pydantic's model_json_schema()")
+            raise InputError(
+                f"the JSON schema is {schema!r:.80}; give a dict or its text, such as pydantic's model_json_schema()"
+            )
         tokenizer = tokenizer or tokenizer_of(model)
         matcher = import_llguidance().LLMatcher
         self.start = matcher(tokenizer, matcher.grammar_from_json_schema(schema, defaults=FORM))
