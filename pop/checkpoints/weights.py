@@ -42,6 +42,7 @@ OTHERS = {
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` in a checkout of pop converts",
 }
 OF_LAYER = ".self_attn.o_proj."  # in a name of each layer, and in none of a vision tower
+AGAIN = "move its folder away, and fetch it again"  # the folder may hold plans, and a known one is not fetched again
 BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
@@ -92,9 +93,7 @@ def load_weights(
             advance(target.nbytes)
     for name, weight in weights.items():
         if weight.dim() == 1 and not weight.isfinite().all():
-            raise CheckpointError(
-                f"{folder}: {name} has NaN or infinite values in {dtype}; move the folder away, and fetch it again"
-            )
+            raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; {AGAIN}")
     module.load_state_dict(weights, assign=True)
     module.requires_grad_(False)
 
@@ -193,9 +192,7 @@ def _map(file: Path) -> dict[str, Tensor]:
         reason = reason_of(error)
         if "Cannot allocate memory" in reason:
             raise CacheMemoryError(f"{file} cannot be mapped into memory ({reason}); raise `ulimit -v`") from None
-        raise CheckpointError(
-            f"{file} is truncated or corrupt ({reason}); move its folder away, and fetch it again"
-        ) from None
+        raise CheckpointError(f"{file} is truncated or corrupt ({reason}); {AGAIN}") from None
     return tensors
 
 
@@ -291,9 +288,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} holds no weights, such as model.safetensors{instead(os.listdir(folder))}")
     weight_map = read_json(index_file, CheckpointError).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
-        raise CheckpointError(
-            f"{index_file} holds no weight_map of tensors to files; move its folder away, and fetch it again"
-        )
+        raise CheckpointError(f"{index_file} holds no weight_map of tensors to files; {AGAIN}")
     files = []
     for shard in sorted(set(weight_map.values())):
         # The name comes from outside and must not lead out of the folder. The file may be a symbolic link.

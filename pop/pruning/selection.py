@@ -28,7 +28,8 @@ def attention_received(q: Tensor, k: Tensor, query: Tensor, key: Tensor, scale: 
     key = key[..., None, None, None, :]  # [..., 1, 1, 1, T]
     attended = (key >= 0) & (key <= query[..., None, None, :, None])  # [..., 1, 1, Q, T]
     masked = products.masked_fill(~attended, torch.finfo(products.dtype).min)
-    # Inductor's sums of more than 4,096 numbers of float32 are other code. In float64, all lengths share one graph.
+    # torch.compile generates other code for a sum of more than 4,096 numbers in float32, and compiles again for it. In
+    # float64, one graph serves all lengths.
     weights = masked.softmax(-1, dtype=torch.float64)
     return weights.where(attended, 0).amax((-4, -3, -2)).float()
 

@@ -596,8 +596,10 @@ def test_every_option_is_read(words):
     """An option that its command does not read would be dropped without a word."""
     source = inspect.getsource(commands.COMMANDS[words.split()[0]])
     for helper in ("_load", "_sampling", "_prompt"):
-        source += inspect.getsource(getattr(commands, helper)) if f"{helper}(args)" in source else ""
+        if f"{helper}(args)" in source:
+            source += inspect.getsource(getattr(commands, helper))
     read = {*re.findall(r"args\.(\w+)", source), *re.findall(r'"(\w+)"', source)}
     for table in ("LOADING", "SAMPLING"):
-        read |= {*getattr(commands, table)} if table in source else set()
+        if table in source:
+            read |= {*getattr(commands, table)}
     assert {*vars(parse(words.split()))} - read <= {"command"}

@@ -10,6 +10,8 @@ from support.goldens import GOLDENS
 from support.readme import READMES
 
 import pop
+from pop.checkpoints.config_json import read_config
+from pop.pruning.cost import speedup_limit
 from tools.evaluate import report
 from tools.evaluate.retrieval import share_of
 from tools.evaluate.text import interval
@@ -306,6 +308,27 @@ def test_rows_that_name_a_stored_run_have_its_figures():
             wanted -= {"speedup_2048", "limit_2048"}
         assert [all(row[name] == figures[name] for name in wanted) for figures in measured].count(True) == 1, row
         assert result["commit"].startswith(row["commit"])
+
+
+@pytest.mark.parametrize("weights", ["smollm2", "gemma3"])
+def test_limits_of_plans_are_those_of_the_shapes(weights, request):
+    """Of the plans that ship, and of plain ones, whose name says how many of the deepest layers they prune."""
+    folder = request.getfixturevalue(weights)
+    config = read_config(folder)
+    found = 0
+    for row in map(leaderboard.read_row, leaderboard.PLANS.glob(f"{folder.name}-*.json")):
+        name = row["plan"].partition(", unseen")[0]
+        plain = re.fullmatch(r"(\d+) of (\d+), the paper's method", name)
+        if plain:
+            pruned, layers = map(int, plain.groups())
+            plan = pop.PrunePlan(range(layers - pruned, layers))
+        elif name.startswith(folder.name) and " " not in name:
+            plan = pop.PrunePlan.load(name)
+        else:
+            continue
+        found += 1
+        assert row["limit_2048"] == round(speedup_limit(config, 2048, plan), 2), row["plan"]
+    assert found >= 4
 
 
 def rows(path: str) -> list[list[str]]:

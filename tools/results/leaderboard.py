@@ -31,8 +31,16 @@ FIGURES = ("speedup_2048", "speedup_8192", "limit_2048", "kl", "retrieved", "lam
 COUNTS = ("prompt_tokens", "windows", "questions", "question_tokens", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
 FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
-HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "limit at 2,048", "KL, nats", "after tokens", *KINDS, "all")
-HEADS += (
+HEADS = (
+    "model",
+    "plan",
+    "2,048 tokens",
+    "8,192 tokens",
+    "limit at 2,048",
+    "KL, nats",
+    "after tokens",
+    *KINDS,
+    "all",
     "of full",
     "questions",
     "of tokens",
