@@ -34,7 +34,7 @@ from pop.calibration.questions import KINDS, Question, Writer, make_questions
 from pop.calibration.texts import builtin_texts, parted, python_texts
 from pop.calibration.verdict import Verdict
 from pop.checkpoints.registry import find_folder
-from pop.cli.texts import read_file
+from pop.cli.texts import Text, encoded, read_text
 from pop.errors import InputError, check_count
 from pop.inputs.chat import chat_format
 from pop.system.progress import progress_bar
@@ -76,12 +76,19 @@ class Client:
         self.details.append(details)
         return text
 
-    def check(self, lengths: list[int], plan_of) -> None:
-        """Raise InputError if the longest prompts do not fit, or if the server ignores the plan of a request."""
+    def chat(self, request: dict) -> str:
+        """The text of the answer to a request with messages, and the calls of tools in it."""
+        return self._asked("chat/completions", request | {"model": self.about["id"], "temperature": 0}, read=said)
+
+    def check_lengths(self, lengths: list[int]) -> None:
+        """Raise InputError if the longest prompts do not fit."""
         most = self.about["max_model_len"]
         if most is not None and max(lengths) + ROOM > most:
             longest = f"prompts of {max(lengths)} tokens and their answers"
             raise InputError(f"{longest} exceed the server's {most}; give shorter --lengths")
+
+    def check_plans(self, plan_of) -> None:
+        """Raise InputError if the server ignores the plan of a request."""
         try:
             self.answer([0, 1, 2], 1, plan_of("?"))
         except Refused as error:
@@ -116,6 +123,13 @@ def text_and_details(found: dict) -> tuple[str, dict]:
     return found["choices"][0]["text"] + "", usage.get("prompt_tokens_details") or {}
 
 
+def said(found: dict) -> str:
+    """The text of a chat's answer, and its calls of tools without their ids."""
+    message = found["choices"][0]["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    return (message.get("content") or "") + "".join(f"{call['name']}({call['arguments']})" for call in calls)
+
+
 def is_never(details: list[dict], name: str) -> bool:
     """Whether a server tells how many tokens of a kind prompts have, and none has any."""
     told = [one[name] for one in details if one.get(name) is not None]
@@ -123,17 +137,19 @@ def is_never(details: list[dict], name: str) -> bool:
 
 
 def questions_of(
-    folder, lengths: list[int], per_kind: int, seed: int, texts: list[str]
+    folder, lengths: list[int], per_kind: int, seed: int, texts: dict[str, Text]
 ) -> tuple[dict[int, list[Question]], object]:
-    """The questions by prompt length, about these texts, and the tokenizer in the folder.
+    """The questions by prompt length, about these texts or conversations, and the tokenizer in the folder.
 
     Without texts, they are about parts of the built-in ones, and of Python's, that no plan was fitted to.
     """
     tokenizer = pop.load_tokenizer(folder)
     model = SimpleNamespace(tokenizer=tokenizer, chat_format=lambda: chat_format(tokenizer))
-    if not texts:
-        _, texts = parted(builtin_texts() + python_texts())
-    text = [token for text in texts for token in tokenizer.encode(text, bos=False)]
+    given = [one for path, text in texts.items() for one in encoded(model, path, text)]
+    if not given:
+        _, given = parted(builtin_texts() + python_texts())
+    rows = [tokenizer.encode(text, bos=False) if isinstance(text, str) else text for text in given]
+    text = [token for row in rows for token in row]
     head = [token for token in tokenizer.encode("a")[:1] if token == tokenizer.bos_id]
     writer = Writer(model, text, head, seed)
     return {length: make_questions(writer, KINDS, length, per_kind) for length in lengths}, tokenizer
@@ -208,17 +224,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=12, help="of each kind at each length (12)", metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="decides the questions (0)", metavar="N")
     parser.add_argument("--cached", action="store_true", help="ask about texts that the server has in its cache")
-    parser.add_argument("--text", action="append", default=[], help="a file to ask about, in place of built-in texts")
+    parser.add_argument("--text", action="append", default=[], help="a file to ask about, as for pop check")
     args = parser.parse_args(argv)
 
     def work() -> None:
-        texts = [read_file(path) for path in args.text]
+        texts = {path: read_text(path) for path in args.text}
         lengths = integers_in("--lengths", args.lengths)
         check_count("--questions", args.questions)
         check_count("--seed", args.seed, 0)
         questions, tokenizer = questions_of(find_folder(args.model), lengths, args.questions, args.seed, texts)
         client = Client(args.url, args.key)
-        client.check(lengths, PLAN[args.server])
+        client.check_lengths(lengths)
+        client.check_plans(PLAN[args.server])
         verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"), args.cached)
         print(report(verdict))
         if is_unjudged(verdict):

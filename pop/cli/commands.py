@@ -21,7 +21,7 @@ from pop.calibration.verdict import LENGTHS, compared
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
-from pop.cli.texts import calibration_texts, read_file, reading
+from pop.cli.texts import calibration_texts, encoded, read_file, read_text, reading
 from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import Options, sampling_params
 from pop.loading import usable_device
@@ -143,7 +143,7 @@ def excerpts(model, texts: list[str], count: int, length: int, seed: int) -> lis
 
 
 def calibrate(args) -> None:
-    texts = [read_file(path) for path in args.files]
+    texts = {path: read_text(path) for path in args.files}
     if args.out is None:
         args.out = registry.find_folder(args.model) / "default.plan"
     files.check_writable(args.out, "the plan", InputError)
@@ -152,7 +152,7 @@ def calibrate(args) -> None:
     lengths = _lengths(args.longest)
     args.prune = "none"
     model = _load(args)
-    fitted, rest = calibration_texts(model, args.files, texts)
+    fitted, rest = calibration_texts(model, texts)
     compared(model, rest, lengths, least=SHORT)  # refuses now what pop.check would refuse after the work
     options = _given(args, ("plan", "speedup", "rank", "longest", "steps", "seed"))
     plan = pop.calibrate(model, fitted, resume=resume, **options)
@@ -173,11 +173,12 @@ def calibrate(args) -> None:
 
 def check(args) -> int:
     """Print the verdict on a plan. Return 0 if it holds, and 1 if not."""
-    texts = [read_file(path) for path in args.files] or None
+    given = {path: read_text(path) for path in args.files}
     lengths = _lengths(args.longest)
     questions = check_count("--questions", args.questions)
     model = _load(args)
-    verdict = pop.check(model, model.plan, texts, lengths=lengths, questions=questions)
+    texts = [one for path, text in given.items() for one in encoded(model, path, text)]
+    verdict = pop.check(model, model.plan, texts or None, lengths=lengths, questions=questions)
     print(verdict, speed(model, model.plan), sep="\n")
     return int(not verdict.holds)
 

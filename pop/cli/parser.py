@@ -129,7 +129,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "Make a plan for a model, and judge it. What is not given is decided. After Ctrl-C, repeat the command.",
     ).add_argument
     model_options(add)
-    add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
+    what = "texts, or conversations in .jsonl, that resemble the prompts to come; default: a built-in set"
+    add("files", help=what, nargs="*", metavar="FILE")
     add(
         "--speedup",
         help="the speedup that the shapes must allow for 2,048 tokens (1.4)",
@@ -152,7 +153,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     ).add_argument
     model_options(add)
     add("prune", help="a saved plan's path or name, or another value of --prune", metavar="PLAN")
-    add("files", help="texts that the plan was not fitted to; default: a built-in set", nargs="*", metavar="TEXT")
+    what = "texts, or conversations in .jsonl, that the plan was not fitted to; default: a built-in set"
+    add("files", help=what, nargs="*", metavar="FILE")
     integer(add, "--longest", "tokens of the longest prompts", 4096)
     integer(add, "--questions", "questions of each kind and length", 12)
 

@@ -1,13 +1,17 @@
-"""Texts that commands read."""
+"""Texts and conversations that commands read."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 
 from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
-from pop.errors import InputError
+from pop.errors import InputError, PopError
 
 MOST = 20_000_000  # characters of a text
+CONVERSATION = '{"messages": [{"role": "user", "content": "Hi"}]}'
+
+Text = str | list[dict]  # a file's text, or its conversations
 
 
 def read_file(path: str) -> str:
@@ -31,21 +35,70 @@ def reading(source: str) -> Iterator[None]:
         raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
 
 
-def calibration_texts(model, paths: list[str], given: list[str]) -> tuple[list[str], list[str] | None]:
+def read_text(path: str) -> Text:
+    """The text of a file or, if its name ends in .jsonl, its conversations: a JSON object with "messages" a line."""
+    text = read_file(path)
+    if not path.endswith(".jsonl"):
+        return text
+    lines = text.rstrip().split("\n")  # splitlines would also split at what a JSON string may contain
+    return [_conversation(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _conversation(line: str, where: str) -> dict:
+    """A conversation's messages and tools. Other keys, such as those of a logged request, are left out."""
+    try:
+        read = json.loads(line)
+        messages = [{key: part for key, part in message.items() if part is not None} for message in read["messages"]]
+        messages[-1]["role"]
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise InputError(f"{where} is not a conversation such as {CONVERSATION}") from None
+    return {"messages": messages, "tools": read.get("tools")}
+
+
+def encoded(model, path: str, text: Text) -> list[str] | list[list[int]]:
+    """A text as it is, or the token ids of conversations. One that does not end with an answer ends where one begins.
+
+    Args:
+        model: A pop.Model, or what else has its chat_format().
+    """
+    if isinstance(text, str):
+        return [text]
+    ids = []
+    for number, conversation in enumerate(text, 1):
+        is_open = conversation["messages"][-1]["role"] != "assistant"
+        try:
+            ids.append(model.chat_format().encode(**conversation, add_generation_prompt=is_open))
+        except PopError as error:
+            raise type(error)(f"{path}, line {number}: {error}") from None
+    return ids
+
+
+def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]:
     """The parts of texts to fit and to judge the plan by. Built-in texts are fitted too if the given ones are short.
 
-    None: no text is given, so the plan is judged as by pop.check without texts.
+    The last fifth of a text, or of the conversations in a file, judges. None: no text is given, so the plan is judged
+    as by pop.check without texts.
     """
     model.need_tokenizer("calibrate on text")
-    fitted, rest = parted(given)
-    for path, text in zip(paths, rest, strict=True):
-        count = len(model.encode(text, bos=False))
+    fitted = []
+    rest = []
+    for path, text in given.items():
+        texts = encoded(model, path, text)
+        if isinstance(text, str):
+            seen, unseen = parted(texts)
+        else:
+            (seen,), (unseen,) = parted([texts])
+        if not seen:
+            raise InputError(f"{path} holds one conversation; give two or more, because the last judges the plan")
+        count = _tokens_in(model, unseen)
         if count < SHORTEST:
             raise InputError(
                 f"the last fifth of {path}, which judges the plan, has {count} tokens, but needs {SHORTEST}; "
                 "give a longer text"
             )
-    found = sum(len(model.encode(text, bos=False)) for text in fitted)
+        fitted += seen
+        rest += unseen
+    found = _tokens_in(model, fitted)
     needed = tokens_needed(model)
     if found >= needed:
         return fitted, rest
@@ -53,3 +106,7 @@ def calibration_texts(model, paths: list[str], given: list[str]) -> tuple[list[s
         print(f"{found:,} of {needed:,} tokens are given, so built-in texts are fitted as well", file=sys.stderr)
     builtin, _ = parted(default_texts(model))
     return fitted + builtin, rest or None
+
+
+def _tokens_in(model, texts: list) -> int:
+    return sum(len(model.encode(text, bos=False)) for text in texts)

@@ -1,0 +1,98 @@
+"""Conversations that commands read: a line of a .jsonl file each."""
+
+import json
+
+import pytest
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.cli.texts import CONVERSATION, calibration_texts, encoded, read_text
+from pop.errors import InputError
+
+ASKED = [{"role": "user", "content": "What is the square of two?\u2028And of three?"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "Four and nine."}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", num_layers=6)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return pop.load(folder, prune="0.5", compile=False)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Ten conversations, of which every other ends with an answer, with keys that logs have."""
+    path = tmp_path / "chats.jsonl"
+    logged = [{**message, "refusal": None} for message in ANSWERED]
+    lines = [{"model": "m", "messages": logged[: 1 + number % 2]} for number in range(10)]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    """What the model gets of the ten."""
+    write = model.chat_format().encode
+    return [write(ASKED), write(ANSWERED, add_generation_prompt=False)] * 5
+
+
+def test_a_conversation_ends_where_an_answer_begins_or_with_one(file, model, ids):
+    assert encoded(model, file, read_text(file)) == ids
+
+
+def test_tools_are_written_as_the_chat_format_writes_them(tmp_path, model, monkeypatch):
+    told = []
+    monkeypatch.setattr(type(model.chat_format()), "encode", lambda _, **given: told.append(given) or [5])
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": ASKED, "tools": tools}))
+    assert encoded(model, str(path), read_text(str(path))) == [[5]]
+    assert told == [{"messages": ASKED, "tools": tools, "add_generation_prompt": True}]
+
+
+def test_the_last_fifth_of_the_conversations_judges(file, model, ids, monkeypatch):
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
+    assert calibration_texts(model, {file: read_text(file)}) == (ids[:8], ids[8:])
+
+
+def test_calibrate_and_check_get_them(file, folder, ids, run, monkeypatch):
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
+    monkeypatch.setattr("pop.cli.commands.compared", lambda *_, **__: None)  # refuses texts this short
+    got = []
+    monkeypatch.setattr(pop, "calibrate", lambda model, texts, **_: got.append(texts) or pop.PrunePlan((1,)))
+
+    def check(model, plan, texts, **_):
+        got.append(texts)
+        raise InputError("enough")
+
+    monkeypatch.setattr(pop, "check", check)
+    run("calibrate", folder, file, "--out", file + ".plan", status=2)
+    run("check", folder, "0.5", file, status=2)
+    assert got == [ids[:8], ids[8:], ids]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("{", ", line 1 is not a conversation"),
+        ("[" * 100_000, ", line 1 is not a conversation"),
+        ("[]", ", line 1 is not a conversation"),
+        ('{"messages": ["Hi"]}', ", line 1 is not a conversation"),
+        ('{"messages": 5}', ", line 1 is not a conversation"),
+        ('{"prompt": "Hi"}', ", line 1 is not a conversation"),
+        ('{"messages": []}', ", line 1 is not a conversation"),
+        (f"{CONVERSATION}\n\n{CONVERSATION}", ", line 2 is not a conversation"),
+        (f'{CONVERSATION}\n{{"messages": [{{"role": "me"}}]}}', ", line 2: message 0 has the role 'me'"),
+        (f'{{"messages": {json.dumps(ASKED)}, "tools": 5}}', ", line 1: tools must be a list"),
+        (CONVERSATION, " holds one conversation"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_line(lines, said, folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pop, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    path = tmp_path / "chats.jsonl"
+    path.write_text(lines)
+    assert f"{path}{said}" in run("calibrate", folder, path, "--out", tmp_path / "plan", status=2).err

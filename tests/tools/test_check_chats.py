@@ -1,0 +1,86 @@
+"""tools/check_chats.py: answers to logged requests, with a server's plan and without."""
+
+import json
+
+import pytest
+from support.serving import serving
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from tools import check_chats
+from tools.check_server import said
+
+pytest.importorskip("uvicorn")
+
+QUESTIONS = [[{"role": "user", "content": f"What is {number} times {number}?"}] for number in range(6)]
+
+
+@pytest.fixture
+def requests(tmp_path):
+    """A file of requests, of which every other has its answer."""
+    answer = {"role": "assistant", "content": "A number.", "refusal": None}
+    lines = [{"messages": [*messages, answer][: 1 + n % 2]} for n, messages in enumerate(QUESTIONS)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def test_each_request_is_answered_with_the_plan_and_twice_at_full_depth(requests, tmp_path, capsys):
+    folder = write_chat_checkpoint(tmp_path / "tiny", num_layers=6)
+    model = pop.load(folder, prune="0-5", compile=False)
+    out = tmp_path / "answers.jsonl"
+    with serving(model) as (_, url):
+        words = [requests, "--out", str(out), "--url", url, "--max-tokens", "8"]
+        assert check_chats.main([*words, "--server", "pop"]) == 0
+        table = capsys.readouterr().out
+        assert check_chats.main(words) == 2  # vLLM's name of the plan
+        assert "vllm_xargs" in capsys.readouterr().err
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["messages"] for answer in answers] == QUESTIONS
+    for way, plan in (("plan", None), ("full depth", "none"), ("full depth again", "none")):
+        texts = [model.chat(messages, max_new_tokens=8, temperature=0, plan=plan).text for messages in QUESTIONS]
+        assert [answer[way] for answer in answers] == texts
+    equal = sum(answer["plan"] == answer["full depth"] for answer in answers)
+    assert equal < 6
+    plan, again = table.splitlines()[1:3]
+    assert f"{equal} of 6" in plan and "6 of 6" in again and "100%" in again
+
+
+def test_the_table_counts_equal_answers_and_equal_beginnings():
+    rows = [("abcd", "abcd", "abcd"), ("abx", "abcd", "ab"), ("", "ab", "ab"), ("", "", "")]
+    table = check_chats.report([dict(zip(check_chats.WAYS, row, strict=True)) for row in rows])
+    plan, again = (line.split() for line in table.splitlines()[1:])
+    assert (plan[-4:], again[-4:]) == (["2", "of", "4", "60%"], ["3", "of", "4", "80%"])
+    assert "0%" in check_chats.report([dict.fromkeys(check_chats.WAYS, "")])
+
+
+def test_an_answer_may_call_tools():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    assert said({"choices": [{"message": {"content": None, "tool_calls": [call]}}]}) == 'f({"a": 1})'
+    assert said({"choices": [{"message": {"content": "Hi"}}]}) == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("log.jsonl", '{"messages": [{"role": "assistant", "content": "Hi"}]}', "line 1 holds no question"),
+        ("log.jsonl", "{", "line 1 is not a conversation"),
+        ("log.txt", "Hi", "must end in .jsonl"),
+    ],
+)
+def test_a_file_without_requests_is_refused_before_a_server_is_asked(name, line, message, tmp_path, capsys):
+    (tmp_path / name).write_text(line)
+    assert check_chats.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_answers_that_could_not_be_written_are_not_asked_for(requests, tmp_path, capsys):
+    assert check_chats.main([requests, "--out", str(tmp_path / "missing" / "out")]) == 2
+    assert "the answers cannot be written" in capsys.readouterr().err
+
+
+def test_a_requests_tools_are_sent(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"messages": QUESTIONS[1], "tools": tools, "temperature": 1}))
+    assert check_chats.questions_in(str(path)) == [{"messages": QUESTIONS[1], "tools": tools}]

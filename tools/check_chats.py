@@ -1,0 +1,107 @@
+"""What a plan changes in the answers to your own requests, where they are served.
+
+    python -m tools.check_chats log.jsonl --out answers.jsonl                 # vLLM with POP_PLAN
+    python -m tools.check_chats log.jsonl --out answers.jsonl --server pop    # tools.serve
+
+A line of log.jsonl is a request: {"messages": [...]}, with "tools" if there are some. An answer at the end is left out.
+Each request is sent three times at temperature 0: with the server's plan, at full depth, and at full depth again. The
+last two also differ, because requests share steps. So compare the first row of the table with the second one.
+
+Unequal answers may be equally good. answers.jsonl has all three, for a judge of your own. The exit status is 2 if
+nothing was compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from pop.cli.texts import read_text
+from pop.errors import InputError, check_count
+from pop.system import files
+from pop.system.progress import progress_bar
+from tools.check_server import AT_ONCE, PLAN, Client
+from tools.common import exit_status, table
+
+WAYS = ("plan", "full depth", "full depth again")
+
+
+def questions_in(path: str) -> list[dict]:
+    """The requests of a file, each with "messages" up to the question, and "tools" if it has some."""
+    if not path.endswith(".jsonl"):
+        raise InputError(f"{path} must end in .jsonl, and hold a request in each line")
+    requests = []
+    for number, request in enumerate(read_text(path), 1):
+        messages = request["messages"]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise InputError(f"{path}, line {number} holds no question")
+        tools = {"tools": request["tools"]} if request["tools"] else {}
+        requests.append({"messages": messages, **tools})
+    return requests
+
+
+def ask(client: Client, requests: list[dict], full_depth: dict, most: int) -> list[dict[str, str]]:
+    """Answers of at most `most` tokens to each request, by WAYS."""
+
+    def answers(request: dict) -> dict[str, str]:
+        ways = zip(WAYS, ({}, full_depth, full_depth), strict=True)
+        return {way: client.chat(request | {"max_tokens": most} | options) for way, options in ways}
+
+    found = []
+    with ThreadPoolExecutor(AT_ONCE) as pool, progress_bar("asking", len(requests), "requests") as step:
+        for one in pool.map(answers, requests):
+            found.append(one)
+            step(1)
+    return found
+
+
+def report(answers: list[dict[str, str]]) -> str:
+    """A row for the plan, and one for what differs without it."""
+    rows = [["compared with full depth", "equal answers", "their first characters that are equal"]]
+    for way in ("plan", "full depth again"):
+        pairs = [(one[way], one["full depth"]) for one in answers]
+        equal = sum(a == b for a, b in pairs)
+        same = sum(common_beginning(*pair) for pair in pairs)
+        longest = max(1, sum(max(map(len, pair)) for pair in pairs))
+        rows.append([way, f"{equal} of {len(pairs)}", f"{same / longest:.0%}"])
+    return table(rows)
+
+
+def common_beginning(a: str, b: str) -> int:
+    """How many characters two texts have in common before they differ."""
+    differs = (index for index, (one, other) in enumerate(zip(a, b, strict=False)) if one != other)
+    return next(differs, min(len(a), len(b)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.check_chats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("requests", help="a .jsonl file", metavar="FILE")
+    parser.add_argument("--out", help="write the answers to this file, a line for each request", required=True)
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (%(default)s)")
+    parser.add_argument("--key", help="the server's API key")
+    parser.add_argument("--server", choices=PLAN, default="vllm", help="how it is asked for full depth (vllm)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (256)", metavar="N")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        requests = questions_in(args.requests)
+        check_count("--max-tokens", args.max_tokens)
+        files.check_writable(args.out, "the answers", InputError)
+        client = Client(args.url, args.key)
+        client.check_plans(PLAN[args.server])
+        answers = ask(client, requests, PLAN[args.server]("none"), args.max_tokens)
+        lines = [json.dumps(request | one, ensure_ascii=False) for request, one in zip(requests, answers, strict=True)]
+        files.write_whole(args.out, "".join(f"{line}\n" for line in lines).encode(), "the answers", InputError)
+        print(report(answers), f"The answers are in {args.out}.", sep="\n\n")
+
+    return exit_status("check_chats", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

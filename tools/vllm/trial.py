@@ -1,0 +1,107 @@
+"""What pruning gains in your vLLM: python tools/vllm/trial.py FOLDER --input-len 8000 [OPTIONS]
+
+It measures the time to the first token at full depth and with two plans, which it makes. "plain" prunes the deepest
+third of the layers, and "selects" also runs as many tokens at full depth as a calibrated plan selects. Neither is for
+use, since no correction is fitted. --plan FILE measures that plan in their place. All other options are those of `vllm
+bench latency`, such as --tensor-parallel-size 2.
+
+It starts vLLM anew for each plan, which takes minutes. The prompts are random tokens. The limit is what the counted
+arithmetic allows.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pop
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.registry import find_folder
+from pop.errors import PopError
+from pop.pruning.cost import speedup_limit
+
+# `vllm bench latency`, which vLLM's CPU build does not install
+PROGRAM = """
+from vllm.benchmarks import latency
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+latency.add_cli_args(parser)
+latency.main(parser.parse_args())
+"""
+LAST = 96  # tokens at full depth at a prompt's end, as pop.calibrate decides
+SELECTED = 0.056  # of the others
+LINES = 15  # of a log that shows why vLLM has failed
+
+
+def plans_of(config, given: list[str]) -> dict[str, pop.PrunePlan]:
+    """The plans to measure, by name: "none", and those that are given, or two that show what pruning can gain."""
+    plans = {"none": pop.PrunePlan.none()}
+    if given:
+        return plans | {name: pop.PrunePlan.load(name) for name in given}
+    layers = pop.PrunePlan.deepest(config.num_layers, 1 / 3).layers
+    options = {"full_depth_first": 1, "full_depth_last": LAST}
+    plans["plain"] = pop.PrunePlan(layers, **options)
+    plans["selects"] = pop.PrunePlan(layers, **options, full_depth_selected=SELECTED)
+    return plans
+
+
+def first_token_ms(plan: pop.PrunePlan, name: str, words: list[str], folder: Path) -> float:
+    """The median time to the first token of vLLM with a plan. Raises PopError if it fails, or prunes nothing."""
+    file = folder / "measured.plan"
+    plan.save(file)
+    figures = folder / "figures.json"
+    log = folder / "log"
+    with log.open("w") as output:
+        status = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *words, "--output-json", figures],
+            env=os.environ | {"POP_PLAN": str(file)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ).returncode
+    said = log.read_text(errors="replace")
+    if status:
+        lines = [line for line in said.splitlines() if "pop.errors" in line] or said.splitlines()[-LINES:]
+        print(*lines, sep="\n", file=sys.stderr)
+        raise PopError(f"vLLM has failed with the plan {name}; the lines above are from its log")
+    if plan.layers and "now pruning" not in said:
+        raise PopError(
+            f"with the plan {name}, vLLM has pruned nothing: is pop-prefill-vllm installed where {sys.executable} is, "
+            f"and are prompts longer than {max(LAST, plan.full_depth_below)} tokens?"
+        )
+    return 1000 * json.loads(figures.read_text())["percentiles"]["50"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python tools/vllm/trial.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="what vLLM is given: a folder, or a repository in the cache", metavar="FOLDER")
+    parser.add_argument("--input-len", type=int, default=8000, help="tokens of a prompt (%(default)s)", metavar="N")
+    parser.add_argument("--plan", action="append", default=[], help="a saved plan to measure", metavar="FILE")
+    args, options = parser.parse_known_args(argv)
+    words = ["--model", args.model, "--input-len", str(args.input_len), "--batch-size", "1", "--output-len", "1"]
+    try:
+        config = read_config(find_folder(args.model))
+        plans = plans_of(config, args.plan)
+        print(f"{'plan':30} {'first token, ms':>16} {'gain':>7} {'limit':>7}", flush=True)
+        full = None
+        for name, plan in plans.items():
+            with tempfile.TemporaryDirectory() as folder:
+                taken = first_token_ms(plan, name, words + options, Path(folder))
+            full = full or taken
+            limit = speedup_limit(config, args.input_len, plan)
+            print(f"{name:30} {taken:16,.0f} {full / taken:6.2f}x {limit:6.2f}x", flush=True)
+    except PopError as error:
+        print(f"trial: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
