@@ -1,4 +1,4 @@
-"""Prefill-only pruning in one page: the method, naive and without a cache. Start reading here.
+"""Prefill-only pruning in one page: the method, naive and without a cache. Start reading the code here.
 
 A transformer layer does two things for a token. It updates the token's residual stream h, and it offers a key K and a
 value V for later tokens to attend to. Prefill-only pruning (He et al., Findings of ACL 2026) drops the first for most

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -281,8 +282,12 @@ def test_tool_calls(monkeypatch):
         assert create(**asked, messages=turns).usage.prompt_tokens > 0
 
 
-def test_the_readme_runs_as_printed(started, capsys):
+def test_the_readme_runs_as_printed(started, capsys, tmp_path, monkeypatch):
     _, url = started
+    document = tmp_path / "pop" / "data" / "alice.txt"
+    document.parent.mkdir(parents=True)
+    document.write_text("Alice was beginning to get very tired. " * 5)  # the whole story has too many bytes
+    monkeypatch.chdir(tmp_path)
     _, asked, *_ = (block.replace("http://127.0.0.1:8000/v1", url) for block in blocks("bash", README))
     names = {}
     for code in blocks("python", README):
@@ -590,6 +595,13 @@ def test_a_lack_of_memory_is_no_failure_of_the_server():
         status, content = error_object(error)
         assert (status, content["error"]["type"]) == (503, "server_error")
         assert "memory" in content["error"]["message"] and "CUDA" not in content["error"]["message"]
+
+
+def test_a_package_that_the_server_lacks_is_named(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with serving(model) as (_, url):
+        status, answer = ask(url, "/completions", TEXT | {"response_format": {"type": "json_object"}})
+    assert status == 501 and "pip install llguidance" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(("path", "body", "status", "says"), BAD)

@@ -76,7 +76,10 @@ def _add_rows(result: dict, other: dict, method: str) -> None:
         own = mine["full"][figures][name]
         full = theirs["full"][figures][name]
         if len(own) != len(full) or not np.allclose(own, full, atol=1e-3):
-            raise InputError("the full models of the two runs differ, so they had other windows, questions or weights")
+            raise InputError(
+                "the full models of the two runs differ, so they had other windows, questions or weights; another "
+                "version of Python also gives other ones"
+            )
         mine[method] = theirs[method]
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import torch
 
 import pop
-from pop.errors import CacheMemoryError, ContextOverflow, InputError
+from pop.errors import CacheMemoryError, ContextOverflow, InputError, MissingExtra
 from tools.serve.requests import CHAT, TEXT, Asked, Wrong
 from tools.serve.rows import Busy, Event
 
@@ -126,6 +126,8 @@ def error_object(error: Exception) -> tuple[int, dict]:
         status, message = 503, str(error)
     elif isinstance(error, torch.OutOfMemoryError):  # of a GPU, by the activations of a prefill
         status, message = 503, "the server's memory does not suffice for this request; shorten it"
+    elif isinstance(error, MissingExtra):
+        status, message = 501, str(error)
     elif isinstance(error, pop.PopError):
         status, message = 400, str(error)
         first = message.partition(" ")[0]
