@@ -3,12 +3,13 @@
     python -m tools.check_chats log.jsonl --out answers.jsonl                 # vLLM with POP_PLAN
     python -m tools.check_chats log.jsonl --out answers.jsonl --server pop    # tools.serve
 
-A line of log.jsonl is a request: {"messages": [...]}, with "tools" if there are some. An answer at the end is left out.
-Each request is sent three times at temperature 0: with the server's plan, at full depth, and at full depth again. The
-last two also differ, because requests share steps. So compare the first row of the table with the second one.
+A line of log.jsonl is a request: {"messages": [...]}, with "tools" if there are some. Its other keys are not sent, nor
+is an answer at its end. Each request is sent three times at temperature 0: with the server's plan, at full depth, and
+at full depth again. The last two may differ as well, since requests share steps, and the third may find its prompt in
+the server's cache. So compare the first row of the table with the second one.
 
-Unequal answers may be equally good. answers.jsonl has all three, for a judge of your own. The exit status is 2 if
-nothing was compared.
+Unequal answers may be equally good. answers.jsonl has all three, for a judge of your own. A request that the server
+refuses has an "error" there. The exit status is 2 if no answer was compared.
 """
 
 from __future__ import annotations
@@ -33,23 +34,26 @@ def questions_in(path: str) -> list[dict]:
     if not path.endswith(".jsonl"):
         raise InputError(f"{path} must end in .jsonl, and hold a request in each line")
     requests = []
-    for number, request in enumerate(read_text(path), 1):
+    for where, request in read_text(path):
         messages = request["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
-            raise InputError(f"{path}, line {number} holds no question")
+            raise InputError(f"{where} holds no question")
         tools = {"tools": request["tools"]} if request["tools"] else {}
         requests.append({"messages": messages, **tools})
     return requests
 
 
 def ask(client: Client, requests: list[dict], full_depth: dict, most: int) -> list[dict[str, str]]:
-    """Answers of at most `most` tokens to each request, by WAYS."""
+    """Answers of at most `most` tokens to each request, by WAYS. One that the server refuses has an "error" instead."""
 
     def answers(request: dict) -> dict[str, str]:
         ways = zip(WAYS, ({}, full_depth, full_depth), strict=True)
-        return {way: client.chat(request | {"max_tokens": most} | options) for way, options in ways}
+        try:
+            return {way: client.chat(request | {"max_tokens": most} | options) for way, options in ways}
+        except InputError as error:
+            return {"error": str(error)}
 
     found = []
     with ThreadPoolExecutor(AT_ONCE) as pool, progress_bar("asking", len(requests), "requests") as step:
@@ -60,7 +64,11 @@ def ask(client: Client, requests: list[dict], full_depth: dict, most: int) -> li
 
 
 def report(answers: list[dict[str, str]]) -> str:
-    """A row for the plan, and one for what differs without it."""
+    """A row for the plan, and one for what differs without it. Raises InputError if there is no text to compare."""
+    refused = [one["error"] for one in answers if "error" in one]
+    answers = [one for one in answers if "error" not in one]
+    if not any("".join(one.values()) for one in answers):
+        raise InputError("no answer has text" + (f"; the server says: {refused[0]}" if refused else ""))
     rows = [["compared with full depth", "equal answers", "their first characters that are equal"]]
     for way in ("plan", "full depth again"):
         pairs = [(one[way], one["full depth"]) for one in answers]
@@ -68,7 +76,10 @@ def report(answers: list[dict[str, str]]) -> str:
         same = sum(common_beginning(*pair) for pair in pairs)
         longest = max(1, sum(max(map(len, pair)) for pair in pairs))
         rows.append([way, f"{equal} of {len(pairs)}", f"{same / longest:.0%}"])
-    return table(rows)
+    lines = [table(rows)]
+    if refused:
+        lines.append(f"{len(refused)} requests were refused, the first because {refused[0]}")
+    return "\n\n".join(lines)
 
 
 def common_beginning(a: str, b: str) -> int:

@@ -124,10 +124,12 @@ def text_and_details(found: dict) -> tuple[str, dict]:
 
 
 def said(found: dict) -> str:
-    """The text of a chat's answer, and its calls of tools without their ids."""
+    """The thoughts and the text of a chat's answer, and its calls of tools without their ids."""
     message = found["choices"][0]["message"]
+    thoughts = message.get("reasoning") or message.get("reasoning_content") or ""
     calls = [call["function"] for call in message.get("tool_calls") or ()]
-    return (message.get("content") or "") + "".join(f"{call['name']}({call['arguments']})" for call in calls)
+    written = "".join(f"{call['name']}({call['arguments']})" for call in calls)
+    return thoughts + (message.get("content") or "") + written
 
 
 def is_never(details: list[dict], name: str) -> bool:
@@ -137,7 +139,7 @@ def is_never(details: list[dict], name: str) -> bool:
 
 
 def questions_of(
-    folder, lengths: list[int], per_kind: int, seed: int, texts: dict[str, Text]
+    folder, lengths: list[int], per_kind: int, seed: int, texts: list[Text]
 ) -> tuple[dict[int, list[Question]], object]:
     """The questions by prompt length, about these texts or conversations, and the tokenizer in the folder.
 
@@ -145,12 +147,14 @@ def questions_of(
     """
     tokenizer = pop.load_tokenizer(folder)
     model = SimpleNamespace(tokenizer=tokenizer, chat_format=lambda: chat_format(tokenizer))
-    given = [one for path, text in texts.items() for one in encoded(model, path, text)]
+    given = [one for text in texts for one in encoded(model, text)]
     if not given:
         _, given = parted(builtin_texts() + python_texts())
-    rows = [tokenizer.encode(text, bos=False) if isinstance(text, str) else text for text in given]
-    text = [token for row in rows for token in row]
     head = [token for token in tokenizer.encode("a")[:1] if token == tokenizer.bos_id]
+    text = []
+    for one in given:
+        row = tokenizer.encode(one, bos=False) if isinstance(one, str) else one
+        text += row[len(head) :] if row[: len(head)] == head else row  # a prompt has one BOS
     writer = Writer(model, text, head, seed)
     return {length: make_questions(writer, KINDS, length, per_kind) for length in lengths}, tokenizer
 
@@ -228,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
-        texts = {path: read_text(path) for path in args.text}
+        texts = [read_text(path) for path in args.text]
         lengths = integers_in("--lengths", args.lengths)
         check_count("--questions", args.questions)
         check_count("--seed", args.seed, 0)

@@ -173,11 +173,11 @@ def calibrate(args) -> None:
 
 def check(args) -> int:
     """Print the verdict on a plan. Return 0 if it holds, and 1 if not."""
-    given = {path: read_text(path) for path in args.files}
+    given = [read_text(path) for path in args.files]
     lengths = _lengths(args.longest)
     questions = check_count("--questions", args.questions)
     model = _load(args)
-    texts = [one for path, text in given.items() for one in encoded(model, path, text)]
+    texts = [one for text in given for one in encoded(model, text)]
     verdict = pop.check(model, model.plan, texts or None, lengths=lengths, questions=questions)
     print(verdict, speed(model, model.plan), sep="\n")
     return int(not verdict.holds)

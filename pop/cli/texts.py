@@ -11,11 +11,11 @@ from pop.errors import InputError, PopError
 MOST = 20_000_000  # characters of a text
 CONVERSATION = '{"messages": [{"role": "user", "content": "Hi"}]}'
 
-Text = str | list[dict]  # a file's text, or its conversations
+Text = str | list[tuple[str, dict]]  # a file's text; or its conversations, each after where it stands
 
 
 def read_file(path: str) -> str:
-    with reading(path), open(path, encoding="utf-8") as file:
+    with reading(path), open(path, encoding="utf-8-sig") as file:
         text = file.read(MOST + 1)  # a pipe may have no end
     if len(text) > MOST:
         raise InputError(f"{path} has more than {MOST:,} characters; give a part of it")
@@ -44,18 +44,19 @@ def read_text(path: str) -> Text:
     return [_conversation(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _conversation(line: str, where: str) -> dict:
-    """A conversation's messages and tools. Other keys, such as those of a logged request, are left out."""
+def _conversation(line: str, where: str) -> tuple[str, dict]:
+    """A conversation as ChatFormat.encode takes it. Other keys, such as those of a logged request, are left out."""
     try:
         read = json.loads(line)
-        messages = [{key: part for key, part in message.items() if part is not None} for message in read["messages"]]
-        messages[-1]["role"]
+        messages = [{key: part for key, part in one.items() if part not in (None, [])} for one in read["messages"]]
+        roles = [message["role"] for message in messages]
+        is_open = roles[-1] != "assistant"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise InputError(f"{where} is not a conversation such as {CONVERSATION}") from None
-    return {"messages": messages, "tools": read.get("tools")}
+        raise InputError(f"{where} is not a conversation on one line, such as {CONVERSATION}") from None
+    return where, {"messages": messages, "tools": read.get("tools"), "add_generation_prompt": is_open}
 
 
-def encoded(model, path: str, text: Text) -> list[str] | list[list[int]]:
+def encoded(model, text: Text) -> list[str] | list[list[int]]:
     """A text as it is, or the token ids of conversations. One that does not end with an answer ends where one begins.
 
     Args:
@@ -63,13 +64,13 @@ def encoded(model, path: str, text: Text) -> list[str] | list[list[int]]:
     """
     if isinstance(text, str):
         return [text]
+    chat_format = model.chat_format()
     ids = []
-    for number, conversation in enumerate(text, 1):
-        is_open = conversation["messages"][-1]["role"] != "assistant"
+    for where, conversation in text:
         try:
-            ids.append(model.chat_format().encode(**conversation, add_generation_prompt=is_open))
+            ids.append(chat_format.encode(**conversation))
         except PopError as error:
-            raise type(error)(f"{path}, line {number}: {error}") from None
+            raise type(error)(f"{where}: {error}") from None
     return ids
 
 
@@ -83,21 +84,18 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
     fitted = []
     rest = []
     for path, text in given.items():
-        texts = encoded(model, path, text)
-        if isinstance(text, str):
-            seen, unseen = parted(texts)
-        else:
-            (seen,), (unseen,) = parted([texts])
+        [seen], [unseen] = parted([text])
         if not seen:
             raise InputError(f"{path} holds one conversation; give two or more, because the last judges the plan")
-        count = _tokens_in(model, unseen)
+        judges = encoded(model, unseen)
+        count = _tokens_in(model, judges)
         if count < SHORTEST:
             raise InputError(
                 f"the last fifth of {path}, which judges the plan, has {count} tokens, but needs {SHORTEST}; "
                 "give a longer text"
             )
-        fitted += seen
-        rest += unseen
+        fitted += encoded(model, seen)
+        rest += judges
     found = _tokens_in(model, fitted)
     needed = tokens_needed(model)
     if found >= needed:

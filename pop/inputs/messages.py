@@ -67,8 +67,9 @@ def _check_keys(message: dict, n: int) -> None:
     role = message.get("role")
     if not isinstance(role, str) or role not in KEYS or (role == "system" and n > 0):
         raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
-    if not message.keys() <= {"role", "content", *KEYS[role]}:
-        raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
+    unknown = message.keys() - {"role", "content", *KEYS[role]}
+    if unknown:
+        raise InputError(f"message {n} has {[*unknown]!r:.80}, which a {role} message cannot have; leave it out")
 
 
 def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Processor) -> list[str | Prepared]:

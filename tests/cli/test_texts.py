@@ -27,9 +27,9 @@ def model(folder):
 def file(tmp_path):
     """Ten conversations, of which every other ends with an answer, with keys that logs have."""
     path = tmp_path / "chats.jsonl"
-    logged = [{**message, "refusal": None} for message in ANSWERED]
+    logged = [{**message, "refusal": None, "annotations": []} for message in ANSWERED]
     lines = [{"model": "m", "messages": logged[: 1 + number % 2]} for number in range(10)]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8-sig")
     return str(path)
 
 
@@ -41,7 +41,16 @@ def ids(model):
 
 
 def test_a_conversation_ends_where_an_answer_begins_or_with_one(file, model, ids):
-    assert encoded(model, file, read_text(file)) == ids
+    assert encoded(model, read_text(file)) == ids
+
+
+def test_a_base_model_has_no_format_for_them(file, model):
+    class Base:
+        def chat_format(self):
+            raise InputError("no chat_template")
+
+    with pytest.raises(InputError, match="^no chat_template$"):  # and not of line 1
+        encoded(Base(), read_text(file))
 
 
 def test_tools_are_written_as_the_chat_format_writes_them(tmp_path, model, monkeypatch):
@@ -50,7 +59,7 @@ def test_tools_are_written_as_the_chat_format_writes_them(tmp_path, model, monke
     tools = [{"type": "function", "function": {"name": "f"}}]
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": ASKED, "tools": tools}))
-    assert encoded(model, str(path), read_text(str(path))) == [[5]]
+    assert encoded(model, read_text(str(path))) == [[5]]
     assert told == [{"messages": ASKED, "tools": tools, "add_generation_prompt": True}]
 
 
@@ -85,9 +94,14 @@ def test_calibrate_and_check_get_them(file, folder, ids, run, monkeypatch):
         ('{"messages": 5}', ", line 1 is not a conversation"),
         ('{"prompt": "Hi"}', ", line 1 is not a conversation"),
         ('{"messages": []}', ", line 1 is not a conversation"),
+        ('{"messages": [{"content": "Hi"}, {"role": "user", "content": "Hi"}]}', ", line 1 is not a conversation"),
+        (
+            f'{CONVERSATION}\n{{"messages": [{{"role": "user", "name": "A"}}]}}',
+            ", line 2: message 0 has ['name'], which a user",
+        ),
         (f"{CONVERSATION}\n\n{CONVERSATION}", ", line 2 is not a conversation"),
         (f'{CONVERSATION}\n{{"messages": [{{"role": "me"}}]}}', ", line 2: message 0 has the role 'me'"),
-        (f'{{"messages": {json.dumps(ASKED)}, "tools": 5}}', ", line 1: tools must be a list"),
+        (f'{CONVERSATION}\n{{"messages": {json.dumps(ASKED)}, "tools": 5}}', ", line 2: tools must be a list"),
         (CONVERSATION, " holds one conversation"),
     ],
 )

@@ -7,6 +7,7 @@ from support.serving import serving
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop.errors import InputError
 from tools import check_chats
 from tools.check_server import said
 
@@ -51,13 +52,34 @@ def test_the_table_counts_equal_answers_and_equal_beginnings():
     table = check_chats.report([dict(zip(check_chats.WAYS, row, strict=True)) for row in rows])
     plan, again = (line.split() for line in table.splitlines()[1:])
     assert (plan[-4:], again[-4:]) == (["2", "of", "4", "60%"], ["3", "of", "4", "80%"])
-    assert "0%" in check_chats.report([dict.fromkeys(check_chats.WAYS, "")])
+
+
+def test_a_refused_request_does_not_lose_the_others():
+    class Client:
+        def chat(self, request):
+            if request["messages"] == QUESTIONS[1]:
+                raise InputError("too long")
+            return "Hi"
+
+    answers = check_chats.ask(Client(), [{"messages": messages} for messages in QUESTIONS[:3]], {}, 5)
+    assert [[*one] for one in answers] == [[*check_chats.WAYS], ["error"], [*check_chats.WAYS]]
+    table = check_chats.report(answers)
+    assert "2 of 2" in table and "1 requests were refused, the first because too long" in table
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [([dict.fromkeys(check_chats.WAYS, "")], "no answer has text$"), ([{"error": "too long"}], "says: too long")],
+)
+def test_without_a_text_nothing_is_compared(answers, says):
+    with pytest.raises(InputError, match=says):
+        check_chats.report(answers)
 
 
 def test_an_answer_may_call_tools():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     assert said({"choices": [{"message": {"content": None, "tool_calls": [call]}}]}) == 'f({"a": 1})'
-    assert said({"choices": [{"message": {"content": "Hi"}}]}) == "Hi"
+    assert said({"choices": [{"message": {"content": "Hi", "reasoning": "Hm."}}]}) == "Hm.Hi"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_cached_text_is_sent_before_its_question(folder):
 
 def test_questions_come_from_the_tokenizer_alone(folder):
     """Each kind at each length, in prompts of exactly that length."""
-    questions, tokenizer = check_server.questions_of(folder, [900, 1200], 1, seed=3, texts={})
+    questions, tokenizer = check_server.questions_of(folder, [900, 1200], 1, seed=3, texts=[])
     assert [[len(question.prompt) for question in group] for group in questions.values()] == [[900] * 7, [1200] * 7]
     assert {question.kind for question in questions[900]} >= {"codes", "brackets", "tool calls"}
     assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
@@ -107,14 +107,14 @@ def test_questions_come_from_the_tokenizer_alone(folder):
 def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys, notes):
     text = "Sphinx of black quartz, judge my vow. " * 200
     chat = {"messages": [{"role": "user", "content": text}]}
-    for given in ({"mine.txt": text}, {"mine.jsonl": [chat | {"tools": None}]}):
-        questions, tokenizer = check_server.questions_of(folder, [900], 1, 3, given)
+    for given in (text, [("line 1", chat)]):
+        questions, tokenizer = check_server.questions_of(folder, [900], 1, 3, [given])
         assert all("quartz" in tokenizer.decode(question.prompt) for question in questions[900])
     (tmp_path / "mine.txt").write_text(text)
     asked = notes(check_server, "questions_of", lambda *given: given[-1])
     words = [str(folder), "--url", "http://127.0.0.1:1/v1", "--lengths", "900", "--questions", "1", "--text"]
     assert check_server.main([*words, str(tmp_path / "mine.txt")]) == 2  # there is no server
-    assert asked == [{str(tmp_path / "mine.txt"): text}]
+    assert asked == [[text]]
     capsys.readouterr()
     assert check_server.main([*words, str(tmp_path / "missing.txt")]) == 2
     assert "missing.txt" in capsys.readouterr().err

@@ -295,7 +295,11 @@ def test_the_readme_runs_as_printed(started, capsys, tmp_path, monkeypatch):
             "output_tokens=24", "output_tokens=24, temperature=0"
         )
         exec(compile(code, README, "exec"), names)  # greedy, because a sampled answer may be empty
-        assert capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out
+        if "cached_tokens" in code:
+            _, *others = (int(line.split()[0]) for line in out.splitlines() if line[:1].isdigit())
+            assert others and min(others) > 100, "the document was not taken from the cache"
     if shutil.which("curl"):
         ran = subprocess.run(["bash", "-c", asked], capture_output=True, check=True)
         assert json.loads(ran.stdout)["usage"]["completion_tokens"] <= 24

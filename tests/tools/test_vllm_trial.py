@@ -23,6 +23,12 @@ with open("asked", "a") as file:
 if "--fail" in words:
     print("early", "pop.errors.UnsupportedError: no", *["late"] * 99, sep="\\n")
     sys.exit(1)
+if "--killed" in words:
+    for line in range(99):
+        print(line, flush=True)
+    os.kill(os.getpid(), 9)
+if "--silent" in words:
+    sys.exit()
 if plan.layers and "--idle" not in words:
     print("pop: now pruning")
 with open(words[-1], "w") as file:
@@ -69,11 +75,16 @@ def test_a_saved_plan_is_measured_in_their_place(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says", "tried"),
     [
-        (["--fail"], "pop.errors.UnsupportedError: no\ntrial: vLLM has failed with the plan none; the lines above", 1),
+        (["--fail"], "pop.errors.UnsupportedError: no\ntrial: vLLM has ended with status 1 for the plan none", 1),
+        (["--killed"], "97\n98\ntrial: vLLM has ended with status -9", 1),
+        (["--silent"], "vLLM has measured nothing with the plan none", 1),
         (["--idle"], "with the plan plain, vLLM has pruned nothing", 2),
         (["--plan", "missing.plan"], "missing.plan", 0),
+        (["--plan", "5-6"], "the model's layers are 0 to 5", 0),
+        (["--input-len", "90"], "the plan plain prunes no prompt of 90 tokens", 0),
+        (["--input-len", "0"], "--input-len", 0),
     ],
 )
 def test_a_run_that_measures_nothing_is_an_error(words, says, tried, run):
     (_, err), asked = run(*words, status=2)
-    assert says in err and "late" not in err and len(asked) == tried
+    assert says in err and "late" not in err and "\n83\n" not in err and len(asked) == tried

@@ -2,8 +2,8 @@
 
 It measures the time to the first token at full depth and with two plans, which it makes. "plain" prunes the deepest
 third of the layers, and "selects" also runs as many tokens at full depth as a calibrated plan selects. Neither is for
-use, since no correction is fitted. --plan FILE measures that plan in their place. All other options are those of `vllm
-bench latency`, such as --tensor-parallel-size 2.
+use, since no correction is fitted. --plan FILE measures that plan in their place. All other options follow FOLDER. They
+are those of `vllm bench latency`, such as --tensor-parallel-size 2.
 
 It starts vLLM anew for each plan, which takes minutes. The prompts are random tokens. The limit is what the counted
 arithmetic allows.
@@ -20,7 +20,7 @@ from pathlib import Path
 import pop
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import find_folder
-from pop.errors import PopError
+from pop.errors import InputError, PopError, check_count
 from pop.pruning.cost import speedup_limit
 
 # `vllm bench latency`, which vLLM's CPU build does not install
@@ -36,15 +36,20 @@ SELECTED = 0.056  # of the others
 LINES = 15  # of a log that shows why vLLM has failed
 
 
-def plans_of(config, given: list[str]) -> dict[str, pop.PrunePlan]:
-    """The plans to measure, by name: "none", and those that are given, or two that show what pruning can gain."""
-    plans = {"none": pop.PrunePlan.none()}
-    if given:
-        return plans | {name: pop.PrunePlan.load(name) for name in given}
-    layers = pop.PrunePlan.deepest(config.num_layers, 1 / 3).layers
-    options = {"full_depth_first": 1, "full_depth_last": LAST}
-    plans["plain"] = pop.PrunePlan(layers, **options)
-    plans["selects"] = pop.PrunePlan(layers, **options, full_depth_selected=SELECTED)
+def plans_of(config, given: list[str], length: int) -> dict[str, pop.PrunePlan]:
+    """The plans to measure, by name: those that are given, or two that show what pruning can gain.
+
+    Raises PopError if one does not fit the model, or prunes no prompt of this length.
+    """
+    plans = {name: pop.PrunePlan.of(name, config.num_layers) for name in given}
+    if not given:
+        layers = pop.PrunePlan.deepest(config.num_layers, 1 / 3).layers
+        options = {"full_depth_first": 1, "full_depth_last": LAST}
+        plans["plain"] = pop.PrunePlan(layers, **options)
+        plans["selects"] = pop.PrunePlan(layers, **options, full_depth_selected=SELECTED)
+    for name, plan in plans.items():
+        if not plan.num_pruned(length):
+            raise InputError(f"the plan {name} prunes no prompt of {length} tokens; give a longer --input-len")
     return plans
 
 
@@ -57,7 +62,7 @@ def first_token_ms(plan: pop.PrunePlan, name: str, words: list[str], folder: Pat
     with log.open("w") as output:
         status = subprocess.run(
             [sys.executable, "-c", PROGRAM, *words, "--output-json", figures],
-            env=os.environ | {"POP_PLAN": str(file)},
+            env=os.environ | {"POP_PLAN": str(file), "VLLM_LOGGING_LEVEL": "INFO"},  # which tells of pruning
             stdout=output,
             stderr=subprocess.STDOUT,
         ).returncode
@@ -65,13 +70,17 @@ def first_token_ms(plan: pop.PrunePlan, name: str, words: list[str], folder: Pat
     if status:
         lines = [line for line in said.splitlines() if "pop.errors" in line] or said.splitlines()[-LINES:]
         print(*lines, sep="\n", file=sys.stderr)
-        raise PopError(f"vLLM has failed with the plan {name}; the lines above are from its log")
+        raise PopError(f"vLLM has ended with status {status} for the plan {name}; the lines above are from its log")
     if plan.layers and "now pruning" not in said:
         raise PopError(
-            f"with the plan {name}, vLLM has pruned nothing: is pop-prefill-vllm installed where {sys.executable} is, "
-            f"and are prompts longer than {max(LAST, plan.full_depth_below)} tokens?"
+            f"with the plan {name}, vLLM has pruned nothing: is pop-prefill-vllm installed where {sys.executable} is?"
         )
-    return 1000 * json.loads(figures.read_text())["percentiles"]["50"]
+    try:
+        return 1000 * json.loads(figures.read_text())["percentiles"]["50"]
+    except (OSError, ValueError, LookupError):
+        raise PopError(
+            f"vLLM has measured nothing with the plan {name}; leave out options that change its output"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,12 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model", help="what vLLM is given: a folder, or a repository in the cache", metavar="FOLDER")
     parser.add_argument("--input-len", type=int, default=8000, help="tokens of a prompt (%(default)s)", metavar="N")
-    parser.add_argument("--plan", action="append", default=[], help="a saved plan to measure", metavar="FILE")
+    parser.add_argument("--plan", action="append", default=[], help="measure this value of POP_PLAN", metavar="FILE")
     args, options = parser.parse_known_args(argv)
     words = ["--model", args.model, "--input-len", str(args.input_len), "--batch-size", "1", "--output-len", "1"]
     try:
+        check_count("--input-len", args.input_len)
         config = read_config(find_folder(args.model))
-        plans = plans_of(config, args.plan)
+        plans = {"none": pop.PrunePlan.none(), **plans_of(config, args.plan, args.input_len)}
         print(f"{'plan':30} {'first token, ms':>16} {'gain':>7} {'limit':>7}", flush=True)
         full = None
         for name, plan in plans.items():
