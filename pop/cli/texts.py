@@ -85,8 +85,6 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
     rest = []
     for path, text in given.items():
         [seen], [unseen] = parted([text])
-        if not seen:
-            raise InputError(f"{path} holds one conversation; give two or more, because the last judges the plan")
         judges = encoded(model, unseen)
         count = _tokens_in(model, judges)
         if count < SHORTEST:
@@ -94,6 +92,8 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
                 f"the last fifth of {path}, which judges the plan, has {count} tokens, but needs {SHORTEST}; "
                 "give a longer text"
             )
+        if not seen:
+            raise InputError(f"{path} holds one conversation; give two or more, because the last judges the plan")
         fitted += encoded(model, seen)
         rest += judges
     found = _tokens_in(model, fitted)
