@@ -26,8 +26,7 @@ from pop.system.progress import progress_bar
 LENGTHS = (512, 1024, 4096)  # tokens of a prompt. Plans that pop.calibrate decides prune no shorter ones
 LONG = 2048  # tokens; longer prompts take so much time that half as many questions are asked about each
 CONTINUATION = 96  # tokens after a prompt, and the most tokens of an answer
-TOKENS = 8192  # the prompt tokens that loss is measured on at a length, if the text has them
-FEWEST_WINDOWS, MOST_WINDOWS = 2, 8  # that hold them
+MOST_WINDOWS = 8  # of text that loss is measured on at a length, if the text has so many
 MOST_KL = 0.03  # nats a token
 LEAST_KEPT = 0.95  # of the full model's exact answers
 FEWEST = 3  # exact answers of the full model, without which a kind does not count
@@ -216,7 +215,7 @@ def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
     """Prompts of `length` tokens with their continuations, evenly spread over a text. It is repeated if need be."""
     size = length + CONTINUATION - len(head)
     text = text * -(-size // len(text))
-    count = min(MOST_WINDOWS, max(FEWEST_WINDOWS, TOKENS // length), len(text) // size)
+    count = min(MOST_WINDOWS, len(text) // size)
     begins = [(len(text) - size) * number // max(1, count - 1) for number in range(count)]
     return [head + text[begin : begin + size] for begin in begins]
 

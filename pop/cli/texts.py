@@ -48,7 +48,7 @@ def _conversation(line: str, where: str) -> tuple[str, dict]:
     """A conversation as ChatFormat.encode takes it. Other keys, such as those of a logged request, are left out."""
     try:
         read = json.loads(line)
-        messages = [{key: part for key, part in one.items() if part not in (None, [])} for one in read["messages"]]
+        messages = [{key: part for key, part in message.items() if part} for message in read["messages"]]
         roles = [message["role"] for message in messages]
         is_open = roles[-1] != "assistant"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
@@ -59,18 +59,29 @@ def _conversation(line: str, where: str) -> tuple[str, dict]:
 def encoded(model, text: Text) -> list[str] | list[list[int]]:
     """A text as it is, or the token ids of conversations. One that does not end with an answer ends where one begins.
 
+    Those that the chat format refuses are left out, and a note on stderr says so.
+
     Args:
         model: A pop.Model, or what else has its chat_format().
+
+    Raises:
+        InputError: All conversations are refused.
     """
     if isinstance(text, str):
         return [text]
     chat_format = model.chat_format()
     ids = []
+    refused = []
     for where, conversation in text:
         try:
             ids.append(chat_format.encode(**conversation))
         except PopError as error:
-            raise type(error)(f"{where}: {error}") from None
+            refused.append(f"{where}: {error}")
+    if refused:
+        note = f"{len(refused)} of {len(text)} conversations cannot be used; the first is {refused[0]}"
+        if not ids:
+            raise InputError(note)
+        print(note, file=sys.stderr)
     return ids
 
 
@@ -92,8 +103,6 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
                 f"the last fifth of {path}, which judges the plan, has {count} tokens, but needs {SHORTEST}; "
                 "give a longer text"
             )
-        if not seen:
-            raise InputError(f"{path} holds one conversation; give two or more, because the last judges the plan")
         fitted += encoded(model, seen)
         rest += judges
     found = _tokens_in(model, fitted)

@@ -53,6 +53,23 @@ def test_a_base_model_has_no_format_for_them(file, model):
         encoded(Base(), read_text(file))
 
 
+def test_conversations_that_cannot_be_used_are_left_out_with_a_note(tmp_path, model, ids, capsys):
+    odd = [{"messages": [{"role": "developer", "content": "Hi"}]}, {"messages": [{"role": "user", "name": "A"}]}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [odd[0], {"messages": ASKED}, odd[1]]))
+    assert encoded(model, read_text(str(path))) == ids[:1]
+    note = capsys.readouterr().err
+    assert note.startswith(f"2 of 3 conversations cannot be used; the first is {path}, line 1: message 0 has the role")
+
+
+def test_one_conversation_judges_and_is_not_fitted(tmp_path, model, ids, monkeypatch, capsys):
+    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": ASKED}))
+    assert calibration_texts(model, {str(path): read_text(str(path))}) == (["x" * 800], ids[:1])
+    assert "0 of" in capsys.readouterr().err
+
+
 def test_tools_are_written_as_the_chat_format_writes_them(tmp_path, model, monkeypatch):
     told = []
     monkeypatch.setattr(type(model.chat_format()), "encode", lambda _, **given: told.append(given) or [5])
@@ -95,14 +112,10 @@ def test_calibrate_and_check_get_them(file, folder, ids, run, monkeypatch):
         ('{"prompt": "Hi"}', ", line 1 is not a conversation"),
         ('{"messages": []}', ", line 1 is not a conversation"),
         ('{"messages": [{"content": "Hi"}, {"role": "user", "content": "Hi"}]}', ", line 1 is not a conversation"),
-        (
-            f'{CONVERSATION}\n{{"messages": [{{"role": "user", "name": "A"}}]}}',
-            ", line 2: message 0 has ['name'], which a user",
-        ),
         (f"{CONVERSATION}\n\n{CONVERSATION}", ", line 2 is not a conversation"),
-        (f'{CONVERSATION}\n{{"messages": [{{"role": "me"}}]}}', ", line 2: message 0 has the role 'me'"),
-        (f'{CONVERSATION}\n{{"messages": {json.dumps(ASKED)}, "tools": 5}}', ", line 2: tools must be a list"),
-        (CONVERSATION, " holds one conversation"),
+        ('{"messages": [{"role": "user", "name": "A"}]}', ", line 1: message 0 has ['name'], which a user"),
+        ('{"messages": [{"role": "me"}]}', ", line 1: message 0 has the role 'me'"),
+        (f'{{"messages": {json.dumps(ASKED)}, "tools": 5}}', ", line 1: tools must be a list"),
     ],
 )
 def test_what_is_no_conversation_is_refused_with_its_line(lines, said, folder, run, tmp_path, monkeypatch):

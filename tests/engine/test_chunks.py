@@ -11,6 +11,7 @@ from pop.engine import attention
 from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
+from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
 
@@ -49,6 +50,18 @@ def test_padding_attends_to_tokens_of_its_row():
         assert (first >= 0).all()
         assert (first <= last).all()
         assert (last < lengths[:, None]).all()
+
+
+def test_a_ring_that_has_wrapped_holds_the_tokens_that_a_chunk_attends_to():
+    """A layer with a window reuses slots. Each chunk reads the keys of earlier ones by position."""
+    module = random_model(tiny_gemma3_config(windows=(5, None, 5, 5)))
+    plan = PrunePlan((2, 3), full_depth_last=3)
+    tokens = torch.arange(30) % module.config.vocab_size
+    cache = new_cache(module, 1, chunk=8)
+    assert cache.keys[0].shape[1] - 1 < len(tokens)  # fewer slots than tokens
+    logits, _ = prefill(module, tokens[None], torch.tensor([30]), plan, chunk=8, cache=cache)
+    expected = reference.prefill(module, tokens, plan)
+    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("lengths", "is_exact"), [([5, 5], True), ([3, 5], False)])

@@ -10,6 +10,7 @@ import pop
 from pop.errors import InputError
 from tools import check_chats
 from tools.check_server import said
+from tools.vllm import prompts
 
 pytest.importorskip("uvicorn")
 
@@ -94,6 +95,30 @@ def test_a_file_without_requests_is_refused_before_a_server_is_asked(name, line,
     (tmp_path / name).write_text(line)
     assert check_chats.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_requests_become_prompts_for_a_benchmark(requests, tmp_path, capsys):
+    """As the server gets them: without the answers, and without BOS."""
+    template = "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_end|>{% endif %}"
+    folder = write_chat_checkpoint(tmp_path / "tiny")
+    settings = {"chat_template": template, "bos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    bos = {"SpecialToken": {"id": "<|endoftext|>"}}
+    begins = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A"}}],
+        "special_tokens": {"<|endoftext|>": {"ids": [0]}},
+    }
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": begins}))
+    out = tmp_path / "prompts.jsonl"
+    assert prompts.main([str(folder), requests, str(out)]) == 0
+    lines = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert lines == [f"<|im_start|>What is {number} times {number}?<|im_end|>" for number in range(6)]
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"messages": [{"role": "user", "name": "A"}]}))
+    assert prompts.main([str(folder), str(tmp_path / "odd.jsonl"), str(tmp_path / "none")]) == 2
+    assert "request 1: message 0" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_answers_that_could_not_be_written_are_not_asked_for(requests, tmp_path, capsys):

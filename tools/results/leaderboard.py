@@ -1,6 +1,6 @@
-"""Print the table of tools/results/plans, one row for each file: plans, what they keep and how fast they are.
+"""Print the page of all plans, one row for each file of tools/results/plans: what plans keep, and how fast they are.
 
-python -m tools.results.leaderboard
+python -m tools.results.leaderboard > tools/results/PLANS.md
 python -m tools.results.leaderboard mine.json
 python -m tools.results.leaderboard --from figures.json --plan smollm2-135m-third > mine.json
 
@@ -32,27 +32,26 @@ COUNTS = ("prompt_tokens", "windows", "questions", "question_tokens", "seed")
 KINDS = ("codes", "needle", "documents", "quotes")  # of retrieval
 FIELDS = (*TEXTS, *FIGURES, *COUNTS, "kept", "kinds")
 HEADS = (
-    "model",
     "plan",
-    "2,048 tokens",
-    "8,192 tokens",
-    "limit at 2,048",
+    "limit at 2,048 tokens",
+    "speedup at 2,048",
+    "at 8,192",
     "KL, nats",
     "after tokens",
     *KINDS,
     "all",
     "of full",
-    "questions",
-    "of tokens",
     "LAMBADA",
-    "losses in",
-    "on texts",
-    "Python",
-    "seed",
     "machine",
     "commit",
     "run",
 )
+OTHER = ", measured in other ways"
+TITLE = """# All plans
+
+`python -m tools.results.leaderboard > tools/results/PLANS.md` writes this page. [README.md](README.md#all-plans)
+explains the columns, and how to add a row. Compare rows of one table only, and speedups of one machine and commit only.
+"""
 
 
 def read_row(path: Path) -> dict:
@@ -185,11 +184,27 @@ def _pooled(figures: dict[str, dict]) -> dict[str, float]:
     return shares
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as a table in Markdown, by model, the fastest first."""
-    rows = sorted(rows, key=lambda row: (row["model"], -(row.get("speedup_2048") or 0), row["plan"]))
-    lines = [HEADS, ["---"] * len(HEADS), *map(_cells, rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines)
+def page(rows: list[dict]) -> str:
+    """The rows as a page in Markdown: a table for each model and what it was asked, the highest limit first."""
+    tables = {}
+    for row in sorted(rows, key=lambda row: (row["model"], -(row.get("limit_2048") or 0), row["plan"])):
+        tables.setdefault(_asked(row), []).append(row)
+    parts = [TITLE.strip()]
+    for asked in sorted(tables, key=lambda asked: (asked.endswith(OTHER), asked)):
+        lines = [HEADS, ["---"] * len(HEADS), *map(_cells, tables[asked])]
+        parts.append(f"## {asked}")
+        parts.append("\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines))
+    return "\n\n".join(parts)
+
+
+def _asked(row: dict) -> str:
+    """What rows that can be compared have in common, as the heading of their table."""
+    names = ("questions", "question_tokens", "texts", "seed", "dtype", "python")
+    questions, tokens, texts, seed, dtype, python = (row.get(name) for name in names)
+    if texts is None:
+        return row["model"] + OTHER
+    asked = "" if tokens is None else f", {questions} questions of {tokens:,} tokens"
+    return f"{row['model']}: {texts}{asked}, seed {seed}, {dtype}, Python {python or 'not known'}"
 
 
 def _cells(row: dict) -> list[str]:
@@ -198,29 +213,22 @@ def _cells(row: dict) -> list[str]:
 
     kept = row.get("kept")
     of_full = "-" if kept is None else "{:.0%} [{:.0%}, {:.0%}]".format(*kept).replace("%", " %")
-
     kinds = row.get("kinds", {})
+    run = row.get("run")
     return [
-        row["model"],
         row["plan"],
+        cell(row.get("limit_2048"), "{:.2f}x"),
         cell(row.get("speedup_2048"), "{:.2f}x"),
         cell(row.get("speedup_8192"), "{:.2f}x"),
-        cell(row.get("limit_2048"), "{:.2f}x"),
         cell(row.get("kl"), "{:.3f}"),
-        cell(row.get("prompt_tokens"), "{}"),
+        cell(row.get("prompt_tokens"), "{:,}"),
         *(cell(kinds.get(kind), "{:.0%}") for kind in KINDS),
         cell(row.get("retrieved"), "{:.0%}"),
         of_full,
-        cell(row.get("questions"), "{}"),
-        cell(row.get("question_tokens"), "{}"),
         cell(row.get("lambada"), "{:.1%}"),
-        row.get("dtype") or "-",
-        row.get("texts") or "-",
-        row.get("python") or "-",
-        cell(row.get("seed"), "{}"),
         row.get("machine") or "-",
         re.sub("(?<=^.{7})[0-9a-f]*", "", row.get("commit") or "-"),
-        row.get("run") or "-",
+        f"[figures](runs/{run})" if run else "-",
     ]
 
 
@@ -235,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.figures:
             print(json.dumps(row_of(args.figures, args.plan), indent=2))
         else:
-            print(table([*map(read_row, args.files or sorted(PLANS.glob("*.json")))]))
+            print(page([*map(read_row, args.files or sorted(PLANS.glob("*.json")))]))
 
     return exit_status("leaderboard", work)
 

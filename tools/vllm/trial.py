@@ -1,4 +1,4 @@
-"""What pruning gains in your vLLM: python tools/vllm/trial.py FOLDER --input-len 8000 [OPTIONS]
+"""What pruning gains in your vLLM: python -m tools.vllm.trial FOLDER --input-len 8000 [OPTIONS]
 
 It measures the time to the first token at full depth and with two plans, which it makes. "plain" prunes the deepest
 third of the layers, and "selects" also runs as many tokens at full depth as a calibrated plan selects. Neither is for
@@ -85,7 +85,7 @@ def first_token_ms(plan: pop.PrunePlan, name: str, words: list[str], folder: Pat
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python tools/vllm/trial.py",
+        prog="python -m tools.vllm.trial",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
