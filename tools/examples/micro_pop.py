@@ -1,6 +1,6 @@
 """Prefill-only pruning in one file: a toy decoder learns to copy and to count, and then skips layers in prefill.
 
-`python -m tools.examples.micro_pop` takes a minute; see README.md. The line with "prefill-only pruning" is the method.
+`python -m tools.examples.micro_pop` takes a minute at most; see README.md. The line with "prefill-only pruning" is the method.
 
 - A virtual gate is a factor of 1 on what a layer adds. The squared gradient of an answer's loss by it says how much the
   answer needs the layer. In prefill, the deep half has the lowest scores.
