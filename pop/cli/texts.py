@@ -48,7 +48,7 @@ def _conversation(line: str, where: str) -> tuple[str, dict]:
     """A conversation as ChatFormat.encode takes it. Other keys, such as those of a logged request, are left out."""
     try:
         read = json.loads(line)
-        messages = [{key: part for key, part in message.items() if part} for message in read["messages"]]
+        messages = [{key: part for key, part in one.items() if part not in (None, [])} for one in read["messages"]]
         roles = [message["role"] for message in messages]
         is_open = roles[-1] != "assistant"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
@@ -95,16 +95,19 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
     fitted = []
     rest = []
     for path, text in given.items():
-        [seen], [unseen] = parted([text])
-        judges = encoded(model, unseen)
-        count = _tokens_in(model, judges)
+        texts = encoded(model, text)
+        if isinstance(text, str):
+            seen, unseen = parted(texts)
+        else:
+            [seen], [unseen] = parted([texts])
+        count = _tokens_in(model, unseen)
         if count < SHORTEST:
             raise InputError(
                 f"the last fifth of {path}, which judges the plan, has {count} tokens, but needs {SHORTEST}; "
                 "give a longer text"
             )
-        fitted += encoded(model, seen)
-        rest += judges
+        fitted += seen
+        rest += unseen
     found = _tokens_in(model, fitted)
     needed = tokens_needed(model)
     if found >= needed:

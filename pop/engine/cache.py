@@ -1,7 +1,8 @@
 """The static KV cache: preallocated, written at given slots, read up to the filled part.
 
-Nothing is appended by concatenation, and no layer keeps a position: the caller says which slots it writes. So a pruned
-layer can write K and V without running, and a full-depth token can overwrite what the pruned pass wrote for it.
+Nothing is appended by concatenation, and no layer keeps a position: the caller says which slots it writes (`write` in
+attention.py). So a pruned layer can write K and V without running, and a full-depth token can overwrite what the pruned
+pass wrote for it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a calibrated plan adds to plain pruning: corrections of K and V, and updates of h.
 
-A pruned layer projects K and V from a state that its weights were not trained on: the h that enters its group of
-consecutive pruned layers. Calibration (pop/calibration) measures the resulting error and fits a correction to it. With
-x_t the state of token t, normalised without a weight, and x_{-1} = 0,
+A pruned layer projects K and V from the h that enters its group of consecutive pruned layers. In all but the first
+layer of the first group, its weights were trained on another state. Calibration (pop/calibration) measures the
+resulting error and fits a correction to it. With x_t the state of token t, normalised without a weight, and x_{-1} = 0,
 
     z_t = P [x_t ; x_{t-1}]               a code of R numbers for each token, shared by the layers of the group
     k_t, v_t  =  own projections of h_t  +  U z_t

@@ -312,7 +312,8 @@ def test_a_request_chooses_its_plan(model):
     """It continues caches of its own plan only."""
     with serving(model, plans={"half": (half := pop.PrunePlan((1, 2)))}) as (_, url):
         client = client_of(url)
-        assert client.models.retrieve("tiny").plans == ["default", "none", "half"]
+        listed = client.models.retrieve("tiny")
+        assert (listed.plans, listed.max_model_len) == (["default", "none", "half"], model.max_seq_len)
         plans = {"none": pop.PrunePlan.none(), "half": half, "default": model.plan}
         cached = []
         for name in ("default", "none", "half", "none", "half", "default"):

@@ -1,11 +1,11 @@
 """Prefill-only pruning in one file: a toy decoder learns to copy and to count, and then skips layers in prefill.
 
-`python -m tools.examples.micro_pop` takes a minute at most; see README.md. The line with "prefill-only pruning" is the method.
+`python -m tools.examples.micro_pop` takes a minute at most. The line with "prefill-only pruning" is the method.
 
-- A virtual gate is a factor of 1 on what a layer adds. The squared gradient of an answer's loss by it says how much the
-  answer needs the layer. In prefill, the deep half has the lowest scores.
-- So prefill may skip the deep half. The last prompt token may not, because it predicts the first token of the answer.
-  And the skipped layers must still give keys and values, because generated tokens attend to them.
+- A virtual gate is a factor of 1 on what a layer adds. The squared gradient of an answer's loss by it says how
+  sensitive the answer is to the layer. In prefill, the deep half has the lowest scores.
+- So prefill may skip the deep half. The last prompt token, the boundary, may not, because it predicts the first token
+  of the answer. And the skipped layers must still give keys and values, because generated tokens attend to them.
 """
 
 import torch

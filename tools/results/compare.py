@@ -69,7 +69,7 @@ def _groups(kinds: list[str]) -> dict[str, np.ndarray | slice]:
 
 def _add_rows(result: dict, other: dict, method: str) -> None:
     """Add a method of another run to a result. Raises InputError if the runs differ in what the full model does."""
-    texts = [", ".join(run.get("text", {})) for run in (result, other)]
+    texts = [", ".join(sorted(run.get("text", {}))) or "none" for run in (result, other)]
     if texts[0] != texts[1]:
         raise InputError(f"one run has the texts {texts[0]}, and the other one {texts[1]}; give runs of equal texts")
     pairs = [(result["retrieval"]["rows"], other["retrieval"]["rows"], "by_question", "log_prob")]

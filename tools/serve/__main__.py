@@ -26,7 +26,9 @@ try:
 
     from tools.serve.app import LOCAL, Server
 except ImportError:
-    raise SystemExit("tools.serve needs starlette and uvicorn; run `pip install starlette uvicorn`") from None
+    raise SystemExit(
+        "tools.serve needs starlette and uvicorn; run `pip install starlette uvicorn llguidance`"
+    ) from None
 
 KEY = "POP_API_KEY"  # the environment variable with the key that clients must send
 MOST_CONNECTIONS = 256

@@ -91,6 +91,7 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         one = {"id": self.name, "object": "model", "created": 0, "owned_by": "pop", "plans": [*self.served.plans]}
+        one["max_model_len"] = self.served.model.max_seq_len
         asked = request.path_params.get("name")
         if asked not in (None, self.name):
             raise Wrong(f"there is no model {asked!r:.80}", 404, "model", "model_not_found")
