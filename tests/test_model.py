@@ -110,6 +110,7 @@ WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
         ),
         (lambda m: m.generate([1], plan=pop.PrunePlan((9,))), pop.PlanError, ["layer 9"]),
         (lambda m: m.generate([1] * 129), pop.ContextOverflow, ["prompt", "129", "128"]),
+        (lambda m: m.generate([[1] * 5, [1] * 129]), pop.ContextOverflow, ["prompt 1 ", "129", "128"]),
         (lambda m: m.logits([[1] * 129]), pop.ContextOverflow, ["129", "128"]),
         (lambda m: m.score([1] * 128, [1, 2]), pop.ContextOverflow, ["context plus continuation", "129", "128"]),
         (lambda m: m.generate("text"), pop.TokenizerError, ["text", "tokenizer"]),

@@ -78,7 +78,7 @@ def report(answers: list[dict[str, str]]) -> str:
         rows.append([way, f"{equal} of {len(pairs)}", f"{same / longest:.0%}"])
     lines = [table(rows)]
     if refused:
-        lines.append(f"{len(refused)} requests were refused, the first because {refused[0]}")
+        lines.append(f"Requests that were refused: {len(refused)}. The first: {refused[0]}")
     return "\n\n".join(lines)
 
 

@@ -137,7 +137,10 @@ def find_weights(name: str) -> Path:
             f"Face repository {entry.source} into {weights_folder() / entry.name}"
         )
     folders = ", ".join(str(place / entry.name) for place in places())
-    raise WeightsNotFound(f"the weights of {name} are in none of {folders}, and not in Hugging Face's cache; {step}")
+    missing = f"there is no folder {name}, and the" if "/" in name else "the"
+    raise WeightsNotFound(
+        f"{missing} weights of {name} are in none of {folders}, and not in Hugging Face's cache; {step}"
+    )
 
 
 def stored(entry: Entry) -> Path | None:

@@ -85,9 +85,11 @@ class Batch:
         Raises ContextOverflow if a prompt does not fit.
         """
         num_earlier = len(self.earlier_tokens)
-        longest = max(map(len, self.prompts))
+        lengths = [*map(len, self.prompts)]
+        longest = max(lengths)
+        which = f"prompt {lengths.index(longest)}" if self.is_list else "the prompt"
         note = f" ({longest} tokens after {num_earlier} earlier ones)" if num_earlier else ""
-        self.model.check_fits(num_earlier + longest, f"the prompt{note}")
+        self.model.check_fits(num_earlier + longest, f"{which}{note}")
         left = self.model.max_seq_len + 1 - num_earlier
         return [min(self.params.max_new_tokens, left - len(prompt)) for prompt in self.prompts]
 

@@ -83,6 +83,7 @@ def test_weights_that_are_nowhere(places, name):
     with pytest.raises(WeightsNotFound) as caught:
         find_folder(name)
     message = str(caught.value)
+    assert message.startswith(f"there is no folder {name}, and ") == (name == "a/b")
     for place in places:
         assert str(place / name) in message
     assert f"`{registry.COMMANDS.get(name, f'pop download {name}')}`" in message

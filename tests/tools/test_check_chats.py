@@ -65,7 +65,7 @@ def test_a_refused_request_does_not_lose_the_others():
     answers = check_chats.ask(Client(), [{"messages": messages} for messages in QUESTIONS[:3]], {}, 5)
     assert [[*one] for one in answers] == [[*check_chats.WAYS], ["error"], [*check_chats.WAYS]]
     table = check_chats.report(answers)
-    assert "2 of 2" in table and "1 requests were refused, the first because too long" in table
+    assert "2 of 2" in table and "Requests that were refused: 1. The first: too long" in table
 
 
 @pytest.mark.parametrize(
