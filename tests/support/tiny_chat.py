@@ -33,3 +33,19 @@ def write_chat_checkpoint(folder: Path, **overrides) -> Path:
     template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
     return folder
+
+
+def begin_with_bos(folder: Path) -> Path:
+    """Change such a checkpoint: BOS begins texts and conversations, and a message is <|im_start|> and its content."""
+    template = "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_end|>{% endif %}"
+    settings = {"chat_template": template, "bos_token": CONTROL[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    begins = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": CONTROL[0]}}, {"Sequence": {"id": "A"}}],
+        "special_tokens": {CONTROL[0]: {"ids": [0]}},
+    }
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": begins}), encoding="utf-8")
+    return folder

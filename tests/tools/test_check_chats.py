@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.serving import serving
-from support.tiny_chat import write_chat_checkpoint
+from support.tiny_chat import begin_with_bos, write_chat_checkpoint
 
 import pop
 from pop.errors import InputError
@@ -99,19 +99,7 @@ def test_a_file_without_requests_is_refused_before_a_server_is_asked(name, line,
 
 def test_requests_become_prompts_for_a_benchmark(requests, tmp_path, capsys):
     """As the server gets them: without the answers, and without BOS."""
-    template = "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
-    template += "{% if add_generation_prompt %}<|im_end|>{% endif %}"
-    folder = write_chat_checkpoint(tmp_path / "tiny")
-    settings = {"chat_template": template, "bos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    bos = {"SpecialToken": {"id": "<|endoftext|>"}}
-    begins = {
-        "type": "TemplateProcessing",
-        "single": [bos, {"Sequence": {"id": "A"}}],
-        "special_tokens": {"<|endoftext|>": {"ids": [0]}},
-    }
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": begins}))
+    folder = begin_with_bos(write_chat_checkpoint(tmp_path / "tiny"))
     out = tmp_path / "prompts.jsonl"
     assert prompts.main([str(folder), requests, str(out)]) == 0
     lines = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]

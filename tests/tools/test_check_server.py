@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from support.serving import serving
-from support.tiny_chat import write_chat_checkpoint
+from support.tiny_chat import begin_with_bos, write_chat_checkpoint
 
 import pop
 from pop.calibration.questions import Question
@@ -102,6 +102,13 @@ def test_questions_come_from_the_tokenizer_alone(folder):
     assert [[len(question.prompt) for question in group] for group in questions.values()] == [[900] * 7, [1200] * 7]
     assert {question.kind for question in questions[900]} >= {"codes", "brackets", "tool calls"}
     assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
+
+
+def test_a_prompt_about_conversations_has_one_bos(tmp_path):
+    folder = begin_with_bos(write_chat_checkpoint(tmp_path / "tiny"))
+    said = [{"messages": [{"role": "user", "content": "Sphinx of black quartz. " * 5}]} for _ in range(9)]
+    questions, tokenizer = check_server.questions_of(folder, [900], 1, 3, [[("line 1", chat) for chat in said]])
+    assert {question.prompt.count(tokenizer.bos_id) for question in questions[900]} == {1}
 
 
 def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys, notes):
