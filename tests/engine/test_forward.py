@@ -4,6 +4,7 @@ Where two ways to compute a thing must agree, the engine is also compared with i
 models with awkward sizes. Batches with images: test_forward_images.py.
 """
 
+import sys
 import weakref
 
 import pytest
@@ -263,7 +264,8 @@ def test_a_failed_call_adds_no_tokens():
 def test_states_are_freed_as_soon_as_the_next_ones_exist():
     """How many states [B, C, D] each kept layer finds: none, or the one that has left the layer before.
 
-    Of a plan that selects, all three chunks of the first phase, and the first chunk of the second.
+    Of a plan that selects, all three chunks of the first phase, and the first chunk of the second. Before Python 3.11, a
+    call holds its arguments until it returns, so one more state lives.
     """
     module = random_model(tiny_config(num_layers=5))
     plan = PrunePlan((4,), full_depth_selected=0.5, selecting_layer=2)
@@ -280,4 +282,4 @@ def test_states_are_freed_as_soon_as_the_next_ones_exist():
 
     prompt = torch.ones(1, 9, dtype=torch.int64), new_cache(module, 1), torch.tensor([9])
     engine.prefill(module, *prompt, plan, 3, stages.Stages(full_layer=full_layer))
-    assert found[:8] == [0, 1] * 4
+    assert found[:8] == [0, 1 if sys.version_info >= (3, 11) else 2] * 4
