@@ -264,8 +264,8 @@ def test_a_failed_call_adds_no_tokens():
 def test_states_are_freed_as_soon_as_the_next_ones_exist():
     """How many states [B, C, D] each kept layer finds: none, or the one that has left the layer before.
 
-    Of a plan that selects, all three chunks of the first phase, and the first chunk of the second. Before Python 3.11, a
-    call holds its arguments until it returns, so one more state lives.
+    Of a plan that selects, all three chunks of the first phase, and the first chunk of the second. Before Python 3.11,
+    a call holds its arguments until it returns, so one more state lives.
     """
     module = random_model(tiny_config(num_layers=5))
     plan = PrunePlan((4,), full_depth_selected=0.5, selecting_layer=2)
