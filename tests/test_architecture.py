@@ -101,10 +101,10 @@ def test_modules_that_other_code_imports():
 
 # What makes code dense.
 
-# Syntax nodes of all files. The aim is 92,000 (tools/results/DECISIONS.md). Lower the bound when nodes go, and keep it
-# half a per cent above what is there. Raise it by what a fix takes, or a family of models or another feature that is
-# worth its size. Such a feature gets a row in tools/results/DECISIONS.md.
-NODES = 102_500
+# Syntax nodes of all files. The aim is 92,000 (tools/results/DECISIONS.md). Lower the bound when nodes go. Raise it for
+# a family of models or another feature that is worth its size, by as much as that takes, and give it a row in
+# tools/results/DECISIONS.md.
+NODES = 102_480
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 
 
