@@ -297,6 +297,7 @@ def test_the_leaderboard_has_the_plans_that_ship(capsys):
     assert leaderboard.main([]) == 0
     out = capsys.readouterr().out
     assert (RESULTS / "PLANS.md").read_text(encoding="utf-8") == out, "python -m tools.results.leaderboard > PLANS.md"
+    out = "".join(part for part in out.split("\n## ") if part.startswith("smollm2-135m"))
     shipped = [row for row in rows("README.md") if re.fullmatch(SPEEDUP, row[0])]
     for row in shipped:
         speedup, kl, _ = row
