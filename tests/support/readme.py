@@ -1,10 +1,11 @@
-"""The README.md files of the repository: their text and their blocks of code."""
+"""The README.md files of the repository, and one longer guide: their text and their blocks of code."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "README.md", *sorted(path for name in ("pop", "tools") for path in (ROOT / name).rglob("README.md"))]
+FILES.append(ROOT / "tools/vllm/ROLLOUT.md")
 READMES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 README = READMES["README.md"]
 

@@ -1,0 +1,135 @@
+"""Start vLLM with a plan, send it prompts that the plan prunes, and start it without the plan if that fails.
+
+    python -m pop_vllm.start my.plan vllm serve FOLDER --gpu-memory-utilization 0.89
+
+The server starts without the plan if it ends, refuses one of the prompts, or has pruned none of them. It also does if
+it ends later, whatever its status is, since vLLM's is 0 after its engine has died. To stop it, stop this program. The
+file of --ready exists while the server answers and its plan has passed the test, or there is none. vLLM's own /health
+is good before the test. The exit status is that of vLLM without the plan.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+
+SHORT = 1024  # tokens of a prompt that runs in one step
+LONG = 20_000  # and of one that vLLM divides, if its context has room
+SECONDS = 600  # that an answer may take: the first pruned step compiles
+POLL = 1.0  # seconds
+STOP = 60  # seconds that vLLM may take to stop
+
+open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+class Failed(Exception):
+    """The server has not passed its test."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pop_vllm.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server will be (%(default)s)")
+    parser.add_argument("--key", default=os.environ.get("VLLM_API_KEY"), help="its API key (VLLM_API_KEY)")
+    parser.add_argument("--ready", type=Path, help="a file that exists while the server answers", metavar="FILE")
+    parser.add_argument("plan", help="a saved plan, or another value of POP_PLAN")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="vllm serve, and its options")
+    args = parser.parse_args(argv)
+    if not args.command:
+        parser.error("the command that starts vLLM is missing")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit())  # so that the server is stopped as well
+    with tempfile.TemporaryDirectory() as counters:
+        serve(args, {"POP_PLAN": args.plan, "PROMETHEUS_MULTIPROC_DIR": counters})
+    say("starting vLLM without the plan")
+    return serve(args, {})
+
+
+def serve(args: argparse.Namespace, settings: dict[str, str]) -> int:
+    """Run the server until it ends, or has not passed the test of its plan, and return its exit status."""
+    inherited = {name: value for name, value in os.environ.items() if name != "POP_PLAN"}
+    process = subprocess.Popen(args.command, env=inherited | settings, start_new_session=True)
+    try:
+        wait_until_healthy(process, args.url)
+        if settings:
+            pruned, tokens = tried(args.url, args.key)
+            say(f"{args.plan} runs: {pruned:,} of {tokens:,} prompt tokens were pruned")
+        if args.ready:
+            args.ready.touch()
+        process.wait()
+        say(f"vLLM has ended with status {process.returncode}")
+    except Failed as error:
+        say(str(error))
+    finally:
+        if args.ready:
+            args.ready.unlink(missing_ok=True)
+        stop(process)
+    return process.returncode
+
+
+def wait_until_healthy(process: subprocess.Popen, url: str) -> None:
+    """Raise Failed if the server ends before it is healthy."""
+    while process.poll() is None:
+        try:
+            open_url(f"{url}/health", timeout=SECONDS).close()
+            return
+        except (OSError, HTTPException):
+            time.sleep(POLL)
+    raise Failed(f"vLLM has ended with status {process.returncode} before it was healthy")
+
+
+def tried(url: str, key: str | None) -> tuple[int, int]:
+    """Send two prompts, and return how many of their tokens were pruned, and how many they have. Raises Failed."""
+    try:
+        (model,) = json.loads(asked(f"{url}/v1/models", key))["data"]
+        room = model["max_model_len"] - 2  # a new token, and one that vLLM may add
+        lengths = sorted({min(SHORT, room), min(LONG, room)})
+        for length in lengths:
+            prompt = [(7 * position + length) % 200 for position in range(length)]  # ids that all vocabularies have
+            asked(f"{url}/v1/completions", key, {"model": model["id"], "prompt": prompt, "max_tokens": 1})
+        lines = asked(f"{url}/metrics", key).splitlines()
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+        raise Failed(f"a prompt for the plan has failed: {error!r}") from None
+    pruned = sum(float(line.split()[-1]) for line in lines if line.startswith("pop:pruned_tokens_total"))
+    if not pruned:
+        raise Failed(f"no token was pruned in prompts of {lengths} tokens; is the plugin in vLLM's environment?")
+    return round(pruned), sum(lengths)
+
+
+def asked(url: str, key: str | None, fields: dict | None = None) -> str:
+    """The text of an answer. Raises OSError for one with an error."""
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    body = json.dumps(fields).encode() if fields else None
+    with open_url(urllib.request.Request(url, body, headers), timeout=SECONDS) as response:
+        return response.read().decode()
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End the server, and the processes that it has started."""
+    process.terminate()
+    try:
+        process.wait(STOP)
+    except subprocess.TimeoutExpired:
+        say(f"vLLM has not stopped in {STOP} s, and is killed")
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)  # the group has the process's id
+    process.wait()
+
+
+def say(line: str) -> None:
+    print(f"pop: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

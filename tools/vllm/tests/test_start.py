@@ -1,0 +1,161 @@
+"""pop_vllm/start.py, with a server in vLLM's place. These tests need no vLLM."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1]
+
+# It fails in one of several ways if it has a plan. /end ends it with a status.
+SERVER = """
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+port, way = sys.argv[1:]
+plan = os.environ.get("POP_PLAN")
+if plan:
+    assert not os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+if plan and way == "ends":
+    sys.exit(3)
+lengths = []
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path.startswith("/end"):
+            os._exit(int(self.path.split("=")[1]))
+        pruned = 0 if way == "idle" else sum(lengths) - 96 * len(lengths)
+        texts = {
+            "/health": "",
+            "/v1/models": json.dumps({"data": [{"id": "m", "max_model_len": 2050 if way == "small" else 32768}]}),
+            "/metrics": f'pop:pruned_tokens_total{{engine="0"}} {pruned}.0\\n',
+            "/state": json.dumps([plan, lengths]),
+        }
+        self.say(texts[self.path])
+
+    def do_POST(self):
+        fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert fields["model"] == "m"
+        if way == "key" and self.headers["Authorization"] != "Bearer secret":
+            self.send_error(401)
+            return
+        if way == "refuses":
+            self.send_error(500)
+            return
+        lengths.append(len(fields["prompt"]))
+        self.say("{}")
+
+    def say(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+HTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+
+class Started:
+    """The program, with the server that it starts."""
+
+    def __init__(self, folder: Path, way: str, options: list[str]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.ready = folder / "ready"
+        self.log = folder / "log"
+        words = ["--url", self.url, "--ready", str(self.ready), *options, "my.plan"]
+        command = [sys.executable, "-c", SERVER, str(port), way]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pop_vllm.start", *words, *command],
+            env=os.environ | {"PYTHONPATH": str(FOLDER), "POP_PLAN": "of the shell"},
+            stderr=self.log.open("w"),
+        )
+
+    def state(self) -> list:
+        """The server's plan, and the lengths of its prompts, once it is ready."""
+        self.wait(self.ready.exists)
+        with urllib.request.urlopen(f"{self.url}/state") as response:
+            return json.load(response)
+
+    def end(self, status: int) -> None:
+        """Let the server end."""
+        with pytest.raises(OSError):
+            urllib.request.urlopen(f"{self.url}/end={status}")
+
+    def wait(self, is_so) -> None:
+        since = time.monotonic()
+        while not is_so():
+            assert time.monotonic() - since < 60, self.log.read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def start(way: str, *options: str) -> Started:
+        started.append(Started(tmp_path, way, list(options)))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.terminate()
+        one.process.wait()
+
+
+def test_a_plan_that_runs_is_served(start):
+    one = start("runs")
+    assert one.state() == ["my.plan", [1024, 20_000]]
+    assert "my.plan runs: 20,832 of 21,024 prompt tokens were pruned" in one.log.read_text()
+
+
+def test_the_longest_prompt_fits_the_context(start):
+    assert start("small").state() == ["my.plan", [1024, 2048]]
+
+
+@pytest.mark.parametrize(
+    ("way", "says"), [("ends", "status 3"), ("refuses", "500"), ("idle", "no token was pruned"), ("key", "401")]
+)
+def test_without_the_plan_if_it_fails_at_the_start(start, way, says):
+    one = start(way)
+    assert one.state() == [None, []]
+    assert says in one.log.read_text()
+
+
+def test_a_key_is_sent(start):
+    assert start("key", "--key", "secret").state()[0] == "my.plan"
+
+
+@pytest.mark.parametrize("status", [0, 5])
+def test_without_the_plan_if_it_ends_later(start, status):
+    """vLLM's status is 0 after its engine has died."""
+    one = start("runs")
+    assert one.state()[0] == "my.plan"
+    one.end(status)
+    one.wait(lambda: "without the plan" in one.log.read_text())
+    assert one.state() == [None, []]
+    one.end(7)
+    assert one.process.wait(60) == 7
+    assert not one.ready.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_server(start, number):
+    one = start("runs")
+    one.state()
+    one.process.send_signal(number)
+    one.process.wait(60)
+    assert not one.ready.exists()
+    assert "without the plan" not in one.log.read_text()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{one.url}/health")
