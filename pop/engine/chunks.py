@@ -150,8 +150,8 @@ class FullDepth(NamedTuple):
         for window, (rope, slots, spans, *_) in chunk.attention.items():
             rope, slots, spans = tree_map(lambda table: table[batch_rows, columns], (rope, slots, spans))
             slots = slots.where(valid, cache.slots(window))
-            keys = (held_by_window[window], None, torch.tensor(ALL_KEYS)) if W > 1 else ()
-            attention[window] = AttentionMetadata(rope, slots, spans, *keys)
+            keys = {"held": held_by_window[window], "band": torch.tensor(ALL_KEYS)} if W > 1 else {}
+            attention[window] = AttentionMetadata(rope, slots, spans, **keys)
         return cls(plan, attention, columns, valid, last_is_full)
 
 
