@@ -263,10 +263,10 @@ def test_ctrl_c_ends_the_download_and_keeps_what_is_there(server, folder, reques
 
 
 @pytest.mark.parametrize("hub", ["server", "secure"])
-@pytest.mark.parametrize("fault", [cut(0.5), cut(0.5, reset=True), stall(0.5)])
-def test_a_broken_connection_is_resumed(request, folder, monkeypatch, hub, fault):
+@pytest.mark.parametrize(("fault", "timeout"), [(cut(0.5), 10), (cut(0.5, reset=True), 10), (stall(0.5), 0.5)])
+def test_a_broken_connection_is_resumed(request, folder, monkeypatch, hub, fault, timeout):
     server = request.getfixturevalue(hub)
-    monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "TIMEOUT", timeout)
     server.faults[ONE] = [fault, fault]
     fetch_right(folder, server)
     size = len(server.files[ONE])

@@ -2,10 +2,10 @@
 
     python -m pop_vllm.start my.plan vllm serve FOLDER --gpu-memory-utilization 0.89
 
-The server starts without the plan if it ends, refuses one of the prompts, or has pruned none of them. It also does if
-it ends later, whatever its status is, since vLLM's is 0 after its engine has died. To stop it, stop this program. The
-file of --ready exists while the server answers and its plan has passed the test, or there is none. vLLM's own /health
-is good before the test. The exit status is that of vLLM without the plan.
+The server starts without the plan if it ends, is not healthy in time, refuses a prompt, or has pruned nothing. It also
+does if it ends later, whatever its status is, since vLLM's is 0 after its engine has died. To stop it, stop this
+program. The file of --ready exists while the server answers and its plan has passed the test, or there is none. vLLM's
+own /health is good before the test. The exit status is that of vLLM without the plan.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server will be (%(default)s)")
     parser.add_argument("--key", default=os.environ.get("VLLM_API_KEY"), help="its API key (VLLM_API_KEY)")
     parser.add_argument("--ready", type=Path, help="a file that exists while the server answers", metavar="FILE")
+    parser.add_argument("--limit", type=float, default=1800, help="for a start, in seconds (%(default)s)", metavar="S")
     parser.add_argument("plan", help="a saved plan, or another value of POP_PLAN")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="vllm serve, and its options")
     args = parser.parse_args(argv)
@@ -56,10 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, settings: dict[str, str]) -> int:
     """Run the server until it ends, or has not passed the test of its plan, and return its exit status."""
+    if args.ready:
+        args.ready.unlink(missing_ok=True)  # of a program that was killed
     inherited = {name: value for name, value in os.environ.items() if name != "POP_PLAN"}
     process = subprocess.Popen(args.command, env=inherited | settings, start_new_session=True)
     try:
-        wait_until_healthy(process, args.url)
+        wait_until_healthy(process, args.url, args.limit)
         if settings:
             pruned, tokens = tried(args.url, args.key)
             say(f"{args.plan} runs: {pruned:,} of {tokens:,} prompt tokens were pruned")
@@ -76,9 +79,12 @@ def serve(args: argparse.Namespace, settings: dict[str, str]) -> int:
     return process.returncode
 
 
-def wait_until_healthy(process: subprocess.Popen, url: str) -> None:
-    """Raise Failed if the server ends before it is healthy."""
+def wait_until_healthy(process: subprocess.Popen, url: str, limit: float) -> None:
+    """Raise Failed if the server ends before it is healthy, or is not healthy after `limit` seconds."""
+    since = time.monotonic()
     while process.poll() is None:
+        if time.monotonic() - since > limit:
+            raise Failed(f"vLLM is not healthy after {limit:g} s")
         try:
             open_url(f"{url}/health", timeout=SECONDS).close()
             return
@@ -90,7 +96,7 @@ def wait_until_healthy(process: subprocess.Popen, url: str) -> None:
 def tried(url: str, key: str | None) -> tuple[int, int]:
     """Send two prompts, and return how many of their tokens were pruned, and how many they have. Raises Failed."""
     try:
-        (model,) = json.loads(asked(f"{url}/v1/models", key))["data"]
+        model = json.loads(asked(f"{url}/v1/models", key))["data"][0]  # one for each name that it is served by
         room = model["max_model_len"] - 2  # a new token, and one that vLLM may add
         lengths = sorted({min(SHORT, room), min(LONG, room)})
         for length in lengths:

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parents[1]
 
 # It fails in one of several ways if it has a plan. /end ends it with a status.
 SERVER = """
-import json, os, sys
+import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 port, way = sys.argv[1:]
 plan = os.environ.get("POP_PLAN")
@@ -24,6 +24,8 @@ if plan:
     assert not os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 if plan and way == "ends":
     sys.exit(3)
+if plan and way == "hangs":
+    time.sleep(600)
 lengths = []
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,9 +33,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/end"):
             os._exit(int(self.path.split("=")[1]))
         pruned = 0 if way == "idle" else sum(lengths) - 96 * len(lengths)
+        room = 2050 if way == "small" else 32768
         texts = {
             "/health": "",
-            "/v1/models": json.dumps({"data": [{"id": "m", "max_model_len": 2050 if way == "small" else 32768}]}),
+            "/v1/models": json.dumps({"data": [{"id": "m", "max_model_len": room}, {"id": "n"}]}),
             "/metrics": f'pop:pruned_tokens_total{{engine="0"}} {pruned}.0\\n',
             "/state": json.dumps([plan, lengths]),
         }
@@ -124,12 +127,25 @@ def test_the_longest_prompt_fits_the_context(start):
 
 
 @pytest.mark.parametrize(
-    ("way", "says"), [("ends", "status 3"), ("refuses", "500"), ("idle", "no token was pruned"), ("key", "401")]
+    ("way", "says"),
+    [
+        ("ends", "status 3"),
+        ("hangs", "not healthy after 5 s"),
+        ("refuses", "500"),
+        ("idle", "no token was pruned"),
+        ("key", "401"),
+    ],
 )
 def test_without_the_plan_if_it_fails_at_the_start(start, way, says):
-    one = start(way)
+    one = start(way, "--limit", "5")
     assert one.state() == [None, []]
     assert says in one.log.read_text()
+
+
+def test_a_file_of_an_earlier_server_is_not_this_ones(start, tmp_path):
+    (tmp_path / "ready").touch()
+    one = start("hangs", "--limit", "600")
+    one.wait(lambda: not one.ready.exists())
 
 
 def test_a_key_is_sent(start):
