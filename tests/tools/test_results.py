@@ -222,6 +222,7 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     assert (row["kl"], row["retrieved"], row["kept"]) == (0.05, 0.5, [0.51, 0.41, 0.61])
     assert row["kinds"] == {"codes": 0.5, "quotes": 0.5}
     assert (row["windows"], row["questions"], row["seed"], row["dtype"]) == (24, 180, 3, "float32")
+    assert row["texts"] == "a 0123456"
     assert (row["question_tokens"], row["python"], row["run"]) == (512, result["machine"]["python"], "run.json")
     assert row["speedup_2048"] is row["limit_2048"] is None  # it was measured for prompts of 64 tokens
     for limit in (None, 1.61):  # nothing counts the FLOPs of some methods
@@ -260,6 +261,15 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
     for command in (leaderboard.main, ["--from", str(path)]), (compare.main, [str(path), "full", "half"]):
         assert command[0](command[1]) == 2
         assert "unfinished: ['retrieval']" in capsys.readouterr().err
+
+
+def test_texts_of_ones_own_are_named_by_their_hash():
+    """Two people may give different files one name, even that of a text of tools.evaluate."""
+    assert leaderboard._text("prose", {"prose.txt": "0123456789"}) == "prose"
+    assert leaderboard._text("prose", ["prose.txt"]) == "prose"  # in older runs
+    assert leaderboard._text("prose", {"mine.txt": "0123456789"}) == "prose 0123456"
+    both = [leaderboard._text("b", {"1.txt": "01", "2.txt": second}) for second in ("23", "45")]
+    assert both[0] != both[1] and all(len(name) == 9 for name in both)
 
 
 def test_a_row_leaves_other_kinds_of_questions_out(tmp_path):

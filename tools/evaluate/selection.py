@@ -79,7 +79,7 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
     calibrated, what, last, share, layer = re.fullmatch(pattern, prune, re.S).groups()
     plan = model.resolve(what)
     name = Path(what).name
-    method = _method(plan)
+    method = _method(plan, model.config.num_layers)
     if calibrated:
         name = f"calibrated {name}"
         method = "calibrated"
@@ -103,10 +103,13 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
     return Contender(name, model, plan, method)
 
 
-def _method(plan: pop.PrunePlan) -> str:
+def _method(plan: pop.PrunePlan, num_layers: int) -> str:
     if plan.about.get("steps"):
         return "distilled"
-    return "calibrated" if plan.corrections else "plain pruning, the paper's method"
+    if plan.corrections:
+        return "calibrated"
+    are_deepest = plan.layers == tuple(range(num_layers - len(plan.layers), num_layers))
+    return "plain pruning, the paper's method" if are_deepest else "plain pruning"
 
 
 def check_baselines(baselines: list[str]) -> None:

@@ -46,7 +46,11 @@ class JsonSchema:
             )
         tokenizer = tokenizer or tokenizer_of(model)
         matcher = import_llguidance().LLMatcher
-        self.start = matcher(tokenizer, matcher.grammar_from_json_schema(schema, defaults=FORM))
+        try:
+            grammar = matcher.grammar_from_json_schema(schema, defaults=FORM)
+        except ValueError as error:
+            raise InputError(f"the JSON schema is not JSON: {error}") from None
+        self.start = matcher(tokenizer, grammar)
         if self.start.is_error():
             raise InputError(f"the JSON schema cannot be used: {self.start.get_error()}")
 

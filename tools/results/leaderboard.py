@@ -10,6 +10,7 @@ The last one makes a file of the figures that `tools.evaluate --json` has writte
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from pop.errors import InputError
 from pop.system.files import read_json
 from tools.common import exit_status
 from tools.evaluate.retrieval import share_of
+from tools.evaluate.text import read_domains
 from tools.results.rows import read_result
 
 PLANS = Path(__file__).parent / "plans"
@@ -116,7 +118,7 @@ def row_of(path: Path, plan: str) -> dict:
             "commit": result["commit"],
             "run": path.name,
             "dtype": result["dtype"],
-            "texts": ", ".join(name for name in domains if name != "all"),
+            "texts": ", ".join(_text(name, result["text_files"][name]) for name in domains if name != "all"),
             "python": machine["python"],
             "speedup_2048": None,
             "speedup_8192": None,
@@ -148,6 +150,16 @@ def row_of(path: Path, plan: str) -> dict:
             f"{path} lacks figures ({error!r}); write it with tools.evaluate --tasks text --json"
         ) from None
     return row
+
+
+def _text(name: str, files: list[str] | dict[str, str]) -> str:
+    """The name of a domain. If its files are not those of tools.evaluate, the beginning of their hash follows."""
+    own = read_domains([]).get(name, [])
+    if sorted(files) == sorted(path.name for path in own):
+        return name
+    hashes = [*files.values()]
+    whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return f"{name} {whole[:7]}"
 
 
 def _lookups(answers: dict, plan: str, seed: int) -> dict:
