@@ -48,7 +48,7 @@ class Selection(NamedTuple):
 class Tokens(NamedTuple):
     """Tokens [B, C] of a chunk. All tensors are on the CPU, but those of a decode step are on the device."""
 
-    # [B, C] int64, the columns of the prompts [B, T]; padding repeats a row's last token. None: not of a prompt.
+    # [B, C] int64, the columns of the prompts [B, T], a row's last one in padding. None: not of a prompt.
     in_prompt: Tensor | None
     positions: Tensor  # [B, C] int64, in the sequence
     valid: Tensor  # [B, C] bool, false for padding
