@@ -52,8 +52,9 @@ def test_its_table_shows_what_it_claims(capsys):
     lines = capsys.readouterr().out.splitlines()
     prefill = [float(line.split()[1]) for line in lines[3 : 3 + LAYERS]]
     assert max(prefill[LAYERS // 2 :]) < min(prefill[: LAYERS // 2])
-    rows = [line.split()[-2:] for line in lines[-5:]]
-    full, pruned, without_boundary, without_kv, nowhere = ([int(x.rstrip("%")) for x in row] for row in rows)
+    rows = [line.split()[-2:] for line in lines[-6:]]
+    full, pruned, without_boundary, without_kv, nowhere, too_many = ([int(x.rstrip("%")) for x in row] for row in rows)
     assert full == pruned == [100, 100]
     assert max(without_boundary[1], without_kv[1], nowhere[1]) < 30
     assert without_kv[0] < 90
+    assert max(too_many) < 60

@@ -136,7 +136,6 @@ def main():
     print("importance by virtual gates\nlayer       prefill        decode")
     for number, (prefill, decode) in enumerate(importance(model).T.tolist()):
         print(f"{number:5}  {prefill:12.2g}  {decode:12.2g}")
-
     deep = range(LAYERS // 2, LAYERS)
     print("\nexact answers                                  copying  counting")
     print("the full model                               ", exact_answers(model))
@@ -144,6 +143,7 @@ def main():
     print("  and so does the last prompt token          ", exact_answers(model, deep, boundary=deep))
     print("  or the prompt's K and V there are dropped  ", exact_answers(model, deep, without_kv=deep))
     print("all tokens skip them                         ", exact_answers(model, deep, deep, deep))
+    print("prefill skips all layers but the first       ", exact_answers(model, range(1, LAYERS)))
 
 
 if __name__ == "__main__":
