@@ -232,7 +232,7 @@ class Runner:
 
     # Compilation
 
-    def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
+    def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan | str] = ()) -> None:
         """Compile what prefill and decode need, unless the model runs eagerly.
 
         Nothing compiles again while torch.set_num_threads and the module stay the same.

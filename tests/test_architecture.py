@@ -101,9 +101,10 @@ def test_modules_that_other_code_imports():
 
 # What makes code dense.
 
-# Syntax nodes of all files. The aim is 92,000 (tools/results/DECISIONS.md). A fix may use what is left below the bound.
-# A family of models, or another feature that is worth its size, raises the bound by its own nodes, even if the test
-# passes without that, and gets a row in tools/results/DECISIONS.md. Lower the bound when nodes go.
+# Syntax nodes of all files. The aim is 92,000 (tools/results/DECISIONS.md). A fix, or an option of a few dozen nodes,
+# may use what is left below the bound. A family of models, or another feature that is worth its size, raises the bound
+# by its own nodes, even if the test passes without that, and gets a row in tools/results/DECISIONS.md. Lower the bound
+# when nodes go.
 NODES = 102_480
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 

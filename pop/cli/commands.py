@@ -17,7 +17,7 @@ import pop
 from pop.backends.tensor_parallel import launched
 from pop.calibration.search import SHORT
 from pop.calibration.texts import SHORTEST, builtin_texts, excerpt
-from pop.calibration.verdict import LENGTHS, compared
+from pop.calibration.verdict import CONTINUATION, LENGTHS, compared
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
@@ -179,7 +179,7 @@ def check(args) -> int:
     model = _load(args)
     texts = [one for text in given for one in encoded(model, text)]
     tokens = sum(len(model.encode(text)) for text in texts)
-    if texts and tokens < lengths[-1]:
+    if texts and tokens < lengths[-1] + CONTINUATION:
         print(f"pop: the texts have {tokens:,} tokens; in longer prompts, built-in texts follow", file=sys.stderr)
     verdict = pop.check(model, model.plan, texts or None, lengths=lengths, questions=questions)
     print(verdict, speed(model, model.plan), sep="\n")

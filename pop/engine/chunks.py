@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 
     bounds: Bounds  # on the CPU
     tokens: Tokens  # on the CPU
-    images: Images  # what images bring to these tokens
+    images: Images  # what images bring to these tokens; all but their features is on the CPU
     attention: dict[int | None, AttentionMetadata]  # how the tokens attend, by the layers' window
     ids: Tensor  # [B, C]
     target: Tensor  # [B, C], where results go in the prompts' columns [B, T + 1]; padding goes to column T

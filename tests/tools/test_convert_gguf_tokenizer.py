@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata: what the files say, and that sentencepiece and this library read them."""
+"""tools/convert: tokenizers from GGUF metadata. What the files say, and that sentencepiece and pop read them."""
 
 import json
 

@@ -99,7 +99,7 @@ def importance(model):
         tokens = torch.cat((prompts, answers), 1)[:, :-1]
         both = torch.ones(2, LAYERS, requires_grad=True)  # prefill's gates, and decode's
         in_prefill = torch.arange(tokens.shape[1]) < prompts.shape[1] - 1  # the last prompt token counts as decode
-        gates = torch.where(in_prefill, both[0, :, None], both[1, :, None])[..., None]  # [L, T, 1]
+        gates = torch.where(in_prefill, both[0, :, None], both[1, :, None])[..., None]  # [LAYERS, T, 1]
         logits = model(tokens, new_cache(1), gates=gates)[:, -LENGTH:]
         loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="sum")
         scores += torch.autograd.grad(loss, both)[0] ** 2 / 200

@@ -53,7 +53,8 @@ TITLE = """# All plans
 
 `python -m tools.results.leaderboard > tools/results/PLANS.md` writes this page. [README.md](README.md#all-plans)
 explains the columns, and how to add a row. Compare rows of one table only, and speedups of one machine and commit only.
-Questions of ruler are left out, so shares differ from those of tables that count them.
+Questions of ruler are left out, so shares differ from those of tables that count them. The rows of novel, manual and c
+are those of the [unseen texts](README.md#on-unseen-texts).
 """
 
 

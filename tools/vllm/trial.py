@@ -1,9 +1,9 @@
 """What pruning gains in your vLLM: python -m tools.vllm.trial FOLDER --input-len 8000 [OPTIONS]
 
 It measures the time to the first token at full depth and with two plans, which it makes. "plain" prunes the deepest
-third of the layers, and "selects" also runs as many tokens at full depth as a calibrated plan selects. Neither is for
-use, since no correction is fitted. --plan FILE measures that plan in their place. All other options follow FOLDER. They
-are those of `vllm bench latency`, such as --tensor-parallel-size 2.
+third of the layers, rounded up, and "selects" also runs as many tokens at full depth as a calibrated plan selects.
+Neither is for use, since no correction is fitted. --plan FILE measures that plan in their place. All other options
+follow FOLDER. They are those of `vllm bench latency`, such as --tensor-parallel-size 2.
 
 It starts vLLM anew for each plan, which takes minutes. The prompts are random tokens. The limit is what the counted
 arithmetic allows.
@@ -43,7 +43,7 @@ def plans_of(config, given: list[str], length: int) -> dict[str, pop.PrunePlan]:
     """
     plans = {name: pop.PrunePlan.of(name, config.num_layers) for name in given}
     if not given:
-        layers = pop.PrunePlan.deepest(config.num_layers, 1 / 3).layers
+        layers = range(2 * config.num_layers // 3, config.num_layers)
         options = {"full_depth_first": 1, "full_depth_last": LAST}
         plans["plain"] = pop.PrunePlan(layers, **options)
         plans["selects"] = pop.PrunePlan(layers, **options, full_depth_selected=SELECTED)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 SHORT = 1024  # tokens of a prompt that runs in one step
 LONG = 20_000  # and of one that vLLM divides, if its context has room
-SECONDS = 600  # that an answer may take: the first pruned step compiles
+SECONDS = 240  # that an answer may take: the first pruned step compiles
 POLL = 1.0  # seconds
 STOP = 60  # seconds that vLLM may take to stop
 
