@@ -11,6 +11,7 @@ own /health is good before the test. The exit status is that of vLLM without the
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ LONG = 20_000  # and of one that vLLM divides, if its context has room
 SECONDS = 240  # that an answer may take: the first pruned step compiles
 POLL = 1.0  # seconds
 STOP = 60  # seconds that vLLM may take to stop
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -47,12 +49,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.command:
         parser.error("the command that starts vLLM is missing")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit())  # so that the server is stopped as well
+    if shutil.which(args.command[0]) is None:
+        parser.error(f"there is no program {args.command[0]}")
+    for number in SIGNALS:
+        signal.signal(number, end)
     with tempfile.TemporaryDirectory() as counters:
         serve(args, {"POP_PLAN": args.plan, "PROMETHEUS_MULTIPROC_DIR": counters})
     say("starting vLLM without the plan")
     return serve(args, {})
+
+
+def end(*_) -> None:
+    """End the program at a signal, and with it the server. Another signal does not disturb that."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit()
 
 
 def serve(args: argparse.Namespace, settings: dict[str, str]) -> int:

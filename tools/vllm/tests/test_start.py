@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parents[1]
 
 # It fails in one of several ways if it has a plan. /end ends it with a status.
 SERVER = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 port, way = sys.argv[1:]
 plan = os.environ.get("POP_PLAN")
@@ -27,6 +27,8 @@ if plan and way == "ends":
 if plan and way == "hangs":
     time.sleep(600)
 lengths = []
+if way == "slow to stop":
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), os._exit(0)))
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -175,3 +177,26 @@ def test_a_signal_stops_the_server(start, number):
     assert "without the plan" not in one.log.read_text()
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{one.url}/health")
+
+
+def test_a_second_signal_does_not_leave_the_server_behind(start):
+    one = start("slow to stop")
+    one.state()
+    for _ in range(3):
+        one.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert one.process.poll() is None  # it waits for the server
+    assert one.process.wait(60) == 0
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{one.url}/health")
+
+
+@pytest.mark.parametrize(("words", "says"), [(["my.plan"], "is missing"), (["my.plan", "no-such"], "no program")])
+def test_a_command_that_cannot_run_is_refused(words, says):
+    found = subprocess.run(
+        [sys.executable, "-m", "pop_vllm.start", *words],
+        env=os.environ | {"PYTHONPATH": str(FOLDER)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2 and says in found.stderr
