@@ -180,7 +180,11 @@ def check(args) -> int:
     texts = [one for text in given for one in encoded(model, text)]
     tokens = sum(len(model.encode(text)) for text in texts)
     if texts and tokens < lengths[-1] + CONTINUATION:
-        print(f"pop: the texts have {tokens:,} tokens; in longer prompts, built-in texts follow", file=sys.stderr)
+        print(
+            f"pop: the texts have {tokens:,} tokens; longer prompts repeat them for questions, and for the KL built-in "
+            "texts follow",
+            file=sys.stderr,
+        )
     verdict = pop.check(model, model.plan, texts or None, lengths=lengths, questions=questions)
     print(verdict, speed(model, model.plan), sep="\n")
     return int(not verdict.holds)

@@ -408,7 +408,7 @@ def test_check_prints_the_verdict_and_its_status_says_whether_the_plan_holds(
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, range(33, 33 + 60))) * 3)
     out, err = run("check", folder, plan, text, "--longest", "600", "--questions", "1", status=status)
-    assert f"the texts have {len(model.encode(text.read_text()))} tokens; in longer prompts, built-in" in err
+    assert f"the texts have {len(model.encode(text.read_text()))} tokens; longer prompts repeat" in err
     expected = pop.check(model, plan, [text.read_text()], lengths=[600], questions=1, progress=False)
     assert out.startswith(f"{expected}\nIt encodes ")
 

@@ -1,5 +1,6 @@
 """tools/results: rows from figures, and a table that states what the other README.md files state."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from pop.checkpoints.config_json import read_config
 from pop.pruning.cost import speedup_limit
 from tools.evaluate import report
 from tools.evaluate.retrieval import share_of
-from tools.evaluate.text import interval
+from tools.evaluate.text import interval, read_domains
 from tools.results import compare, leaderboard
 from tools.results.rows import main
 
@@ -265,7 +266,11 @@ def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
 
 def test_texts_of_ones_own_are_named_by_their_hash():
     """Two people may give different files one name, even that of a text of tools.evaluate."""
-    assert leaderboard._text("prose", {"prose.txt": "0123456789"}) == "prose"
+    assert leaderboard._text("prose", {"prose.txt": "0123456789"}) == "prose 0123456"
+    (own,) = read_domains([])["prose"]
+    assert leaderboard._text("prose", {own.name: hashlib.sha256(own.read_bytes()).hexdigest()}) == "prose"
+    assert leaderboard._text("code", {path.name: "0" for path in read_domains([])["code"]}) == "code"
+    assert leaderboard._text("mine", ["mine.txt"]) == "mine"
     assert leaderboard._text("prose", ["prose.txt"]) == "prose"  # in older runs
     assert leaderboard._text("prose", {"mine.txt": "0123456789"}) == "prose 0123456"
     both = [leaderboard._text("b", {"1.txt": "01", "2.txt": second}) for second in ("23", "45")]

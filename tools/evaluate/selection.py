@@ -94,7 +94,7 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
         changes["selecting_layer"] = int(layer)
         name += f" at {int(layer)}"
     plan = dataclasses.replace(plan, **changes)
-    if changes:
+    if plan.full_depth_selected or plan.full_depth_last > 1 or plan.full_depth_first:
         method = method.removesuffix(", the paper's method")
     if plan.full_depth_selected:
         method += f", {100 * plan.full_depth_selected:g} % of the tokens selected"

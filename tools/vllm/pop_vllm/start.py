@@ -4,12 +4,13 @@
 
 The server starts without the plan if it ends, is not healthy in time, refuses a prompt, or has pruned nothing. It also
 does if it ends later, whatever its status is, since vLLM's is 0 after its engine has died. To stop it, stop this
-program. The file of --ready exists while the server answers and its plan has passed the test, or there is none. vLLM's
-own /health is good before the test. The exit status is that of vLLM without the plan.
+program. The file of --ready exists while the server runs and its plan has passed the test, or there is none. vLLM's own
+/health is good before the test. The exit status is that of vLLM without the plan, and 0 after a signal.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -42,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server will be (%(default)s)")
     parser.add_argument("--key", default=os.environ.get("VLLM_API_KEY"), help="its API key (VLLM_API_KEY)")
-    parser.add_argument("--ready", type=Path, help="a file that exists while the server answers", metavar="FILE")
-    parser.add_argument("--limit", type=float, default=1800, help="for a start, in seconds (%(default)s)", metavar="S")
+    parser.add_argument("--ready", type=Path, help="a file that exists while the server runs", metavar="FILE")
+    parser.add_argument(
+        "--limit", type=float, default=1800, help="for a start with the plan, in seconds (%(default)s)", metavar="S"
+    )
     parser.add_argument("plan", help="a saved plan, or another value of POP_PLAN")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="vllm serve, and its options")
     args = parser.parse_args(argv)
@@ -73,7 +76,7 @@ def serve(args: argparse.Namespace, settings: dict[str, str]) -> int:
     inherited = {name: value for name, value in os.environ.items() if name != "POP_PLAN"}
     process = subprocess.Popen(args.command, env=inherited | settings, start_new_session=True)
     try:
-        wait_until_healthy(process, args.url, args.limit)
+        wait_until_healthy(process, args.url, args.limit if settings else math.inf)
         if settings:
             pruned, tokens = tried(args.url, args.key)
             say(f"{args.plan} runs: {pruned:,} of {tokens:,} prompt tokens were pruned")
@@ -84,9 +87,11 @@ def serve(args: argparse.Namespace, settings: dict[str, str]) -> int:
     except Failed as error:
         say(str(error))
     finally:
-        if args.ready:
-            args.ready.unlink(missing_ok=True)
-        stop(process)
+        try:
+            if args.ready:
+                args.ready.unlink(missing_ok=True)
+        finally:
+            stop(process)
     return process.returncode
 
 
@@ -134,14 +139,15 @@ def asked(url: str, key: str | None, fields: dict | None = None) -> str:
 
 def stop(process: subprocess.Popen) -> None:
     """End the server, and the processes that it has started."""
-    process.terminate()
     try:
+        process.terminate()
         process.wait(STOP)
     except subprocess.TimeoutExpired:
         say(f"vLLM has not stopped in {STOP} s, and is killed")
-    with suppress(ProcessLookupError):  # all have ended
-        os.killpg(process.pid, signal.SIGKILL)  # the group has the process's id
-    process.wait()
+    finally:  # also after a signal
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)  # the group has the process's id
+        process.wait()
 
 
 def say(line: str) -> None:

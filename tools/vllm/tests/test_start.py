@@ -24,7 +24,10 @@ if plan:
     assert not os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 if plan and way == "ends":
     sys.exit(3)
-if plan and way == "hangs":
+if way == "ignores signals":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("pid", os.getpid(), file=sys.stderr, flush=True)
+if way == "always hangs" or plan and way in ("hangs", "ignores signals"):
     time.sleep(600)
 lengths = []
 if way == "slow to stop":
@@ -148,6 +151,25 @@ def test_a_file_of_an_earlier_server_is_not_this_ones(start, tmp_path):
     (tmp_path / "ready").touch()
     one = start("hangs", "--limit", "600")
     one.wait(lambda: not one.ready.exists())
+
+
+def test_without_the_plan_it_waits_for_as_long_as_it_takes(start):
+    one = start("always hangs", "--limit", "1")
+    one.wait(lambda: "without the plan" in one.log.read_text())
+    time.sleep(3)
+    assert one.process.poll() is None
+    one.process.terminate()
+    assert one.process.wait(60) == 0
+
+
+def test_a_signal_while_a_hanging_server_is_stopped_kills_it(start):
+    one = start("ignores signals", "--limit", "2")
+    one.wait(lambda: "not healthy" in one.log.read_text())
+    pid = int(one.log.read_text().split("pid ")[1].split()[0])
+    one.process.terminate()
+    assert one.process.wait(60) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_key_is_sent(start):
