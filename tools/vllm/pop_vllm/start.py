@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pop_vllm.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server will be (%(default)s)")
+    parser.add_argument("--url", help="where the server will be (on this machine, at the port of its command)")
     parser.add_argument("--key", default=os.environ.get("VLLM_API_KEY"), help="its API key (VLLM_API_KEY)")
     parser.add_argument("--ready", type=Path, help="a file that exists while the server runs", metavar="FILE")
     parser.add_argument(
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.command:
         parser.error("the command that starts vLLM is missing")
+    if args.url is None:
+        port = re.search(r"--port[ =](\d+)", " ".join(args.command))
+        args.url = f"http://127.0.0.1:{port[1] if port else 8000}"
+    args.url = args.url.removesuffix("/").removesuffix("/v1")
     if shutil.which(args.command[0]) is None:
         parser.error(f"there is no program {args.command[0]}")
     for number in SIGNALS:
@@ -74,6 +79,7 @@ def serve(args: argparse.Namespace, settings: dict[str, str]) -> int:
     if args.ready:
         args.ready.unlink(missing_ok=True)  # of a program that was killed
     inherited = {name: value for name, value in os.environ.items() if name != "POP_PLAN"}
+    say(f"waiting for {args.url}")
     process = subprocess.Popen(args.command, env=inherited | settings, start_new_session=True)
     try:
         wait_until_healthy(process, args.url, args.limit if settings else math.inf)

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).resolve().parents[1]
 # It fails in one of several ways if it has a plan. /end ends it with a status.
 SERVER = """
 import json, os, signal, sys, time
+sys.argv = [word for word in sys.argv if word != "--port"]
 from http.server import BaseHTTPRequestHandler, HTTPServer
 port, way = sys.argv[1:]
 plan = os.environ.get("POP_PLAN")
@@ -74,15 +75,16 @@ HTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 class Started:
     """The program, with the server that it starts."""
 
-    def __init__(self, folder: Path, way: str, options: list[str]):
+    def __init__(self, folder: Path, way: str, options: list[str], says_port: bool):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.ready = folder / "ready"
         self.log = folder / "log"
-        words = ["--url", self.url, "--ready", str(self.ready), *options, "my.plan"]
-        command = [sys.executable, "-c", SERVER, str(port), way]
+        url = [] if says_port else ["--url", f"{self.url}/v1"]
+        words = [*url, "--ready", str(self.ready), *options, "my.plan"]
+        command = [sys.executable, "-c", SERVER, *["--port"] * says_port, str(port), way]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pop_vllm.start", *words, *command],
             env=os.environ | {"PYTHONPATH": str(FOLDER), "POP_PLAN": "of the shell"},
@@ -111,8 +113,8 @@ class Started:
 def start(tmp_path):
     started = []
 
-    def start(way: str, *options: str) -> Started:
-        started.append(Started(tmp_path, way, list(options)))
+    def start(way: str, *options: str, says_port: bool = False) -> Started:
+        started.append(Started(tmp_path, way, list(options), says_port))
         return started[-1]
 
     yield start
@@ -125,6 +127,10 @@ def test_a_plan_that_runs_is_served(start):
     one = start("runs")
     assert one.state() == ["my.plan", [1024, 20_000]]
     assert "my.plan runs: 20,832 of 21,024 prompt tokens were pruned" in one.log.read_text()
+
+
+def test_the_port_is_that_of_the_command(start):
+    assert start("runs", says_port=True).state()[0] == "my.plan"
 
 
 def test_the_longest_prompt_fits_the_context(start):
