@@ -223,8 +223,8 @@ def conclusion(result: dict, has_gpu: bool) -> str:
 answers
 {answers}
 
-Decode runs all layers, whatever the plan. One question shows little, and so do a few per cent of what is copied, 112
-tokens. That passage comes after the prompt, whose end selects tokens, so selection does not help it. README.md shows
+Decode runs all layers, whatever the plan. One question shows little, and so do a few per cent of the 112 tokens
+that are copied. They come after the prompt, whose end selects tokens, so selection does not help them. README.md shows
 what each plan keeps of the answers to 180 questions.
 
 Next: `pop chat {result["model"]}`, the Python in README.md, or `pop calibrate MODEL my.txt` for a plan of your own.

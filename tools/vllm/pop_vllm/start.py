@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.command:
         parser.error("the command that starts vLLM is missing")
     if args.url is None:
-        port = re.search(r"--port[ =](\d+)", " ".join(args.command))
-        args.url = f"http://127.0.0.1:{port[1] if port else 8000}"
+        ports = re.findall(r" --port[ =](\d+)", " ".join(args.command))
+        args.url = f"http://127.0.0.1:{ports[-1] if ports else 8000}"  # vLLM takes the last one
     args.url = args.url.removesuffix("/").removesuffix("/v1")
     if shutil.which(args.command[0]) is None:
         parser.error(f"there is no program {args.command[0]}")

@@ -17,9 +17,8 @@ FOLDER = Path(__file__).resolve().parents[1]
 # It fails in one of several ways if it has a plan. /end ends it with a status.
 SERVER = """
 import json, os, signal, sys, time
-sys.argv = [word for word in sys.argv if word != "--port"]
 from http.server import BaseHTTPRequestHandler, HTTPServer
-port, way = sys.argv[1:]
+port, way = [word.removeprefix("--port=") for word in sys.argv[-2:]]
 plan = os.environ.get("POP_PLAN")
 if plan:
     assert not os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])
@@ -82,9 +81,10 @@ class Started:
         self.url = f"http://127.0.0.1:{port}"
         self.ready = folder / "ready"
         self.log = folder / "log"
-        url = [] if says_port else ["--url", f"{self.url}/v1"]
+        url = [] if says_port else ["--url", f"{self.url}/v1/"]
         words = [*url, "--ready", str(self.ready), *options, "my.plan"]
-        command = [sys.executable, "-c", SERVER, *["--port"] * says_port, str(port), way]
+        words_of_port = ["--port", "1", f"--port={port}"] if says_port else [str(port)]
+        command = [sys.executable, "-c", SERVER, *words_of_port, way]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pop_vllm.start", *words, *command],
             env=os.environ | {"PYTHONPATH": str(FOLDER), "POP_PLAN": "of the shell"},
