@@ -223,9 +223,9 @@ def conclusion(result: dict, has_gpu: bool) -> str:
 answers
 {answers}
 
-Decode runs all layers, whatever the plan. One question shows little, and so do a few per cent of the 112 tokens
-that are copied. They come after the prompt, whose end selects tokens, so selection does not help them. README.md shows
-what each plan keeps of the answers to 180 questions.
+Decode runs all layers, whatever the plan. One question shows little, and so do a few per cent of the copied
+tokens, about a hundred. They come after the prompt, whose end selects tokens, so selection does not help them.
+README.md shows what each plan keeps of the answers to 180 questions.
 
 Next: `pop chat {result["model"]}`, the Python in README.md, or `pop calibrate MODEL my.txt` for a plan of your own.
 To learn the method: `python -m tools.examples.micro_pop`, and the notebook beside it."""

@@ -177,8 +177,8 @@ def check(args) -> int:
     lengths = _lengths(args.longest)
     questions = check_count("--questions", args.questions)
     model = _load(args)
-    texts = [one for text in given for one in encoded(model, text)]
-    tokens = sum(len(model.encode(text)) for text in texts)
+    texts = [model.encode(one, "text") for text in given for one in encoded(model, text)]
+    tokens = sum(map(len, texts))
     if texts and tokens < lengths[-1] + CONTINUATION:
         print(
             f"pop: the texts have {tokens:,} tokens; longer prompts repeat them for questions, and for the KL built-in "

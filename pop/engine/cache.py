@@ -32,8 +32,7 @@ class KVCache:
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. The codes of calibrated plans read it at the next token.
 
-    The others are for selection by later prompts, for images, for steps that are replayed, and for
-    prefills that fail:
+    The others are for selection by later prompts, for images, for steps that are replayed, and for prefills that fail:
 
     skipped: For each slot, the selecting layer of the plan whose pruned layers its token has skipped, if later prompts
         may select this token (earlier.py): [B, S + 1] int16. It is -1 if the token has run every layer, if none may

@@ -77,9 +77,12 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_pat
         ("third:2", "plain pruning, last 2 tokens at full depth"),
     ],
 )
-def test_the_paper_s_method_prunes_the_deepest_layers(prune, method, tiny, tmp_path):
+def test_the_paper_s_method_prunes_the_deepest_layers(prune, method, tiny):
     _, made = selection.make_contenders(tiny, [prune], [])
     assert made.method == method
+
+
+def test_a_saved_plan_that_selects_is_not_the_paper_s_method(tiny, tmp_path):
     pop.PrunePlan((3, 4), full_depth_first=1, full_depth_selected=0.5).save(tmp_path / "saved")
     _, made = selection.make_contenders(tiny, [str(tmp_path / "saved")], [])
     assert made.method == "plain pruning, 50 % of the tokens selected"

@@ -79,10 +79,8 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
     calibrated, what, last, share, layer = re.fullmatch(pattern, prune, re.S).groups()
     plan = model.resolve(what)
     name = Path(what).name
-    method = _method(plan, model.config.num_layers)
     if calibrated:
         name = f"calibrated {name}"
-        method = "calibrated"
     changes = {}
     if last:
         changes["full_depth_last"] = int(last)
@@ -94,8 +92,7 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
         changes["selecting_layer"] = int(layer)
         name += f" at {int(layer)}"
     plan = dataclasses.replace(plan, **changes)
-    if plan.full_depth_selected or plan.full_depth_last > 1 or plan.full_depth_first:
-        method = method.removesuffix(", the paper's method")
+    method = "calibrated" if calibrated else _method(plan, model.config.num_layers)
     if plan.full_depth_selected:
         method += f", {100 * plan.full_depth_selected:g} % of the tokens selected"
     if plan.full_depth_last > 1:
@@ -108,8 +105,8 @@ def _method(plan: pop.PrunePlan, num_layers: int) -> str:
         return "distilled"
     if plan.corrections:
         return "calibrated"
-    are_deepest = plan.layers == tuple(range(num_layers - len(plan.layers), num_layers))
-    return "plain pruning, the paper's method" if are_deepest else "plain pruning"
+    deepest = range(num_layers - len(plan.layers), num_layers)
+    return "plain pruning, the paper's method" if plan == pop.PrunePlan(deepest) else "plain pruning"
 
 
 def check_baselines(baselines: list[str]) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 SHORT = 1024  # tokens of a prompt that runs in one step
 LONG = 20_000  # and of one that vLLM divides, if its context has room
 SECONDS = 240  # that an answer may take: the first pruned step compiles
+HEALTH = 5  # seconds that /health may take, before it is asked again
 POLL = 1.0  # seconds
 STOP = 60  # seconds that vLLM may take to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -108,7 +109,7 @@ def wait_until_healthy(process: subprocess.Popen, url: str, limit: float) -> Non
         if time.monotonic() - since > limit:
             raise Failed(f"vLLM is not healthy after {limit:g} s")
         try:
-            open_url(f"{url}/health", timeout=SECONDS).close()
+            open_url(f"{url}/health", timeout=HEALTH).close()
             return
         except (OSError, HTTPException):
             time.sleep(POLL)

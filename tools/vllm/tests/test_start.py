@@ -35,6 +35,8 @@ if way == "slow to stop":
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        if plan and way == "deaf":
+            time.sleep(600)
         if self.path.startswith("/end"):
             os._exit(int(self.path.split("=")[1]))
         pruned = 0 if way == "idle" else sum(lengths) - 96 * len(lengths)
@@ -138,17 +140,18 @@ def test_the_longest_prompt_fits_the_context(start):
 
 
 @pytest.mark.parametrize(
-    ("way", "says"),
+    ("way", "options", "says"),
     [
-        ("ends", "status 3"),
-        ("hangs", "not healthy after 5 s"),
-        ("refuses", "500"),
-        ("idle", "no token was pruned"),
-        ("key", "401"),
+        ("ends", [], "status 3"),
+        ("hangs", ["--limit", "1"], "not healthy after 1 s"),
+        ("deaf", ["--limit", "5"], "not healthy after 5 s"),  # it takes a request, and does not answer
+        ("refuses", [], "500"),
+        ("idle", [], "no token was pruned"),
+        ("key", [], "401"),
     ],
 )
-def test_without_the_plan_if_it_fails_at_the_start(start, way, says):
-    one = start(way, "--limit", "5")
+def test_without_the_plan_if_it_fails_at_the_start(start, way, options, says):
+    one = start(way, *options)
     assert one.state() == [None, []]
     assert says in one.log.read_text()
 
@@ -169,7 +172,7 @@ def test_without_the_plan_it_waits_for_as_long_as_it_takes(start):
 
 
 def test_a_signal_while_a_hanging_server_is_stopped_kills_it(start):
-    one = start("ignores signals", "--limit", "2")
+    one = start("ignores signals", "--limit", "5")  # by then it ignores them
     one.wait(lambda: "not healthy" in one.log.read_text())
     pid = int(one.log.read_text().split("pid ")[1].split()[0])
     one.process.terminate()
