@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib
+import json
 import os
 import re
 import runpy
@@ -75,6 +76,8 @@ def tiny_world(tmp_path, monkeypatch):
     (tmp_path / "TEXT").write_text("".join(f"Sentence {n} is about the number {n * n}. " for n in range(60)))
     (tmp_path / "QUESTION").write_text("Why is the sky blue?")
     (tmp_path / "OTHER").write_text("Calibrated on this. " * 60)
+    said = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "It scatters light."}]
+    (tmp_path / "log.jsonl").write_text(json.dumps({"messages": said}))
     (tmp_path / "tools" / "figures").mkdir(parents=True)
     (tmp_path / "pop" / "data" / "plans").mkdir(parents=True)
     monkeypatch.setattr("pop.pruning.plan.SHIPPED", tmp_path / "pop" / "data" / "plans")

@@ -1,0 +1,114 @@
+"""tools/evaluate/answers.py: what a plan changes in the predictions of given answers."""
+
+import json
+import re
+
+import pytest
+import torch
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.errors import InputError
+from tools.evaluate import answers
+
+PLAN = pop.PrunePlan(range(2, 6), full_depth_below=120)
+
+
+def conversation(number: int, answer: str | None = "A number.") -> dict:
+    """A question with an answer, or without. Its prompt has 100 tokens and more."""
+    asked = {"role": "user", "content": f"{'Once more. ' * 10}What is {number} times {number}?"}
+    return {"messages": [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return pop.load(write_chat_checkpoint(tmp_path / "tiny", num_layers=6), prune=PLAN, compile=False)
+
+
+def written(path, conversations: list) -> str:
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in conversations))
+    return str(path)
+
+
+def test_the_changes_are_those_of_the_reference_and_of_score(model, tmp_path):
+    (answer,), refused = answers.split(model, written(tmp_path / "log.jsonl", [conversation(4)]), most=256)
+    assert not refused
+    assert answer.prompt == model.chat_tokens(conversation(4)["messages"][:1])
+    assert model.tokenizer.decode(answer.tokens[:-1]) == "A number." and answer.tokens[-1] == 2  # the end token
+    found = answers.change(model, answer)
+
+    tokens = torch.tensor(answer.prompt + answer.tokens)
+    rows = {}
+    for name, plan in (("full", pop.PrunePlan.none()), ("plan", PLAN)):
+        full_depth = plan.at_full_depth(torch.arange(len(tokens) - 1), len(answer.prompt))
+        logits, _ = pop.reference.forward(model.module, tokens[:-1], full_depth, plan)
+        rows[name] = logits[len(answer.prompt) - 1 :].log_softmax(-1)
+    kl = torch.nn.functional.kl_div(rows["plan"], rows["full"], log_target=True, reduction="none").sum(-1)
+    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-3) and found.kl > 1e-6
+    assert found.first == pytest.approx(kl[0].item(), rel=1e-3)
+    assert found.same == (rows["full"].argmax(-1) == rows["plan"].argmax(-1)).double().mean()
+    scores = [model.score(answer.prompt, answer.tokens, plan=plan) for plan in ("none", PLAN)]
+    assert found.lost == pytest.approx(scores[0] - scores[1], abs=1e-4)
+    assert found.full * len(answer.tokens) == pytest.approx(scores[0], abs=1e-4)
+    assert found.change * len(answer.tokens) == pytest.approx(scores[1] - scores[0], abs=1e-4)
+
+
+def test_a_long_answer_counts_with_its_first_tokens(model, tmp_path):
+    path = written(tmp_path / "log.jsonl", [conversation(4)])
+    (whole,), _ = answers.split(model, path, most=256)
+    (cut,), _ = answers.split(model, path, most=3)
+    assert cut.tokens == whole.tokens[:3]
+
+
+def test_short_prompts_and_unusable_lines_are_counted(tmp_path, capsys):
+    folder = write_chat_checkpoint(tmp_path / "tiny", num_layers=6)
+    PLAN.save(tmp_path / "my.plan")
+    short = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
+    lines = [*map(conversation, range(6)), conversation(7, answer=None), short]
+    path = written(tmp_path / "log.jsonl", lines)
+    assert answers.main([path, "--model", str(folder), "--prune", str(tmp_path / "my.plan")]) == 0
+    told = capsys.readouterr().out
+    assert "6 answers. Those that lose most: " in told
+    assert "1 prompts are too short" in told
+    assert "1 lines cannot be used. The first: " in told and "log.jsonl, line 7: " in told
+
+
+def test_the_table_has_means_and_names_the_largest_losses():
+    rows = [answers.Change(-2.0, -0.01 * n, 0.1 * n, 0.3, 0.75, lost) for n, lost in enumerate((0.5, -0.2, 3.0, 1.25))]
+    told = answers.report({f"line {n}": row for n, row in enumerate(rows)})
+    figures = [re.split(r"  +", line.strip())[1] for line in told.splitlines()[1:6]]
+    assert figures == ["-2.000", "-0.0150", "0.1500", "0.3000", "75.0%"]
+    assert told.endswith("4 answers. Those that lose most: line 2 (3.0 nats); line 3 (1.2 nats); line 0 (0.5 nats)")
+
+
+@pytest.mark.parametrize(
+    ("lines", "prune", "said"),
+    [
+        ([conversation(1, answer=None)], "third", "line 1: the conversation does not end with an answer"),
+        ([conversation(1)], "none", "the plan prunes nothing"),
+        (["Hi"], "third", "is not a conversation"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(lines, prune, said, tmp_path, capsys):
+    folder = write_chat_checkpoint(tmp_path / "tiny", num_layers=6)
+    path = written(tmp_path / "log.jsonl", lines)
+    assert answers.main([path, "--model", str(folder), "--prune", prune]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_format_that_begins_in_another_way_is_named(model, tmp_path, monkeypatch):
+    """Some formats write an earlier answer without its thoughts."""
+    path = written(tmp_path / "log.jsonl", [conversation(4)])
+    encode = type(model.chat_format()).encode
+    monkeypatch.setattr(
+        type(model.chat_format()),
+        "encode",
+        lambda self, messages, *args, **rest: encode(self, messages[-1:], *args, **rest),
+    )
+    found, (refused,) = answers.split(model, path, most=256)
+    assert not found and "begins in another way" in refused
+
+
+def test_a_text_file_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match="jsonl"):
+        answers.split(model, str(tmp_path / "log.txt"), most=256)
