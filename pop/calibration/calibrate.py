@@ -50,6 +50,7 @@ from pop.system.progress import progress_bar
 RIDGES = (1e-4, 1e-3, RIDGE, 1e-1, 1.0)  # candidates for lambda
 SPEEDUP_LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
 FEWEST_WINDOWS = 10  # texts are cut into at least as many windows
+SAMPLED = 64  # numbers of each weight, about, by which a run knows its model
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def calibrate(
     texts = as_list(texts)
     windows = _windows(model, texts, images, videos, longest)
     random.Random(seed).shuffle(windows)
-    windows, judged = hold_out(windows, longest)
+    windows, judged = hold_out(windows, longest, model.config.bos_id)
     about = {
         "texts": len(texts),
         "windows": len(windows),
@@ -199,7 +200,8 @@ def _windows(model, texts: list, images, videos, longest: int) -> list[Window]:
 def _identity(model, asked, texts: list[list[Window]], about: dict) -> str:
     """What tells a run from others, as a hash. texts: the windows to fit, and those that judge."""
     tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
-    weights = model.sketch.tolist(), model.dtype, model.max_seq_len
+    flat = [weight.detach().flatten() for weight in model.module.parameters()]
+    weights = [one[:: max(1, len(one) // SAMPLED)].tolist() for one in flat], model.dtype, model.max_seq_len
     return hashlib.sha256(repr((__version__, weights, asked, tokens, about)).encode()).hexdigest()
 
 
@@ -244,10 +246,11 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     needed, size: Bytes of memory, and of the plan.
     A first pass warms up, and shows that the model's numbers are finite.
     """
-    tokens = max(windows, key=size_of)[0][:1024]
-    run = Pass(model.module, torch.tensor([tokens], device=model.device))
+    tokens, _ = max(windows, key=size_of)
+    timed = tokens[:1024]
+    run = Pass(model.module, torch.tensor([timed], device=model.device))
     check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
-    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=2)) / len(tokens)
+    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=2)) / len(timed)
     num_tokens = total_size(windows)
     useful = tokens_needed(model)
     if num_tokens < useful:
@@ -258,7 +261,7 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
     print(
-        f"calibrating on {num_tokens:,} tokens, with {steps} steps: "
+        f"calibrating on {num_tokens:,} tokens in windows of up to {len(tokens):,}, with {steps} steps: "
         f"about {minutes:,} min at the machine's present speed before a verdict, "
         f"{needed / 1e9:.1f} GB beside the weights, a plan of {size / 1e6:.0f} MB",
         file=sys.stderr,

@@ -9,7 +9,7 @@ it, because the full model copies such a passage almost surely, whatever the tex
 """
 
 import random
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, first_layer
-from pop.calibration.texts import Window, size_of, total_size
+from pop.calibration.texts import SHORTEST, Window, size_of, total_size
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
@@ -133,10 +133,11 @@ def _mean(values: Tensor) -> float:
     return values.double().sum().item() / max(1, len(values))
 
 
-def hold_out(windows: list[Window], longest: int) -> tuple[list[Window], list[Window]]:
+def hold_out(windows: list[Window], longest: int, bos_id: int | None) -> tuple[list[Window], list[Window]]:
     """Split windows into those to fit, and those to judge by, of several lengths up to `longest` tokens.
 
-    At least one window is held out. More are, as long as these have at most a fifth of all tokens.
+    At least one window is held out. More are, as long as these have at most a fifth of all tokens. What follows the
+    held-out part of a window is fitted, after BOS if the window begins with it.
     """
     left = sorted(windows, key=size_of)
     room = total_size(windows) // HELD_OUT
@@ -145,11 +146,16 @@ def hold_out(windows: list[Window], longest: int) -> tuple[list[Window], list[Wi
         size = min(prompt + CONTINUATION, longest)
         number = min(bisect_left(left, size, key=size_of), len(left) - 1)  # of the shortest window of that size
         tokens, media = left[number]
-        if judged and len(tokens) > room:
+        taken = tokens if media else tokens[:size]
+        if judged and len(taken) > room:
             continue
         left.pop(number)
-        room -= len(tokens)
-        judged.append((tokens if media else tokens[:size], media))
+        room -= len(taken)
+        judged.append((taken, media))
+        rest = tokens[len(taken) :]
+        if len(rest) >= SHORTEST:
+            head = [bos_id] if tokens[0] == bos_id else []
+            insort(left, (head + rest, []), key=size_of)
     return left, judged
 
 

@@ -163,18 +163,15 @@ def quote(kind, writer, length, depth, text, asking, cue: int, quoted: int) -> Q
     room = len(text) - cue - quoted
     if room < 0:
         writer.cut(text, room)  # raises, since the text is too short
-    nearest = sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room)))
-    for begin in nearest:
-        passage = text[begin : begin + cue + quoted]
-        if _is_clear(text, passage, cue):
-            return Question(kind, writer.head + text + asking + passage[:cue], passage[cue:])
-    raise InputError("the text only repeats itself, so nothing in it can be quoted; give another")
-
-
-def _is_clear(text: list[int], passage: list[int], cue: int) -> bool:
-    """Whether the passage follows its cue wherever `text` has the cue."""
-    places = [at for at in range(len(text)) if text[at : at + cue] == passage[:cue]]
-    return all(text[at : at + len(passage)] == passage for at in places)
+    follows = {}  # by cue, all that stands after it
+    for at in range(len(text) - cue + 1):
+        follows.setdefault(tuple(text[at : at + cue]), set()).add(tuple(text[at + cue : at + cue + quoted]))
+    clear = [at for at in range(room + 1) if len(follows[tuple(text[at : at + cue])]) == 1]
+    if not clear:
+        raise InputError("the text only repeats itself, so nothing in it can be quoted; give another")
+    begin = min(clear, key=lambda at: abs(at - round(depth * room)))
+    passage = text[begin : begin + cue + quoted]
+    return Question(kind, writer.head + text + asking + passage[:cue], passage[cue:])
 
 
 def edits(writer: Writer, length: int, depth: float) -> Question:

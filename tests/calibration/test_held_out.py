@@ -1,6 +1,7 @@
 """The loss by which calibration chooses: against the naive page, and where a repeated passage comes from."""
 
 import random
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -68,24 +69,39 @@ def test_tokens_are_copied_if_they_are_the_likeliest(model):
 
 @given(st.lists(st.integers(16, 4096), min_size=2, max_size=60), st.sampled_from([512, 2048, 4096]))
 def test_windows_of_several_lengths_are_held_out(lengths, longest):
-    """They have a fifth of the tokens at most, and are no windows that are fitted."""
-    windows = [([number] * min(size, longest), []) for number, size in enumerate(lengths)]
-    left, judged = hold_out(windows, longest)
-    names = [window[0][0] for window in left + judged]
-    assert sorted(names) == [*range(len(windows))]
-    assert all(windows[window[0][0]] == window for window in left)
-    taken = [len(windows[window[0][0]][0]) for window in judged]
+    """They have a fifth of the tokens at most. All others are fitted, but for rests of less than 16 tokens."""
+    first = [*accumulate([1, *(min(size, longest) for size in lengths)])]  # each token has a number of its own
+    windows = [([*range(begin, end)], []) for begin, end in pairwise(first)]
+    left, judged = hold_out(windows, longest, bos_id=0)
+    tokens = [token for window, _ in left + judged for token in window]
+    assert len(tokens) == len(set(tokens))
+    assert all(window == [*range(window[0], window[-1] + 1)] for window, _ in left + judged)
+    sizes = [len(window) for window, _ in judged]
+    assert first[-1] - 1 - 15 * len(judged) <= len(tokens) <= first[-1] - 1
     assert 1 <= len(judged) <= 9
-    assert len(judged) == 1 or sum(taken) <= sum(map(len, (window for window, _ in windows))) // 5 + taken[0]
+    assert len(judged) == 1 or sum(sizes) <= (first[-1] - 1) // 5 + sizes[0]
+
+
+def test_the_rest_of_a_held_out_window_is_fitted_after_bos():
+    (rest,), (judged,) = hold_out([([0, *range(1, 1000)], [])], 190, bos_id=0)
+    assert judged == ([*range(190)], [])
+    assert rest == ([0, *range(190, 1000)], [])
+
+
+def test_long_prompts_are_judged_if_the_texts_have_them():
+    """The whole window does not count, but what is held out of it."""
+    windows = [([number] * 8000, []) for number in range(7)]
+    assert [len(window) for window, _ in hold_out(windows, 8000, None)[1]][:3] == [384, 1152, 8000]
 
 
 def test_the_held_out_windows_have_three_lengths():
     windows = [([number] * 4096, []) for number in range(60)]
-    left, judged = hold_out(windows, 4096)
-    assert [len(window) for window, _ in judged] == [384, 1152, 4096] * 3 and len(left) == 51
-    assert [len(window) for window, _ in hold_out(windows, 1000)[1]] == [384, 1000, 1000] * 3
+    left, judged = hold_out(windows, 4096, None)
+    assert [len(window) for window, _ in judged] == [384, 1152, 4096] * 3
+    assert sum(len(window) for window, _ in left) == 60 * 4096 - 3 * (384 + 1152 + 4096)
+    assert [len(window) for window, _ in hold_out(windows, 1000, None)[1]] == [384, 1000, 1000] * 3
     shown = [(window, ["an image"]) for window, _ in windows]
-    assert {len(window) for window, _ in hold_out(shown, 4096)[1]} == {4096}  # they stay whole
+    assert {len(window) for window, _ in hold_out(shown, 4096, None)[1]} == {4096}  # they stay whole
 
 
 @pytest.mark.parametrize("spare", [0, 3, 10, 30])

@@ -136,7 +136,7 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
     windows = text_windows(model, TEXTS, None, None, 100)  # 3 of 300 tokens, 40, 17, 5 of 500, 90
     assert len(windows) == 11
     random.Random(5).shuffle(windows)
-    windows, judged = hold_out(windows, 100)
+    windows, judged = hold_out(windows, 100, None)
     loss = Judge(model, judged).losses(plan)._asdict()
     flops = [prefill_flops(model.config, 512, one) for one in (PrunePlan.none(), plan)]
     plan.save(tmp_path / "plan")
