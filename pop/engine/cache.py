@@ -55,15 +55,15 @@ class KVCache:
         max_seq_len: int,
         *,
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | str,
         chunk_size: int = CHUNK_SIZE,
     ):
+        device = torch.device(device)
         batch_size = check_count("batch_size", batch_size)
         self.max_seq_len = max_seq_len = check_count("max_seq_len", max_seq_len)
         self.chunk_size = check_count("chunk_size", chunk_size)
         self.has_windows = any(config.windows)
         slots = [self.slots(window) for window in config.windows]
-        self.ring = min(slots)  # S of the layer with the fewest slots
         size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
         self.intact = True
@@ -126,7 +126,8 @@ class KVCache:
         """
         shape = config.num_kv_heads, config.head_dim
         shapes = [(self.batch_size, self.slots(window) + 1, *shape) for window in config.windows]
-        if ([keys.shape for keys in self.keys], self.keys[0].dtype, self.keys[0].device) != (shapes, dtype, device):
+        found = [keys.shape for keys in self.keys], self.previous_hidden.shape[2], self.keys[0].dtype, self.device
+        if found != (shapes, config.hidden_size, dtype, device):
             raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
         if not self.intact:
             raise InputError("a prefill that failed has overwritten tokens of the cache; empty it with cache.reset()")
@@ -158,23 +159,8 @@ class KVCache:
         """The current position of all rows: lengths, hidden states and offsets, none of which is changed in place."""
         return self.lengths, self.previous_hidden, self.rope_offsets
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Rewind to a snapshot; with sliding-window layers, by at most `chunk_size` tokens.
-
-        Raises InputError if later tokens have overwritten those that a window needs.
-        """
-        lengths = snapshot[0]
-        if self.has_windows:
-            goes_far_back = self.lengths - lengths > self.chunk_size
-            has_wrapped = self.lengths > self.ring  # later tokens are in the slots of the first ones
-            keeps_some = lengths > 0
-            if (goes_far_back & has_wrapped & keeps_some).any():
-                advice = f"with sliding windows, it can go back by {self.chunk_size}; encode the tokens again"
-                raise InputError(f"the cache has {self.lengths.tolist()} tokens, not {lengths.tolist()}; {advice}")
-        self.move_to(snapshot)
-
     def move_to(self, snapshot: Snapshot) -> None:
-        """Take the position of a snapshot, whose tokens are in the slots."""
+        """Take the position of a snapshot, whose tokens must be in the slots."""
         lengths = snapshot[0]
         if (lengths < self.lengths).any():
             (there,) = to_device([lengths], self.device)

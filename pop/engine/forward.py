@@ -169,7 +169,7 @@ class Call:
 
         # Tokens that get features later, or that look ahead, cannot run again by themselves.
         has_features_later = plan.selects_at < self.module.deepstack_layers
-        has_look_ahead = prompts.images.last_attended(index) is not None
+        has_look_ahead = prompts.images.look_ahead is not None
         if not (cache.has_windows or has_features_later or has_look_ahead):
             skips = (others_there & ~chosen)[:, N:]
             self.skipped = remember(cache, entering, rotary, skips, plan.selects_at)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.cases import assert_close, cases, new_cache, random_corrections, turns_by_reference
 from support.replay import Replay
 
-from pop import InputError, PrunePlan, engine
+from pop import PrunePlan, engine
 from pop.engine.stages import EAGER, Stages
 
 SLOTS = 60
@@ -27,7 +27,6 @@ class Rows:
         self.held = [[] for _ in range(num_rows)]
         self.chunk = data.draw(st.sampled_from([3, MOST, 1000]))
         self.cache = new_cache(module, num_rows, SLOTS, self.chunk)
-        self.snapshots = []  # with what the rows held
 
     @property
     def longest(self) -> int:
@@ -75,31 +74,12 @@ class Rows:
 
     # Calls of the cache
 
-    def snapshot(self) -> None:
-        self.snapshots.append((self.cache.snapshot(), copy.deepcopy(self.held)))
-
-    def restore(self) -> None:
-        if not self.snapshots:
-            return
-        number = self.data.draw(st.integers(0, len(self.snapshots) - 1))
-        snapshot, held = self.snapshots[number]
-        before = self.cache.snapshot()
-        try:
-            self.cache.restore(snapshot)
-        except InputError:  # a window needs tokens that are overwritten
-            assert self.cache.has_windows and self.longest > self.cache.ring
-            assert all(now is then for now, then in zip(self.cache.snapshot(), before, strict=True))
-            return
-        self.held = copy.deepcopy(held)
-        del self.snapshots[number + 1 :]  # their tokens will be overwritten
-
     def keep_rows(self) -> None:
         """Some rows, in another order, some of them perhaps twice."""
         last = len(self.held) - 1
         rows = self.data.draw(st.lists(st.integers(0, last), min_size=1, max_size=3))
         self.cache.keep_rows(torch.tensor(rows))
         self.held = [copy.deepcopy(self.held[row]) for row in rows]
-        self.snapshots = []
 
     def copy_from(self) -> None:
         """All rows of another cache, with other rings, become copies of one row."""
@@ -110,7 +90,6 @@ class Rows:
         self.cache = new_cache(self.module, num_rows, SLOTS + 2, self.data.draw(st.sampled_from([MOST, 1000])))
         self.cache.copy_from(source)
         self.held = [copy.deepcopy(self.held[row]) for _ in range(num_rows)]
-        self.snapshots = []
 
     def deepcopy(self) -> None:
         """The copy goes on, after the original has taken other tokens."""
@@ -121,13 +100,10 @@ class Rows:
     def reset(self) -> None:
         self.cache.reset()
         self.held = [[] for _ in self.held]
-        self.snapshots = []
 
 
 OF_ENGINE = st.sampled_from([Rows.prefill, Rows.prefill, Rows.decode, Rows.extend])
-OF_CACHE = st.sampled_from(
-    [Rows.snapshot, Rows.restore, Rows.keep_rows, Rows.copy_from, Rows.deepcopy, Rows.reset, lambda rows: None]
-)
+OF_CACHE = st.sampled_from([Rows.keep_rows, Rows.copy_from, Rows.deepcopy, Rows.reset, lambda rows: None])
 
 
 @given(cases(), st.sampled_from([EAGER, REPLAYED, REPLAYED]), st.data())

@@ -1,6 +1,7 @@
-"""The KV cache: its size, and what remains of it after a reset, a rewind, a copy, and rows that leave."""
+"""The KV cache: its size, and what remains of it after a reset, a copy, and rows that leave."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_no_slot_after_a_rewind_is_taken_for_a_token_that_skipped_layers():
     _, cache = prefill(module, torch.arange(30)[None], torch.tensor([30]), SELECTING)
     assert (cache.skipped[0, :30] == 1).any()
     for length in range(29, -1, -1):
-        cache.restore((torch.tensor([length]), *cache.snapshot()[1:]))
+        cache.move_to((torch.tensor([length]), *cache.snapshot()[1:]))
         assert (cache.skipped[:, length:] == -1).all()
 
 
@@ -99,24 +100,6 @@ def test_rows_that_leave_free_their_memory_and_a_later_prompt_selects_among_the_
     assert_close(found, expected[rows])
 
 
-def test_a_rewind_to_tokens_that_are_overwritten_is_refused():
-    """Each window of 5 has 4 + 2 slots. Until they are full, nothing is overwritten."""
-    config = tiny_gemma3_config()
-    model = pop.Model(random_model(config), config, chunk_size=2, compile=False)
-    cache = model.new_cache(1, 20)
-    snapshots = []
-    for token in range(1, 9):
-        snapshots.append(cache.snapshot())  # of 0 to 7 tokens
-        model.decode([token], cache)
-        if token == 6:
-            cache.restore(snapshots[1])
-            cache.restore((torch.tensor([6]), *cache.snapshot()[1:]))
-    with pytest.raises(pop.InputError, match=r"\[8\] tokens, not \[5\]"):
-        cache.restore(snapshots[5])
-    cache.restore(snapshots[6])
-    cache.restore(snapshots[0])
-
-
 @given(cases(), st.integers(1, 3), st.sampled_from([1, 4, 1000]))
 def test_a_copied_row_continues_as_the_original(case, copies, other_chunk):
     """Into a cache of more rows, more slots and other rings, which held other tokens. A later prompt selects alike.
@@ -139,3 +122,17 @@ def test_a_copied_row_continues_as_the_original(case, copies, other_chunk):
     expected, _ = prefill(module, later, count, plan, chunk, cache)
     found, _ = prefill(module, later.repeat(copies, 1), count.repeat(copies), plan, chunk, other)
     assert_close(found, expected.expand(copies, -1))
+
+
+def test_a_cache_of_a_model_of_another_width_is_refused():
+    """Qwen3-0.6B and 1.7B have as many layers and heads, of the same width."""
+    config = tiny_config()
+    other = dataclasses.replace(config, hidden_size=2 * config.hidden_size)
+    model, wider = (pop.Model(random_model(one), one, compile=False) for one in (config, other))
+    for call in (model.decode, model.extend, model.prefill):
+        with pytest.raises(pop.InputError, match="made for another model"):
+            call([1] if call == model.decode else [[1, 2]], wider.new_cache(1, 20))
+
+
+def test_a_device_may_be_named():
+    assert KVCache(tiny_config(), 1, 4, dtype=torch.float32, device="cpu").device == torch.device("cpu")

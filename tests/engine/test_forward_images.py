@@ -154,6 +154,20 @@ def test_a_first_full_depth_token_sees_the_rest_of_its_image():
     assert_close(logits[0], expected[-1])
 
 
+def test_a_selecting_plan_takes_tokens_that_are_padded_further_than_the_longest_prompt():
+    module = random_model(tiny_gemma3_config(), seed=6)
+    tokens = torch.arange(30)[None]
+    numbers = torch.full((1, 33), -1)
+    numbers[0, 1:5] = torch.arange(4)
+    features = torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(1))
+    plan = PrunePlan(layers=(module.config.num_layers - 1,), full_depth_selected=0.3)
+    padded = torch.nn.functional.pad(tokens, (0, 3))
+    images = both_ways(features, numbers)
+    logits = engine.prefill(module, padded, new_cache(module, 1), torch.tensor([30]), plan, 1000, images=images)
+    expected = reference.prefill(module, tokens[0], plan, both_ways(features, numbers[:, :30]))
+    assert_close(logits[0], expected)
+
+
 def test_a_later_prompt_continues_at_the_rotary_position_after_an_image():
     """Its tokens have no position that counts tokens, so none of them is kept to be selected again."""
     module = random_model(tiny_qwen3_vl_config(), seed=3)

@@ -74,9 +74,9 @@ def test_the_choice_is_the_references(case, later):
         assert not before[row, n:].any()
         whole = torch.cat((tokens[row, :n], turn[row, :m]))
         of_turn = reference.full_depth_tokens(n + m, n + m, plan)[n:]
-        others = torch.cat((~full_depth & ~before[row, :n], ~of_turn))
         is_kept = not cache.has_windows and plan.selects_at >= module.deepstack_layers
-        N = n if is_kept and others[:n].any() else 0  # earlier tokens
+        others = torch.cat((~full_depth & ~before[row, :n] & is_kept, ~of_turn))
+        N = 0 if cache.has_windows else n  # earlier tokens
         assert not chosen[row, : -m - N].any()
         full_depth = torch.cat((full_depth, of_turn))
         earlier = F.pad(before[row, :n], (0, m))
@@ -95,7 +95,7 @@ def test_a_question_at_full_depth_selects_as_well():
     text, question = torch.arange(30)[None], torch.arange(40, 45)[None]
     for asked, expected in ((plan, 5), (dataclasses.replace(plan, selecting_layer=2), 0), (plain(plan), 0)):
         _, cache = prefill(module, text.repeat(1, 2), torch.tensor([60]), plan)
-        cache.restore((torch.tensor([0]), *cache.snapshot()[1:]))
+        cache.move_to((torch.tensor([0]), *cache.snapshot()[1:]))
         prefill(module, text, torch.tensor([30]), plan, cache=cache)
         assert (cache.skipped >= 0).sum() == 11  # 21 tokens before the last 9, of which 10 are selected
         prefill(module, question, torch.tensor([5]), asked, cache=cache)
