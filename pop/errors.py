@@ -15,8 +15,8 @@ class PopError(Exception):
     """Base class of all errors of this library."""
 
     def __str__(self) -> str:
-        """The message in printable characters: what it quotes from a file or a server could drive a terminal."""
-        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in super().__str__())
+        """The message in printable characters."""
+        return printable(super().__str__())
 
 
 class InputError(PopError, ValueError):
@@ -65,6 +65,11 @@ class UnsupportedError(PopError, NotImplementedError):
 
 class CacheMemoryError(PopError, MemoryError):
     """A KV cache, weights with room for one, or an image, that the device has no memory for."""
+
+
+def printable(text: str) -> str:
+    """A text that cannot drive a terminal, whatever it quotes from a file or a server."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def check_count(name: str, value, least: int = 1, most: float = inf, error: type[PopError] = InputError) -> int:

@@ -15,7 +15,7 @@ from pop.checkpoints.config_json import read_config, read_sampling
 from pop.checkpoints.processor_json import read_limits
 from pop.checkpoints.weights import load_weights
 from pop.engine.cache import CHUNK_SIZE, KVCache
-from pop.errors import CacheMemoryError, InputError, TokenizerError, reason_of
+from pop.errors import CacheMemoryError, InputError, TokenizerError, printable, reason_of
 from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, load_tokenizer
 from pop.model import REPORTED, Model
@@ -120,7 +120,7 @@ def load(
         model.plan = (shipped_plans(model) or [plan])[0]
         model.resolve(None)  # warns of weights that differ a little
     if is_default and progress:
-        print(f"pop: {model!a}", file=sys.stderr, flush=True)  # the folder may have any name
+        print(f"pop: {printable(repr(model))}", file=sys.stderr, flush=True)  # the folder may have any name
     return model
 
 

@@ -51,9 +51,13 @@ def read_config(folder: str | Path) -> configs.Config:
     the field.
     """
     folder = Path(folder)
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} is not a folder that can be read ({error.strerror}); check the path") from None
     refuse_pointers(folder)
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} is not a checkpoint folder: it lacks config.json{instead(os.listdir(folder))}")
+    if "config.json" not in names:
+        raise ConfigError(f"{folder} is not a checkpoint folder: it lacks config.json{instead(names)}")
     config = read_fields(folder / "config.json", _read_family, FORWARD_PASS)
     if config.dtype is None:
         config = replace(config, dtype=stored_dtype(folder))
@@ -278,12 +282,13 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
 def _rope_fields(fields: Fields, base: str = "rope_theta", *objects: dict[str, Any]) -> Fields:
     """Collect a RoPE's fields from objects. `base` names the outer field in which transformers 4 states its base."""
     objects = objects or (fields.object("rope_parameters"), fields.object("rope_scaling"))
-    stated = [values for values in objects if values] or [{}]
-    if any(values != stated[0] for values in stated):  # the reference takes rope_scaling alone
-        raise ConfigError("rope_parameters and rope_scaling differ, and only one can be meant; remove the other")
-    rope = Fields(stated[0], fields.place)
-    rope.add("rope_theta", fields.left.pop(base, None))
-    return rope
+    stated = [Fields(values, fields.place) for values in objects if values] or [Fields({}, fields.place)]
+    theta = fields.left.pop(base, None)
+    for rope in stated:
+        rope.add("rope_theta", theta)
+        if rope.left != stated[0].left:  # the reference takes rope_scaling alone
+            raise ConfigError("rope_parameters and rope_scaling differ, and only one can be meant; remove the other")
+    return stated[0]
 
 
 def _read_rope(rope: Fields, default_base: float) -> configs.RopeConfig:

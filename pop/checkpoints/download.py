@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import COMMANDS, hugging_face_home, lookup, stored, weights_folder
-from pop.checkpoints.weights import instead
+from pop.checkpoints.weights import instead, weight_files
 from pop.errors import CheckpointError, DownloadError
 from pop.system.files import hash_file, staged
 from pop.system.progress import progress_bar
@@ -37,7 +37,7 @@ NEEDED = r"""(?x)
     (config | generation_config | preprocessor_config | video_preprocessor_config | processor_config) \.json
     | (tokenizer | tokenizer_config | chat_template | added_tokens | special_tokens_map) \.json
     | tokenizer\.model | chat_template\.jinja
-    | model (-[0-9]{5}-of-[0-9]{5})? \.safetensors | model\.safetensors\.index\.json
+    | model (\.safetensors)? (-[0-9]+-of-[0-9]+)? \.safetensors | model\.safetensors\.index\.json
 """
 REQUIRED = (  # one of each
     ("config.json",),
@@ -93,6 +93,7 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     if found and revision:
         raise DownloadError(f"{found} exists, and its revision is unknown; remove it to download {revision!r}")
     if found:
+        weight_files(found)  # raises if some are missing
         return found
     files = _list_files(entry.source, revision or "main")
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,6 +103,7 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     try:
         with staged(folder, keep=True) as partial:
             _fetch_all(files, partial, entry.source, progress)
+            weight_files(partial)  # raises if the index names other files
     except CheckpointError:
         if not stored(entry):  # otherwise another process was faster
             raise
@@ -228,7 +230,8 @@ class _Redirects(HTTPRedirectHandler):
         redirected = super().redirect_request(request, answer, code, reason, headers, url)
         if request.type == "https" != redirected.type:
             raise HTTPError(url, code, "a redirect that leaves https", headers, answer)
-        if (request.type, request.host) == (redirected.type, redirected.host):
+        # Not of request.host, which may be a proxy's.
+        if urlsplit(request.full_url)[:2] == urlsplit(redirected.full_url)[:2]:
             redirected.unredirected_hdrs.update(request.unredirected_hdrs)  # the token, if it has come so far
         return redirected
 

@@ -166,7 +166,7 @@ def _cached(repository: str) -> Path | None:
     if not os.path.isfile(snapshot / "config.json") or not any(snapshot.glob("*.safetensors")):
         return None
     for path in (snapshot, *sorted(snapshot.iterdir())):
-        target = path.resolve()
+        target = Path(os.path.realpath(path))  # of a link that leads to itself, resolve() raises RuntimeError
         if target != path and target.parent != folder / "blobs":
             raise CheckpointError(f"{path} leads out of {folder / 'blobs'}; remove {folder}, and download it again")
     return snapshot

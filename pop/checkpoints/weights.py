@@ -37,7 +37,7 @@ OTHERS = {
     "adapter_config.json": (
         "a LoRA adapter, which `python -m tools.convert BASE DIR --adapter FOLDER` in a checkout of pop merges"
     ),
-    "*.bin": "a pickle, which can run code when it is read; convert it to safetensors",
+    "pytorch_model*.bin": "a pickle, which can run code when it is read; convert it to safetensors",
     "*.gguf": "which `python -m tools.convert FILE DIR` in a checkout of pop converts",
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` in a checkout of pop converts",
 }
@@ -124,6 +124,7 @@ class _Piece:
     fills: tuple[slice, ...]  # of the whole parameter
     file: Path
     name: str  # in the file
+    is_transposed: bool  # if it holds experts
 
     @property
     def shape(self) -> list[int]:
@@ -131,7 +132,7 @@ class _Piece:
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """Return a view of a tensor with the axes of the parameter. It has the piece's shape if it fits."""
-        if tensor.dim() == 3 and list(tensor.shape) != self.shape:  # Qwen3-VL's files hold transposed experts
+        if tensor.dim() == 3 and self.is_transposed:
             tensor = tensor.transpose(1, 2)
         if tensor.dim() < len(self.fills):  # one expert; the parameter has all
             tensor = tensor[None]
@@ -188,6 +189,8 @@ def _map(file: Path) -> dict[str, Tensor]:
     """Map the tensors of a weight file into memory: a page is read when it is first touched."""
     try:
         tensors, _ = read_tensors(file)
+    except PermissionError:
+        raise CheckpointError(f"{file} may not be read by this user; change its permissions") from None
     except Exception as error:  # corrupt bytes can raise nearly anything
         reason = reason_of(error)
         if "Cannot allocate memory" in reason:
@@ -204,6 +207,9 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     stored = _stored(folder, shapes.keys())
     wanted = _wanted(shapes, stored.keys())
     copy = stored.pop(HEAD, None) if config.tie_embeddings else None
+    # Qwen3-VL's files hold transposed experts. Of a layer's two kinds of matrices one is not square, and shows it.
+    stacks = [name for name, (_, _, tensor) in stored.items() if name in shapes and tensor.dim() == 3]
+    is_transposed = any(tuple(stored[name][2].shape) != shapes[name] for name in stacks)
     surplus = []
     dtypes = []
     misfits = []
@@ -212,7 +218,7 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
         if name not in wanted:
             surplus.append(name)
             continue
-        piece = _Piece(*wanted.pop(name), file, name_in_file)
+        piece = _Piece(*wanted.pop(name), file, name_in_file, is_transposed)
         if tensor.dtype not in DTYPES.values():
             dtypes.append(f"{name} ({tensor.dtype})")
         if list(piece.laid_out(tensor).shape) != piece.shape:
@@ -285,7 +291,9 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index_file.is_file():
-        raise CheckpointError(f"{folder} holds no weights, such as model.safetensors{instead(os.listdir(folder))}")
+        raise CheckpointError(
+            f"{folder} holds neither {single.name} nor {index_file.name}{instead(os.listdir(folder))}"
+        )
     weight_map = read_json(index_file, CheckpointError).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
         raise CheckpointError(f"{index_file} holds no weight_map of tensors to files; {AGAIN}")
@@ -295,7 +303,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not re.fullmatch(r"[^/\\:]+\.safetensors", shard):
             raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
         if not os.path.isfile(folder / shard):
-            raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; fetch it")
+            raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; {AGAIN}")
         files.append(folder / shard)
     return files
 

@@ -305,12 +305,14 @@ class PrunePlan:
             fields = _read(file)
             name = some([os.path.basename(file)])
             if "prefill" in fields:
-                scores = fields["prefill"]
+                scores = torch.tensor(
+                    fields["prefill"], dtype=torch.float64
+                ).tolist()  # raises for what are not numbers
                 return cls.least_important(scores, len(scores) // 3, name=name)
             if "layers" not in fields:
                 raise PlanError("it names no layers")
             return cls(**fields, name=name)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
             raise PlanError(f"{file} is not a pruning plan ({error}); write one with plan.save(path)") from None
 
 
@@ -323,7 +325,8 @@ def _read(path: str | os.PathLike) -> dict:
     fields = json.loads(metadata["pop_plan"])
     for name in tensors.keys() - {"weight", "shared", "update", "sketch"}:
         raise PlanError(f"it has a tensor {name!r:.100}, and no corrections have one of this name; calibrate again")
-    fields["corrections"] = Corrections(fields["layers"], **tensors)
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # the file may change while the plan is used
+    fields["corrections"] = Corrections(fields["layers"], **copies)
     return fields
 
 

@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, and reading JSON.
 
-A reader never finds half a file or half a checkpoint. An error or Ctrl-C removes the unfinished copy at once;
-after a kill, the next writer removes it. A second process that writes the same folder waits.
+A reader never finds half a file or half a checkpoint. An error or Ctrl-C removes the unfinished copy at once. After a
+kill, the next writer removes that of a folder, and the hidden copy of a file stays. A second process that writes the
+same folder waits.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pop.errors import CheckpointError, ConfigError, PopError
+
+READ = (".json", ".safetensors", ".model", ".jinja", ".plan", ".pth")  # the endings of files that may be read
 
 
 @contextlib.contextmanager
@@ -55,12 +58,22 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
+def replaced(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds.
 
-    A file that is there keeps its mode, and until then only its owner can read the new one. With `keep`, the file stays
-    as it is: what was written is removed.
+    A file that is there keeps its mode, and until then only its owner can read the new one.
     """
+    with _draft(path) as (path, draft):
+        yield draft
+        if path.exists():
+            shutil.copymode(path, draft)
+        _sync(draft)
+        os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def _draft(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
+    """Yield the real path of a file, and a hidden sibling to write to, which is removed at the end."""
     path = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
     if path.exists() and not path.is_file():  # a device or a pipe: as root, a file would replace it for everyone
         raise OSError("it is not a regular file")
@@ -68,35 +81,32 @@ def replaced(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
     try:
         if path.exists():
             draft.touch(mode=0o600)
-        yield draft
-        if path.exists():
-            shutil.copymode(path, draft)
-        if not keep:
-            _sync(draft)
-            os.replace(draft, path)
+        yield path, draft
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
 
 
-def write_whole(
-    path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError], *, keep: bool = False
-) -> None:
-    """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not.
-
-    With `keep`, the file at this path stays as it is, and what was written is removed.
-    """
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, what: str, error: type[PopError]) -> Iterator[None]:
+    """Raise `error` if the block fails, which names `what` was to be written and why it was not."""
     try:
-        with replaced(path, keep=keep) as draft:
-            draft.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield
     except (OSError, ValueError, TypeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None
 
 
+def write_whole(path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError]) -> None:
+    """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not."""
+    with writing(path, what, error), replaced(path) as draft:
+        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
 def check_writable(path: str | os.PathLike, what: str, error: type[PopError], size: int = 4096) -> None:
     """Raise the error that `write_whole` would raise for `size` bytes, before the work. Nothing is left behind."""
-    write_whole(path, bytes(4096), what, error, keep=True)  # a full disk takes empty files
+    with writing(path, what, error), _draft(path) as (_, draft):
+        draft.write_bytes(bytes(4096))  # a full disk takes empty files
     folder = os.path.dirname(os.path.realpath(os.path.expanduser(path)))
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -127,9 +137,9 @@ def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> d
 
 
 def refuse_pointers(folder: Path) -> None:
-    """Raise CheckpointError if files in a folder are pointers of Git LFS, which a clone without it leaves."""
+    """Raise CheckpointError if files that may be read are pointers of Git LFS, which a clone without it leaves."""
     for path in sorted(folder.glob("*")):
-        is_small = path.is_file() and os.access(path, os.R_OK) and path.stat().st_size < 1024
+        is_small = path.suffix in READ and path.is_file() and os.access(path, os.R_OK) and path.stat().st_size < 1024
         if is_small and path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
             raise CheckpointError(
                 f"{path} is a pointer of Git LFS instead of the file; run `git lfs pull` in its folder, or fetch the "
@@ -142,6 +152,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
 
     The file is mapped into memory: a page is read when it is first touched.
     """
+    open(path, "rb").close()  # raises the error of a file that may not be read, which safetensors calls missing
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 

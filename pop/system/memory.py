@@ -26,7 +26,9 @@ def _free_in_container() -> float:
     with suppress(OSError, StopIteration, ValueError):
         limit = int(Path(CGROUP, "memory.max").read_text())  # "max": none
         used = int(Path(CGROUP, "memory.current").read_text())
-        return limit - used + _number(f"{CGROUP}/memory.stat", "file")  # files in memory give way
+        statistics = f"{CGROUP}/memory.stat"
+        files = _number(statistics, "file") - _number(statistics, "shmem")  # those of a disk give way
+        return limit - used + files
     return math.inf
 
 

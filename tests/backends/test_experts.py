@@ -13,6 +13,7 @@ from support.torch_calls import calls_of
 from pop.backends import experts
 from pop.backends.tensor_parallel import Part
 from pop.checkpoints.weights import load_weights
+from pop.models.config import ExpertsConfig
 from pop.models.experts import by_expert
 
 D, INNER = 16, 8  # rows are multiples of 16 bytes, as grouped products need
@@ -115,6 +116,21 @@ def test_cpus_keep_the_loop():
     x, *_ = tokens = draw(20, 6, 2, dtype=torch.bfloat16)
     assert not experts.can_group(x, *tokens[3:])
     assert torch.equal(experts.fastest(*tokens), by_expert(*tokens, linear=experts.linear))
+
+
+@pytest.mark.parametrize("width", [14, 15, 30])
+def test_the_layout_of_square_matrices_is_that_of_the_others(tmp_path, width):
+    """gate and up together, or down, are square."""
+    config = tiny_qwen3_moe_config(hidden_size=30, experts=ExpertsConfig(count=7, per_token=3, width=width))
+    write_weights(tmp_path, config, seed=3)
+    before = load_file(tmp_path / "model.safetensors")
+    for layout in (dict, experts_transposed):
+        saved = dict(before)
+        layout(saved)
+        save_file({name: tensor.contiguous() for name, tensor in saved.items()}, tmp_path / "model.safetensors")
+        module = Part(config, 0, 1).build()
+        load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False)
+        assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
 
 
 @pytest.mark.parametrize(("layout", "size"), [(dict, 1), (dict, 3), (experts_one_by_one, 3), (experts_transposed, 2)])

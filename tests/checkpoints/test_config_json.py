@@ -193,3 +193,13 @@ def test_deep_nesting_is_refused_whether_or_not_it_can_be_parsed(read, names):
         fields = "".join(f', "{name}": ' + "[" * depth + "]" * depth for name in names)
         with pytest.raises(ConfigError):
             read(json.dumps(MINIMAL)[:-1] + fields + "}")
+
+
+def test_a_rope_may_be_stated_twice_in_two_ways(read):
+    """With the base inside and outside, and by its old name."""
+    scaling = {"factor": 2.0, "rope_theta": 500000.0}
+    stated = {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    once = read(changed(MINIMAL, stated))
+    assert read(changed(MINIMAL, stated | {"rope_parameters": {"rope_type": "linear", **scaling}})) == once
+    with pytest.raises(ConfigError, match="differ"):
+        read(changed(MINIMAL, stated | {"rope_parameters": {"rope_type": "linear", **scaling, "factor": 3.0}}))

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import Request
 
 import pytest
 import torch
@@ -174,7 +175,10 @@ def test_command_line(server, folder, capsys):
 def test_a_folder_from_elsewhere_is_left_unchanged(server, folder):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("mine")
+    (folder / "model.safetensors").write_text("mine")
     assert fetch() == folder
+    (folder / "model.safetensors").unlink()
+    refused("holds neither model.safetensors", error=CheckpointError)  # it may hold plans, so it is not fetched anew
     (folder / "config.json").rename(folder / "notes.txt")
     refused("exists already", error=CheckpointError)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
@@ -193,6 +197,19 @@ def test_a_repository_is_downloaded_and_loaded_by_its_own_name(server, tmp_path)
     folder = tmp_path / "weights" / REPOSITORY
     assert {path.name for path in folder.iterdir()} == {*NEEDED, "preprocessor_config.json"}
     assert pop.load(REPOSITORY).config.num_layers == 2
+
+
+def test_shards_may_have_another_published_name(server, folder):
+    for name in (ONE, TWO):
+        server.files[name.replace("model-", "model.safetensors-")] = server.files.pop(name)
+    server.files[INDEX] = server.files[INDEX].replace(b'"model-', b'"model.safetensors-')
+    assert pop.load(fetch(), tokenizer=None).config.num_layers == 2
+
+
+def test_a_download_without_a_shard_of_its_index_is_not_finished(server, folder):
+    server.files[INDEX] = server.files[INDEX].replace(TWO.encode(), b"weights-2.safetensors")
+    refused("weights-2.safetensors", error=CheckpointError)
+    assert not folder.exists()
 
 
 def test_a_revision(server, folder):
@@ -503,6 +520,17 @@ def test_the_token_does_not_follow_a_redirect_to_another_origin(secure, folder, 
     assert_right(folder, secure)
     assert len(elsewhere.requests) == 4 and authorizations(elsewhere) == {None}
     assert len(back) == 1 and "Authorization" not in back[0]
+
+
+def test_behind_a_proxy_the_token_belongs_to_the_same_origin():
+    """urllib puts the proxy's host into a request."""
+    request = Request("https://hub.test/a")
+    request.add_unredirected_header("Authorization", TOKEN)
+    request.set_proxy("proxy.test:3128", "https")
+    redirects = downloads._Redirects()
+    for url, follows in (("https://hub.test/b", True), ("https://proxy.test:3128/b", False)):
+        redirected = redirects.redirect_request(request, None, 302, "", {}, url)
+        assert ("Authorization" in redirected.unredirected_hdrs) == follows
 
 
 def test_the_token_is_not_sent_over_plain_http(secure, server, folder, monkeypatch):

@@ -200,6 +200,31 @@ def test_what_is_there_instead_of_weights_is_named(tmp_path, name, said):
         (folder / "config.json").unlink(missing_ok=True)
 
 
+def test_weights_that_this_user_may_not_read_are_named(tmp_path, monkeypatch):
+    """safetensors calls such a file missing. (Root may read all files.)"""
+    folder = write_checkpoint(tmp_path / "tiny")
+
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pop.system.files.open", refuse, raising=False)
+    with pytest.raises(CheckpointError, match="may not be read by this user"):
+        pop.load(folder)
+
+
+def test_a_path_that_is_no_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(ConfigError, match="is not a folder that can be read"):
+            pop.build(path)
+
+
+def test_pointers_of_files_that_nobody_reads_do_not_matter(tmp_path):
+    folder = write_checkpoint(tmp_path / "tiny")
+    (folder / "banner.png").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert pop.load(folder).config.num_layers
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
 def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     folder = write_checkpoint(tmp_path / "tiny")

@@ -239,3 +239,15 @@ def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
         assert (tmp_path / "link").is_symlink()
         assert contents(PrunePlan.load(tmp_path / "plan")) == contents(plan)
         assert (tmp_path / "plan").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_plan_does_not_change_with_its_file(tmp_path):
+    """Tensors of a mapped file would, and a shorter file would end the process."""
+    path = tmp_path / "my.plan"
+    plan = PrunePlan((3, 4), 1, 1, corrections=random_corrections(tiny_config(), (3, 4), seed=1))
+    plan.save(path)
+    loaded = PrunePlan.load(path)
+    path.write_bytes(bytes(path.stat().st_size))  # in place
+    for name, tensor in plan.corrections.tensors.items():
+        assert torch.equal(loaded.corrections.tensors[name], tensor)
+    assert torch.equal(loaded.corrections.sketch, plan.corrections.sketch)

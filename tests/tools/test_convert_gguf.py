@@ -187,6 +187,7 @@ UNSUPPORTED = [  # changed keys; changed tensors, None for one that lacks; what 
     ({"llama.rope.freq_base": 0.0}, {"rope_freqs.weight": (np.full(12, 8, np.float32), Q.F32)}, "RoPE"),
     ({}, {"rope_freqs.weight": (llama3_divisors(8.0, 1, 8), Q.F32)}, "rope_freqs.weight"),
     (bpe_keys("viking"), MANY, "viking"),
+    ({}, {NORM: (np.zeros(64), Q.F64)}, "F64"),
 ]
 UNSOUND = [
     ({}, {"blk.1.attn_k.weight": None}, "blk.1.attn_k.weight"),
@@ -194,7 +195,6 @@ UNSOUND = [
     ({}, {"blk.0.attn_sub_norm.weight": (np.ones(1, np.float32), Q.F32)}, "attn_sub_norm"),
     ({}, {"blk.0.attn_q.bias": (np.zeros(96, np.float32), Q.F32)}, "blk.0.attn_k.bias"),  # half of the biases
     ({}, {NORM: (NAN_NORM, Q.F32)}, NORM),
-    ({}, {NORM: (np.zeros(64), Q.F64)}, "F64"),
     (bpe_keys(bos_id=None), {}, "tokens must be at most 50"),
     (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, MANY, "999"),
     (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, MANY, "token_type"),

@@ -41,7 +41,7 @@ def measure(args) -> None:
     """Measure as the command line asks, and print each figure as soon as it is known."""
     lengths = [check_count("--lengths", length) for length in integers_in("--lengths", args.lengths)]
     runs, steps = check_count("--runs", args.runs), check_count("--decode-steps", args.decode_steps)
-    files = sorted([*args.folder.glob("*.safetensors"), *args.folder.glob("*.pth")])
+    files = sorted(args.folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{args.folder} holds no weights; make some with python -m tools.checkpoints.make_random")
     before = resident("VmRSS")

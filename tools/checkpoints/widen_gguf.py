@@ -14,38 +14,34 @@ from pathlib import Path
 
 import numpy as np
 
-from pop.errors import InputError, MissingExtra
-from pop.system.files import replaced
+from pop.errors import InputError
+from pop.system.files import replaced, writing
 from tools.common import exit_status
+from tools.convert.gguf import GGUFFile
 
 
 def widen(source: Path, target: Path, dtype: str) -> None:
     """Write the contents of `source` to `target`, with matrices in `dtype`: bfloat16, float16 or float32."""
-    try:
-        import gguf
-    except ImportError:
-        raise MissingExtra("widen_gguf needs the package gguf; run `pip install -e '.[demo]'`") from None
+    if not source.is_file():
+        raise InputError(f"{source} does not exist; give a GGUF file")
+    file = GGUFFile(source)  # raises if the package gguf is missing
+    import gguf
+
     kinds = gguf.GGMLQuantizationType
     wide, name = {
         "bfloat16": (kinds.BF16, gguf.LlamaFileType.MOSTLY_BF16),
         "float16": (kinds.F16, gguf.LlamaFileType.MOSTLY_F16),
         "float32": (kinds.F32, gguf.LlamaFileType.ALL_F32),
     }[dtype]
-    if not source.is_file():
-        raise InputError(f"{source} does not exist; give a GGUF file")
-    try:
-        reader = gguf.GGUFReader(source)
-    except ValueError as error:
-        raise InputError(f"{source} is not a GGUF file ({error}); give one") from None
-    with replaced(target) as draft:
-        writer = gguf.GGUFWriter(draft, reader.fields["general.architecture"].contents())
-        for key, field in reader.fields.items():
+    with writing(target, "the GGUF file", InputError), file.sound(), replaced(target) as draft:
+        writer = gguf.GGUFWriter(draft, file.reader.fields["general.architecture"].contents())
+        for key, field in file.reader.fields.items():
             if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
                 continue
             item = field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=item)
         writer.add_file_type(name)
-        for tensor in reader.tensors:
+        for tensor in file.reader.tensors:
             values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             kind = wide if values.ndim > 1 else kinds.F32
             if kind == kinds.F32:

@@ -75,11 +75,11 @@ class GGUFFile:
 
         self.path = path
         with self.sound():
-            self._reader = Reader(path)
-        if self._reader.byte_order != "I":
+            self.reader = Reader(path)
+        if self.reader.byte_order != "I":
             raise UnsupportedError(f"{path} is a big-endian GGUF file, which is not supported")
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.unread = set(self._reader.fields)  # keys that `get` has not been asked for
+        self._tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.unread = set(self.reader.fields)  # keys that `get` has not been asked for
         # GGUF stores the innermost dimension first, Hugging Face's layout the outermost.
         self.shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in self._tensors.items()}
 
@@ -91,6 +91,10 @@ class GGUFFile:
                 yield
         except (PopError, OSError, MemoryError):
             raise
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"{self.path} is quantised in a way that the package gguf cannot undo ({error}); take another file"
+            ) from None
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{self.path} is not a sound GGUF file ({what}); fetch it again") from error
@@ -98,12 +102,12 @@ class GGUFFile:
     def get(self, key: str, kind: type, default: Any = ...) -> Any:
         """Return the metadata value `key`, which must be of type `kind` and, if it is a number, not negative."""
         self.unread.discard(key)
-        if key not in self._reader.fields:
+        if key not in self.reader.fields:
             if default is ...:
                 raise CheckpointError(f"{self.path} lacks the metadata {key}; fetch it again")
             return default
         with self.sound():
-            value = self._reader.fields[key].contents()
+            value = self.reader.fields[key].contents()
         is_number = kind in (int, float)
         if type(value) is not kind or (is_number and not 0 <= value < math.inf):
             raise CheckpointError(f"{self.path}: {key} is {str(value)[:60]!r}, not a valid {kind.__name__}")

@@ -108,6 +108,8 @@ def read_adapter(folder: Path, shapes: Shapes) -> dict[str, Update]:
     advice = "; merge the adapter with PEFT, and load the result"
     scaling = read_fields(folder / "adapter_config.json", _read_scaling, None, advice)
     file = folder / "adapter_model.safetensors"
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(f"{folder} holds a pickle, adapter_model.bin; save the adapter with PEFT as safetensors")
     tensors = _read(file)
     updates = {}
     faults = []
