@@ -22,7 +22,7 @@ from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
 from pop.cli.texts import calibration_texts, encoded, read_file, read_text, reading
-from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
+from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count, printable
 from pop.generation.sampling import Options, sampling_params
 from pop.loading import usable_device
 from pop.system import files
@@ -88,7 +88,7 @@ def chat(args) -> None:
                 print("\n(stopped, and forgotten)", flush=True)
             except ContextOverflow as error:
                 print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
-            except InputError as error:
+            except PopError as error:
                 print(f"pop: {error}", file=sys.stderr)
 
 
@@ -99,7 +99,7 @@ def _message(parts: list[dict], text: str) -> str | list[dict]:
 
 def _typed_lines() -> Iterator[str]:
     """Yield the lines of the standard input that are not blank, until it ends or one is /quit."""
-    sign = "> " if sys.stdin.isatty() else ""
+    sign = "> " if _standard_input().isatty() else ""
     if sign:
         print(HELP, file=sys.stderr)
     with contextlib.suppress(EOFError), reading("the standard input"):
@@ -126,7 +126,7 @@ def importance(args) -> None:
     columns = (result.prefill, result.prefill_error, result.decode, result.decode_error)
     for layer, row in enumerate(torch.stack(columns, 1).tolist()):
         print("{:5}  {:10.4g} ± {:9.2g}  {:10.4g} ± {:9.2g}".format(layer, *row))
-    least = result.plan(len(result.prefill) // 3).layers
+    least = result.plan(max(1, len(result.prefill) // 3)).layers
     print(f"\nPrefill needs this third of the layers least: layers {', '.join(map(str, least))}.")
     if args.out is not None:
         result.save(args.out)
@@ -237,15 +237,9 @@ def _given(args, names) -> dict:
 
 
 def _load(args):
-    changes = _given(args, ("full_depth_last", "full_depth_selected", "selecting_layer"))
-    is_default = args.prune == "default"
-    # With its progress, pop.load shows the default plan, which is not the one that runs if it is changed.
-    model = pop.load(args.model, parallel="auto", progress=not (is_default and changes), **_given(args, LOADING))
-    if changes:  # the record and the name are the given plan's
-        model.plan = dataclasses.replace(model.plan, about={}, name="", **changes)
-    is_shown = is_default and not changes
-    if model.plan.layers and not is_shown and launched()[0] == 0:
-        print(f"pop: {model!a}", file=sys.stderr, flush=True)
+    model = pop.load(args.model, parallel="auto", **_given(args, LOADING))
+    if model.plan.layers and args.prune != "default" and launched()[0] == 0:  # pop.load shows the default plan
+        print(f"pop: {printable(repr(model))}", file=sys.stderr, flush=True)
     return model
 
 
@@ -264,8 +258,18 @@ def _print_answer(stream) -> None:
 
 
 def _prompt(args) -> str | None:
+    if args.prompt != "-":
+        return args.prompt
     with reading("the standard input"):
-        return sys.stdin.read() if args.prompt == "-" else args.prompt
+        return _standard_input().read().removeprefix("\ufeff")
+
+
+def _standard_input():
+    if sys.stdin is None:  # it is closed
+        raise InputError("there is no standard input; give a prompt")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="strict")  # in some locales, Python lets wrong bytes pass
+    return sys.stdin
 
 
 COMMANDS = {run.__name__: run for run in (generate, chat, importance, calibrate, check, plans, models, download)}

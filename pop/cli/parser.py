@@ -55,20 +55,12 @@ def model_options(add) -> None:
 def generation_options(parser) -> Callable:
     """Add what `generate` and `chat` share. Return the function that adds more options about the prompt."""
     model_options(parser.add_argument_group("model").add_argument)
-    add = parser.add_argument_group("pruning").add_argument
-    add(
+    parser.add_argument_group("pruning").add_argument(
         "--prune",
         help="the layers prefill skips: default (the best plan known for the weights), third (the deepest), none, a "
         "fraction, layers such as 10,12,19-29, a saved plan's path or name, or the file of `pop importance`",
         default="default",
     )
-    integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
-    add(
-        "--full-depth-selected",
-        help="the share of the other tokens to select, which skip fewer layers or none; default: the plan's",
-        type=float,
-    )
-    integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
     add = parser.add_argument_group("answer").add_argument
     integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
     add("--temperature", help="0, the default, is greedy decoding", type=float)

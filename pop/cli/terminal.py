@@ -30,6 +30,7 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
     It is what `work` returns (None: 0), or 2 after an error, which stderr shows in one sentence. It is 130 after
     Ctrl-C, and 141 if the reader of the output is gone.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None: it is closed)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
         sys.stdout.reconfigure(errors="replace")
     output = Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ Text = str | list[tuple[str, dict]]  # a file's text; or its conversations, each
 
 
 def read_file(path: str) -> str:
-    with reading(path), open(path, encoding="utf-8-sig") as file:
+    with reading(path), open(os.path.expanduser(path), encoding="utf-8-sig") as file:
         text = file.read(MOST + 1)  # a pipe may have no end
     if len(text) > MOST:
         raise InputError(f"{path} has more than {MOST:,} characters; give a part of it")
@@ -41,7 +42,7 @@ def read_text(path: str) -> Text:
     if not path.endswith(".jsonl"):
         return text
     lines = text.rstrip().split("\n")  # splitlines would also split at what a JSON string may contain
-    return [_conversation(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_conversation(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _conversation(line: str, where: str) -> tuple[str, dict]:

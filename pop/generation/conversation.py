@@ -73,7 +73,8 @@ class Conversation:
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos that it shows."""
         if self._state.tokens:
-            return self._format.next_prompt(content, self.enable_thinking)
+            system = [message for message in self._state.messages[:1] if message["role"] == "system"]
+            return self._format.next_prompt(content, self.enable_thinking, system)
         messages = [*self._state.messages, {"role": "user", "content": content}]
         return self._format.prompt(messages, enable_thinking=self.enable_thinking)
 
@@ -110,7 +111,9 @@ class Conversation:
 
 def _separate(messages: list[dict]) -> list[dict]:
     """Copies of messages."""
-    return [message | {"content": _copied(message.get("content"))} for message in messages]
+    kept = [{key: value for key, value in message.items() if key != "content"} for message in messages]
+    contents = [_copied(message.get("content")) for message in messages]
+    return [one | {"content": content} for one, content in zip(copy.deepcopy(kept), contents, strict=True)]
 
 
 def _copied(content):

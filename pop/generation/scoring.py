@@ -50,7 +50,7 @@ def score(
     if earlier is not None:
         cache.copy_from(earlier)
     logits = runner.prefill_checked(tokens, cache, lengths, media, plan)  # [B, V] or [1, V]
-    if len(contexts) < B:
+    if len(contexts) < B and T > 1:  # for one token each, nothing is added to the cache
         single = cache
         cache = runner.unlimited_cache(B, room)
         cache.copy_from(single)

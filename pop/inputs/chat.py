@@ -6,6 +6,7 @@ template's own texts. The text of a message is encoded as text, so nothing that 
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import chain
 
 from pop.errors import InputError, UnsupportedError
@@ -129,25 +130,34 @@ class ChatFormat:
             raise UnsupportedError("the model always thinks; leave out enable_thinking=False")
         return self._encode(text, media, conversation), media
 
-    def next_prompt(self, content, enable_thinking: bool = True) -> tuple[list[int], list[Prepared]]:
+    def next_prompt(
+        self, content, enable_thinking: bool = True, system: Sequence[dict] = ()
+    ) -> tuple[list[int], list[Prepared]]:
         """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
 
         A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
+
+        Args:
+            content, enable_thinking: Of the user's message, and of the turn.
+            system: The conversation's system message, if it has one.
         """
-        told, media = read_messages([{"role": "user", "content": content}], self.vision)
-        conversation = _as_json(told)
-        begun = [_ASKED, _ANSWERED]
-        added = self._write(begun + told, enable_thinking=enable_thinking).split(_ANSWER, 1)[-1]
-        after_more = self._write(begun + begun + told, enable_thinking=enable_thinking).split(_ANSWER, 2)[-1]
-        if not self._continues or after_more != added:
+        (*system, asked), media = read_messages([*system, {"role": "user", "content": content}], self.vision)
+        conversation = _as_json([*system, asked])
+        turn = [_ASKED, _ANSWERED]
+        opened = self._write([*system, _ASKED], enable_thinking=enable_thinking)
+        begun, _, added = self._write([*system, *turn, asked], enable_thinking=enable_thinking).partition(_ANSWER)
+        after_more = self._write([*system, *turn, *turn, asked], enable_thinking=enable_thinking).split(_ANSWER, 2)[-1]
+        if not self._continues or not opened.startswith(begun.rstrip()) or after_more != added:
             raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
         return self._encode(added, media, conversation), media
 
     def parse_tool_calls(self, text: str) -> list[dict]:
         """Return the calls in an answer, as a message takes them under "tool_calls". An answer in words has none.
 
-        A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters".
+        A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters". What
+        thoughts mention is no call.
         """
+        _, text = split_thoughts(text)
         tagged = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
         key = "arguments" if tagged else "parameters"
         calls = []
@@ -201,9 +211,10 @@ class ChatFormat:
         return self.tokenizer.encode_pieces(pieces, bos=False)
 
     def _names(self, text: str) -> list[str]:
-        """Return the names of the added tokens in a text that a template wrote, in order. Line breaks have none."""
+        """Return the names of the added tokens in a text that a template wrote, each once. Line breaks have none."""
         found = self.tokenizer.split(text, allow_special=True)
-        names = [self.tokenizer.decode(piece, special=True) for piece in found if not isinstance(piece, str)]
+        ids = dict.fromkeys(chain.from_iterable(piece for piece in found if not isinstance(piece, str)))
+        names = [self.tokenizer.decode([id], special=True) for id in ids]
         return [name for name in names if name.strip()]
 
 

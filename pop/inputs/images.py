@@ -53,6 +53,7 @@ def load_image(image) -> Tensor:
         if isinstance(image, pillow.Image):
             return _from_pillow(image, name)
         if is_path:
+            image = os.path.expanduser(image)
             check_file(image, name, MAX_BYTES)
         elif isinstance(image, (bytes, bytearray)):
             image = io.BytesIO(image)

@@ -24,7 +24,7 @@ def read_messages(messages: list[dict], vision: Processor) -> tuple[list[dict], 
 
     Raises InputError for a message that is wrong, and for images or videos that the model does not take.
     """
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
     told = []
     media = []
@@ -69,7 +69,7 @@ def _check_keys(message: dict, n: int) -> None:
         raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
     unknown = message.keys() - {"role", "content", *KEYS[role]}
     if unknown:
-        raise InputError(f"message {n} has {[*unknown]!r:.80}, which a {role} message cannot have; leave it out")
+        raise InputError(f"message {n} has {[*unknown]!r:.80}, which the role {role} cannot have; leave it out")
 
 
 def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Processor) -> list[str | Prepared]:

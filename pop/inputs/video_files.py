@@ -70,6 +70,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """Yield the file's container, its video stream, and its name for error messages."""
     av = import_extra("av", "av", "videos")
     name = f"the video {os.fspath(path)!r:.200}"
+    path = os.path.expanduser(path)
     images.check_file(path, name, MAX_BYTES)
     # FFmpeg decodes some frames to identify the file, so it must know the limit when it opens the file.
     limit = {"max_pixels": str(images.MAX_PIXELS)}

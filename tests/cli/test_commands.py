@@ -129,12 +129,6 @@ SEEDED = {"temperature": 2.0, "seed": 3}
         ("", {}),
         ("--prune none", {"plan": PLAN.none()}),
         ("--prune 0.8", {"plan": PLAN((2, 3, 4, 5))}),
-        ("--prune 1.0 --full-depth-last 4", {"plan": PLAN(tuple(range(6)), full_depth_last=4)}),
-        ("--prune 0.9 --full-depth-selected 0.5", {"plan": PLAN(tuple(range(1, 6)), full_depth_selected=0.5)}),
-        (
-            "--prune 0.5 --full-depth-selected 0.5 --selecting-layer 1",
-            {"plan": PLAN((3, 4, 5), full_depth_selected=0.5, selecting_layer=1)},
-        ),
         ("--temperature 2 --seed 3", SEEDED),
         ("--temperature 2 --seed 3 --top-k 5", SEEDED | {"top_k": 5}),
         ("--temperature 2 --seed 3 --top-p .2", SEEDED | {"top_p": 0.2}),
@@ -159,8 +153,6 @@ def test_generate_prints_what_the_model_generates(arguments, options, folder, mo
     [
         ("", "skips 2 of 6 layers"),
         ("--prune 0.5", "skips 3 of 6 layers"),
-        ("--prune 1.0 --full-depth-last 999", "skips 6 of 6 layers, at most 1.0"),
-        ("--full-depth-last 999", "skips 2 of 6 layers, at most 1.0"),
     ],
 )
 def test_a_line_says_which_plan_runs(arguments, said, folder, run):
@@ -170,14 +162,13 @@ def test_a_line_says_which_plan_runs(arguments, said, folder, run):
     assert plan_lines(run(*words, "--prune", "none").err) == []
 
 
-def test_a_changed_plan_has_neither_the_name_nor_the_record_of_the_given_one(folder, tmp_path, run):
+def test_the_line_has_the_name_and_the_record_of_the_plan(folder, tmp_path, run):
     record = {"verdict": {"holds": True, "kept": [0.97, 0.9, 1.0]}}
     pop.PrunePlan((3, 4), about=record).save(tmp_path / "mine.plan")
     words = ["generate", folder, "Hello", "--max-new-tokens", "3", "--prune", tmp_path / "mine.plan"]
-    for options, is_said in (([], True), (["--full-depth-last", "2"], False)):
-        (line,) = plan_lines(run(*words, *options).err)
-        assert "skips 2 of 6 layers" in line
-        assert ("by mine.plan" in line) == ("keeps 97% [90%, 100%] of pop check's answers" in line) == is_said
+    (line,) = plan_lines(run(*words).err)
+    assert "skips 2 of 6 layers" in line
+    assert "by mine.plan" in line and "keeps 97% [90%, 100%] of pop check's answers" in line
 
 
 def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, run):
@@ -357,13 +348,15 @@ def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys,
         ("MODEL -- -5", "-5"),
         ("MODEL -", "Grüße\n"),
         ("MODEL --prompt-file prompt.txt", "Grüße\n"),
+        ("MODEL --prompt-file=~/prompt.txt", "Grüße\n"),
     ],
 )
 def test_where_the_prompt_is(words, prompt, folder, model, tmp_path, monkeypatch, run):
     """Before or after options, in a file or on stdin."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "prompt.txt").write_text("Grüße\n", encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Grüße\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffGrüße\n"))
     words = words.replace("MODEL", folder).split()
     assert run("generate", "--max-new-tokens", "3", *words).out == model.generate(prompt, max_new_tokens=3).text + "\n"
 
@@ -450,6 +443,21 @@ def test_a_closed_pipe_ends_the_program_quietly_and_a_full_output_is_said():
     lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]  # by torch
     assert (lines[0], lines[2:]) == ("status 141", ["status 2"])
     assert lines[1].startswith("pop: the output cannot be written")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_standard_input_that_cannot_be_read(command, folder, run, monkeypatch):
+    """Closed, or no UTF-8. In some locales, Python would let wrong bytes pass as surrogates."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "there is no standard input" in run(command, folder, "-", status=2).err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8", errors="surrogateescape"))
+    assert "the standard input is not text in UTF-8" in run(command, folder, "-", status=2).err
+
+
+def test_a_closed_standard_output_is_no_error():
+    command = f"exec {sys.executable} -m pop models >&-"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(["sh", "-c", command], env=environment).returncode == 0
 
 
 class FakeTerminal(io.StringIO):

@@ -119,8 +119,8 @@ def test_calibrate_and_check_get_them(file, folder, ids, run, monkeypatch):
         ('{"prompt": "Hi"}', ", line 1 is not a conversation"),
         ('{"messages": []}', ", line 1 is not a conversation"),
         ('{"messages": [{"content": "Hi"}, {"role": "user", "content": "Hi"}]}', ", line 1 is not a conversation"),
-        (f"{CONVERSATION}\n\n{CONVERSATION}", ", line 2 is not a conversation"),
-        ('{"messages": [{"role": "user", "name": "A"}]}', ", line 1: message 0 has ['name'], which a user"),
+        (f"{CONVERSATION}\n\nHi", ", line 3 is not a conversation"),  # blank lines are left out
+        ('{"messages": [{"role": "user", "name": "A"}]}', ", line 1: message 0 has ['name'], which the role user"),
         ('{"messages": [{"role": "me"}]}', ", line 1: message 0 has the role 'me'"),
         (f'{{"messages": {json.dumps(ASKED)}, "tools": 5}}', ", line 1: tools must be a list"),
     ],

@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import PIL.Image
 import pytest
 import torch
 from support.cases import assert_close
 from support.chat_models import OTHER_END, make
 from support.tiny import tiny_config, tiny_model, tiny_olmo2_config
+from support.tiny_qwen3_vl import A, seeing_model
 
 import pop
 from pop.generation import batch
@@ -154,3 +156,18 @@ def test_what_a_prefix_of_messages_refuses():
     document.generate("B", max_new_tokens=1)
     with pytest.raises(pop.InputError, match="call chat"):
         document.generate("BC")
+
+
+def test_a_prefix_of_messages_is_as_it_was_when_it_was_made(tmp_path):
+    """Whatever the caller does with the messages, the tools and the files of images. These are prepared once."""
+    model = seeing_model()
+    path = tmp_path / "a.png"
+    PIL.Image.fromarray(A).save(path)
+    shown = [{"type": "image", "image": str(path)}, {"type": "text", "text": "Look."}]
+    messages = [{"role": "user", "content": shown}, {"role": "assistant", "content": "Yes."}]
+    expected = model.chat([*messages, {"role": "user", "content": "What?"}], max_new_tokens=4, plan="none").tokens
+    prefix = model.prefix(messages, plan="none")
+    path.unlink()
+    messages[1]["content"] = "No."
+    shown[1]["text"] = "Do not look."
+    assert prefix.generate("What?", max_new_tokens=4).tokens == expected

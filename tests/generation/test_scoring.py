@@ -97,3 +97,10 @@ def test_logits_that_are_not_finite_are_no_score_and_no_answer(model, monkeypatc
             call()
     assert broken.logits([[5, 9]]).isnan().all()
     assert broken.prefill([[5, 9]], broken.new_cache(1, 9)).isnan().all()
+
+
+def test_labels_of_one_token_copy_no_cache(model, monkeypatch):
+    """The score of a single token follows from the context's last logits."""
+    expected = [model.score(CONTEXTS[0], [label]) for label in range(4)]
+    monkeypatch.setattr(pop.KVCache, "copy_from", None)
+    assert model.score(CONTEXTS[0], [[label] for label in range(4)]) == pytest.approx(expected, abs=1e-5)

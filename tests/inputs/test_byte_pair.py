@@ -2,7 +2,9 @@
 
 import json
 import re
+import unicodedata
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from support.goldens import REFUSED
 from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, golden_tokenizer, load, spec_of
 
 from pop.errors import TokenizerError
+from pop.inputs import byte_pair
 from pop.inputs.tokenizers import load_tokenizer
 
 
@@ -129,3 +132,19 @@ def test_broken_files(tmp_path):
             (folder / name).write_bytes(text.encode("latin-1"))
             with pytest.raises(TokenizerError, match=re.escape(str(folder))):
                 load_tokenizer(folder)
+
+
+@given(st.text("a é\u0301\u0316\u0327\u05b0\u0f71\u200d\uac00", min_size=64, max_size=200))
+def test_long_runs_of_marks_are_in_order_before_they_are_normalised(text):
+    """The result is that of Unicode. Python's time for a run of marks in disorder grows with its square."""
+    normalize = unicodedata.normalize
+
+    def checked(form: str, part: str) -> str:
+        for marks in re.findall(r"[^\w\s!-~]{64,}", part) if form == "NFC" else ():
+            classes = [unicodedata.combining(char) for char in marks]
+            assert all(first <= second or not second for first, second in pairwise(classes))
+        return normalize(form, part)
+
+    with patch.object(byte_pair.unicodedata, "normalize", checked):
+        found = byte_pair._nfc(text + "\u0301\u0316" * 40)
+    assert found == normalize("NFC", text + "\u0301\u0316" * 40)

@@ -56,6 +56,9 @@ def test_calls_in_an_answer_are_found():
         first = form.encode([ASKED, {"role": "assistant", "tool_calls": calls[:1]}])
         assert form.encode([ASKED, {"role": "assistant", "tool_calls": [same]}]) == first
     assert qwen.parse_tool_calls(f"<tool_call>{json.dumps(same)}</tool_call>") == calls[:1]
+    thoughts = f"<think>Perhaps {texts[0]}, <tool_call>?\n</think>\n\n"
+    assert qwen.parse_tool_calls(f"{thoughts}No.") == []
+    assert qwen.parse_tool_calls(thoughts + texts[1]) == calls[1:2]
     for text in ("", "No tools.", "[1]", '{"name": "f"}', "<tool_call>", "{" * 100_000):
         assert qwen.parse_tool_calls(text) == llama.parse_tool_calls(text) == []
 

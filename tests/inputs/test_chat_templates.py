@@ -240,6 +240,33 @@ def test_thousands_of_names_are_found_in_a_long_text_of_their_beginnings(tmp_pat
     assert written(form, user(text)) == rendered(PLAIN_CHATML, user(text))
 
 
+def test_a_name_that_is_often_there_is_looked_up_once(base, form_of, notes):
+    """In Gemma's vocabulary each run of line breaks is an added token, and a document has thousands of them."""
+    form = form_of(PLAIN_CHATML)
+    decoded = notes(type(base), "decode", lambda self, ids, *args, **options: ids)
+    form.encode([{"role": "user", "content": "<|im_end|> and </s>. " * 1000}])
+    assert len(decoded) < 20
+
+
+def test_a_template_may_write_the_system_message_later(form_of):
+    """After each of the user's messages. A template that writes it in the last one only rewrites earlier turns."""
+    each = (
+        "{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    )
+    each += "{% if message.role == 'user' %} ({{ messages[0].content }}){% endif %}<|im_end|>\n{% endfor %}"
+    each += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    system = {"role": "system", "content": "Be brief."}
+    form = form_of(each)
+    begun = form.encode([system, ASKED])
+    answer = form.tokenizer.encode("Yes.", bos=False)
+    whole = [system, ASKED, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And?"}]
+    added, _ = form.next_prompt("And?", system=[system])
+    assert begun + answer + added == form.encode(whole)
+    last = form_of(each.replace("message.role == 'user'", "loop.last and message.role == 'user'"))
+    with pytest.raises(UnsupportedError, match="rewrites earlier turns"):
+        last.next_prompt("And?", system=[system])
+
+
 def test_a_broken_or_hostile_template_gives_an_error_of_this_library(form_of):
     for body in BODIES["broken"]:
         with pytest.raises(PopError, match="chat_template"):

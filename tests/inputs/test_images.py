@@ -246,3 +246,9 @@ def test_without_pillow_arrays_work_and_files_need_the_extra(tmp_path, monkeypat
     assert torch.equal(load_image(picture), channels_first(picture))
     with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[images\]'"):
         load_image(write(tmp_path / "image.png", b""))
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (2, 3)).save(tmp_path / "a.png")
+    assert load_image("~/a.png").shape == (3, 3, 2)

@@ -29,19 +29,19 @@ FOUND = {"codes": torch.tensor([0.5, 0.2, 0.9, 0.3, 0.8]), "quotes": torch.tenso
 
 
 @pytest.mark.parametrize(
-    ("layers", "marked", "options"),
+    ("layers", "marked", "fields"),
     [
-        ((2, 4), "3*", "--full-depth-selected 0.03 --selecting-layer 3"),
-        ((1, 3), "2*", "--selecting-layer 2"),
-        ((2, 3), "0*", "--selecting-layer 0"),  # the layers 1 and 0 find as much
+        ((2, 4), "3*", "full_depth_selected=0.03, selecting_layer=3"),
+        ((1, 3), "2*", "selecting_layer=2"),
+        ((2, 3), "0*", "selecting_layer=0"),  # the layers 1 and 0 find as much
         ((0, 1), None, "No layer may select"),
         ((), None, "No layer may select"),
     ],
 )
-def test_the_best_layer_that_a_plan_may_take_is_marked(layers, marked, options):
+def test_the_best_layer_that_a_plan_may_take_is_marked(layers, marked, fields):
     text = report(pop.PrunePlan(layers), FOUND, 0.03)
     lines = [line.split() for line in text.splitlines() if line]
     assert lines[0] == ["layer", "codes", "quotes", "mean"]
     assert [line[0] for line in lines[1:6] if line[0].endswith("*")] == ([marked] if marked else [])
     assert lines[5][-3:] == ["80%", "80%", "80%"]
-    assert options in text.splitlines()[-1]
+    assert fields in text.splitlines()[-1]

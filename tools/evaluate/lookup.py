@@ -64,8 +64,8 @@ def report(plan: pop.PrunePlan, found: dict[str, torch.Tensor], share: float) ->
     layers = ",".join(map(str, plan.layers)) or "none"
     if best is None:
         return f"{table(rows)}\n\nNo layer may select tokens for the plan, which prunes the layers {layers}."
-    options = f"--full-depth-selected {share:g} --selecting-layer {best}"
-    return f"{table(rows)}\n\n* finds most of those that may select for a plan of the layers {layers}: {options}"
+    fields = f"full_depth_selected={share:g}, selecting_layer={best}"
+    return f"{table(rows)}\n\n* finds most of those that may select for a plan of the layers {layers}: {fields}"
 
 
 def main(argv: list[str] | None = None) -> int:
