@@ -23,7 +23,7 @@ from pop.cli.texts import read_text
 from pop.errors import InputError, check_count
 from pop.system import files
 from pop.system.progress import progress_bar
-from tools.check_server import AT_ONCE, PLAN, Client
+from tools.check_server import AT_ONCE, PLAN, Client, is_never
 from tools.common import exit_status, table
 
 WAYS = ("plan", "full depth", "full depth again")
@@ -107,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         client = Client(args.url, args.key)
         client.check_plans(PLAN[args.server])
         answers = ask(client, requests, PLAN[args.server]("none"), args.max_tokens)
-        lines = [json.dumps(request | one, ensure_ascii=False) for request, one in zip(requests, answers, strict=True)]
+        if is_never(client.details, "pruned_tokens"):
+            raise InputError("the server has pruned no token; are the prompts long enough for its plan?")
+        lines = [json.dumps(request | one) for request, one in zip(requests, answers, strict=True)]
         files.write_whole(args.out, "".join(f"{line}\n" for line in lines).encode(), "the answers", InputError)
         print(report(answers), f"The answers are in {args.out}.", sep="\n\n")
 

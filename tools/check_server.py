@@ -64,7 +64,10 @@ class Client:
     def __init__(self, url: str, key: str | None = None):
         self.url = url.rstrip("/")
         self.key = key
-        is_local = urllib.parse.urlsplit(url).hostname in LOCAL
+        try:
+            is_local = urllib.parse.urlsplit(url).hostname in LOCAL
+        except ValueError:
+            raise InputError(f"{url} is no address; write one as in http://127.0.0.1:8000/v1") from None
         self.opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * is_local)
         self.details: list[dict] = []  # what the server tells of each prompt's tokens
         self.about = self._asked("models", read=lambda found: {"max_model_len": None} | found["data"][0])
@@ -78,7 +81,10 @@ class Client:
 
     def chat(self, request: dict) -> str:
         """The text of the answer to a request with messages, and the calls of tools in it."""
-        return self._asked("chat/completions", request | {"model": self.about["id"], "temperature": 0}, read=said)
+        fields = request | {"model": self.about["id"], "temperature": 0}
+        text, details = self._asked("chat/completions", fields, read=lambda found: (said(found), details_of(found)))
+        self.details.append(details)
+        return text
 
     def check_lengths(self, lengths: list[int]) -> None:
         """Raise InputError if the longest prompts do not fit."""
@@ -119,8 +125,13 @@ class Client:
 
 def text_and_details(found: dict) -> tuple[str, dict]:
     """The text of an answer, and what the server tells of its prompt's tokens."""
+    return found["choices"][0]["text"] + "", details_of(found)
+
+
+def details_of(found: dict) -> dict:
+    """What the server tells of the tokens of an answer's prompt."""
     usage = found.get("usage") or {}
-    return found["choices"][0]["text"] + "", usage.get("prompt_tokens_details") or {}
+    return usage.get("prompt_tokens_details") or {}
 
 
 def said(found: dict) -> str:

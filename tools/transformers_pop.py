@@ -4,7 +4,8 @@
 
 Inside the context, a call with several tokens a row is a prompt, or a chat's next turn on a filled cache: it is pruned.
 A call with one token is decode: it runs at full depth. tools/examples/README.md states what it takes and refuses.
-States and logits of pruned tokens leave the model as NaN, because they predict nothing that pop's engine would.
+The last states and the logits of pruned tokens leave the model as NaN, because they predict nothing that pop's engine
+would. Of output_hidden_states, those after pruned layers are meaningless too.
 
 Nothing of transformers is subclassed or copied. The decoder and the pruned layers get another `forward` as an attribute
 of the instance. It hides the class's own until the context ends. A pruned layer computes K and V of all tokens from the

@@ -42,3 +42,12 @@ def test_answers_follow_the_schema_alone_and_in_a_batch(tmp_path):
     for wrong in (int, None):
         with pytest.raises(pop.InputError, match="give a dict"):
             JsonSchema(model, wrong)
+
+
+def test_a_schema_that_llguidance_gives_up_on_is_an_error_and_no_broken_json(tmp_path):
+    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
+    model = pop.load(write_chat_checkpoint(tmp_path, vocab_size=270, eos_ids=(0,)))
+    pattern = {"type": "string", "pattern": "^(a?){300}a{300}$"}
+    schema = JsonSchema(model, {"type": "object", "properties": {"a": pattern}, "required": ["a"]})
+    with pytest.raises(pop.InputError, match="JSON schema cannot be followed"):
+        model.generate("A: ", max_new_tokens=40, logits_processor=schema)

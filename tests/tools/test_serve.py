@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -280,6 +281,62 @@ def test_tool_calls(monkeypatch):
         assert create(**asked, messages=HELLO, tool_choice="none").choices[0].message.content == call
         turns = [*HELLO, choice.message, {"role": "tool", "tool_call_id": found.id, "content": "1"}]
         assert create(**asked, messages=turns).usage.prompt_tokens > 0
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_what_thoughts_mention_is_no_call(monkeypatch):
+    """A call after them is one, and they stay with the text before it."""
+    model = seeing_model()
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    said = ""
+    monkeypatch.setattr(type(model.tokenizer), "text_stream", lambda self: lambda token, last: said if last else "")
+    asked = {"model": "tiny", "tools": [ADD], "max_tokens": 3, "messages": HELLO}
+    with serving(model) as (_, url):
+        create = client_of(url).chat.completions.create
+        said = f"<think>\nPerhaps {call}?\n</think>\n\nNo."
+        message = create(**asked).choices[0].message
+        assert (message.content, message.tool_calls) == (said, None)
+        said = f"<think>\nA <tool_call>?\n</think>\n\nYes. {call}{call}"
+        for options, count in (({}, 2), ({"parallel_tool_calls": False}, 1)):
+            message = create(**asked, **options).choices[0].message
+            assert message.content == "<think>\nA <tool_call>?\n</think>\n\nYes."
+            assert len(message.tool_calls) == count
+
+
+def test_system_messages_at_the_beginning_are_one(client, model):
+    told = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}, *HELLO]
+    expected = len(model.chat_tokens([{"role": "system", "content": "Be brief.\n\nBe kind."}, *HELLO]))
+    assert client.chat.completions.create(model="tiny", messages=told, max_tokens=2).usage.prompt_tokens == expected
+    answer = client.responses.create(model="tiny", instructions="Be brief.", input=told[1:], max_output_tokens=2)
+    assert answer.usage.input_tokens == expected
+
+
+def test_values_that_ask_for_nothing(url):
+    for path, body in (
+        ("/responses", {"model": "tiny", "input": "Hi", "max_output_tokens": 2}),
+        ("/chat/completions", CHAT | {"max_tokens": 2}),
+    ):
+        also = {"top_logprobs": 0, "parallel_tool_calls": True, "stream_options": {"include_usage": None}}
+        also |= {"background": False} if path == "/responses" else {"chat_template_kwargs": {}}
+        assert ask(url, path, body | also)[0] == 200, path
+    status, found = ask(url, "/responses", {"model": "tiny", "input": "Hi", "background": True})
+    assert (status, found["error"]["param"]) == (400, "background")
+
+
+def test_the_first_token_is_waited_for_from_when_the_request_has_arrived(model, monkeypatch):
+    """Also while others are encoded."""
+    understand = app.understand
+
+    def slowly(*args):
+        time.sleep(0.5)
+        return understand(*args)
+
+    monkeypatch.setattr(app, "understand", slowly)
+    with serving(model) as (_, url):
+        usage = ask(url, "/chat/completions", CHAT | {"max_tokens": 2})[1]["usage"]
+    assert usage["time_to_first_token"] > 0.5
 
 
 def test_the_readme_runs_as_printed(started, capsys, tmp_path, monkeypatch):

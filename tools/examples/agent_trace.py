@@ -232,7 +232,8 @@ def run(args: argparse.Namespace) -> str:
         for name, plan in plans.items():
             step()
             rounds[name].append(list(converse(trace, plan)))
-    computer = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    is_on_cpu = args.engine == "transformers" or not torch.cuda.is_available()
+    computer = machine(torch.device("cpu" if is_on_cpu else "cuda"))
     title = f"{args.engine}, {computer['device']}, {computer['threads']} threads, torch {computer['torch']}"
     return f"{title}\n\n{report(trace, plans, rounds)}"
 

@@ -46,10 +46,14 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     """Load the model, and answer requests at a bound socket until the process is stopped."""
     for option, least in (("batch", 1), ("queue", MAX_ANSWERS)):
         check_count(f"--{option}", getattr(args, option), least)
+    if args.cache_mb is not None:
+        check_count("--cache-mb", args.cache_mb, 0)
     loading = ("max_seq_len", "device", "compile", "chat_format")
     default, *others = args.prune or ["default"]
+    if "default" in others:
+        raise InputError("give --prune default first, since default is what requests without a plan take")
     config = read_config(find_folder(args.model))
-    chosen = [name for name in others if name not in ("default", "none")]
+    chosen = [name for name in others if name != "none"]
     plans = {default: None} | {name: pop.PrunePlan.of(name, config.num_layers) for name in chosen}
     model = pop.load(
         args.model, prune=default, dtype=DTYPES.get(args.dtype), **{name: getattr(args, name) for name in loading}

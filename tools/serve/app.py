@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -108,11 +109,12 @@ class Server:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         raw = await self.read(request)
+        began = time.monotonic()
         if self.arriving >= self.engine.most_waiting:
             raise Busy
         self.arriving += 1
         try:
-            arguments = self.served, raw, path != "/v1/completions", emit, as_chat
+            arguments = self.served, raw, path != "/v1/completions", emit, as_chat, began
             asked = await loop.run_in_executor(self.encoder, understand, *arguments)
         finally:
             self.arriving -= 1

@@ -90,7 +90,11 @@ def split_calls(asked: Asked, text: str) -> tuple[str, list[dict]]:
         calls = []
     if not calls:
         return text, []
-    before = text.partition("<tool_call>")[0].strip() if "<tool_call>" in text else ""
+    if asked.body.get("parallel_tool_calls") is False:
+        calls = calls[:1]
+    thoughts, tag, answer = text.rpartition("</think>")
+    said, is_tagged, _ = answer.partition("<tool_call>")
+    before = (thoughts + tag + (said if is_tagged else "")).strip()
     return before, [call["function"] | {"arguments": json.dumps(call["function"]["arguments"])} for call in calls]
 
 

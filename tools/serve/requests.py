@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +34,7 @@ BOTH = SAMPLING | {"model", "stream", "stream_options", "n", "max_tokens", "logp
 BOTH |= {"plan", "cache_prompt"}  # extras of this server
 TEXT = BOTH | {"prompt"}
 CHAT = BOTH | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs"}
+CHAT |= {"parallel_tool_calls"}
 ONLY = {  # what this server does not do: only the value that asks for nothing is accepted
     "frequency_penalty": 0,
     "presence_penalty": 0,
@@ -44,7 +44,9 @@ ONLY = {  # what this server does not do: only the value that asks for nothing i
     "suffix": "",
     "modalities": ["text"],
 }
-UNREAD = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
+UNREAD = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+
+ADDED = {"refusal", "annotations", "audio", "parsed"}  # to an answer, by the client library
 
 
 class Wrong(Exception):
@@ -101,7 +103,12 @@ class Asked:
 
 
 def understand(
-    served: Served, raw: bytes, is_chat: bool, emit: Callable[[Event], object], as_chat: Callable[[dict], dict] = dict
+    served: Served,
+    raw: bytes,
+    is_chat: bool,
+    emit: Callable[[Event], object],
+    as_chat: Callable[[dict], dict] = dict,
+    began: float = 0.0,
 ) -> Asked:
     """Check a request, and encode its prompts. Raises Wrong or a PopError.
 
@@ -111,8 +118,8 @@ def understand(
         is_chat: Whether it has messages. Otherwise it has a prompt.
         emit: What gets its events.
         as_chat: The body of a chat for the request's body, if it has another form.
+        began: When the request had arrived, as time.monotonic() counts.
     """
-    began = time.monotonic()
     try:
         try:
             body = json.loads(raw)
@@ -163,8 +170,13 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
         if len(tools) > MAX_TOOLS:
             raise Wrong(f"there are {len(tools)} tools; there may be {MAX_TOOLS}", param="tools")
         tools = None if choice == "none" else tools or None
+        if tools and params.logits_processor:
+            raise Wrong(
+                "an answer of a response_format cannot call a tool; leave one of both out, or send tool_choice 'none'",
+                param="response_format",
+            )
         template = _typed(body, "chat_template_kwargs", dict, {"enable_thinking": True})
-        if template.keys() != {"enable_thinking"}:
+        if template.keys() - {"enable_thinking"}:
             raise Wrong("chat_template_kwargs may have enable_thinking only", param="chat_template_kwargs")
         thinks = _typed(template, "enable_thinking", bool, True)
         try:
@@ -219,7 +231,7 @@ def _format(served: Served, body: dict) -> JsonSchema | None:
 
 
 def _typed(values: dict, key: str, kind: type, default):
-    value = values.get(key, default)
+    value = default if values.get(key) is None else values[key]
     if not isinstance(value, kind):
         raise Wrong(f"{key} is {value!r:.80}; it must be of the type {kind.__name__}", param=key)
     return value
@@ -260,7 +272,7 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
         if not isinstance(message, dict):
             raise Wrong(f"message {number} is not an object", param="messages")
         # The client library adds these keys to an answer, and None for each key without a value.
-        message = {k: v for k, v in message.items() if v is not None and k not in ("refusal", "annotations", "audio")}
+        message = {key: value for key, value in message.items() if value is not None and key not in ADDED}
         if message.get("role") == "developer":
             message["role"] = "system"
         if message.get("role") in ("system", "user", "assistant"):
@@ -269,6 +281,10 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
         if isinstance(message.get("content"), list):
             message["content"] = [_part(model, part, urls) for part in message["content"]]
         read.append(message)
+    while [one.get("role") for one in read[:2]] == ["system", "system"] and all(
+        isinstance(one.get("content"), str) for one in read[:2]
+    ):  # chat formats have one, and agents send instructions besides
+        read[:2] = [{"role": "system", "content": f"{read[0]['content']}\n\n{read[1]['content']}"}]
     if len(urls) > MAX_IMAGES:
         raise Wrong(f"there are {len(urls)} images; at most {MAX_IMAGES} are read", param="messages")
     return read, sum(map(len, urls))

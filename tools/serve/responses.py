@@ -11,14 +11,13 @@ import time
 from collections.abc import AsyncIterator
 
 from tools.serve.replies import split_calls, usage_of
-from tools.serve.requests import MAX_MESSAGES, SAMPLING, Asked, Wrong, unknown
+from tools.serve.requests import MAX_MESSAGES, SAMPLING, UNREAD, Asked, Wrong, unknown
 from tools.serve.rows import Event
 
 SAME = SAMPLING | {"model", "stream", "tool_choice", "chat_template_kwargs", "plan", "cache_prompt"}  # as in a chat
-UNREAD = {
-    *("metadata", "user", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
-    *("include", "reasoning", "truncation", "prompt_cache_retention", "client_metadata"),
-}
+SAME |= {"parallel_tool_calls"}
+IGNORED = UNREAD | {"include", "reasoning", "truncation", "prompt_cache_retention", "client_metadata", "stream_options"}
+ONLY = {"background": False, "top_logprobs": 0}  # the value that asks for nothing
 OWN = {"input", "instructions", "max_output_tokens", "text", "tools"}
 
 
@@ -30,7 +29,9 @@ def as_chat(body: dict) -> dict:
     for key in body:
         if key in ("previous_response_id", "conversation"):
             raise Wrong(f"{key} is given, but this server keeps no answers; send the whole conversation", param=key)
-        if key not in SAME | UNREAD | OWN:
+        if key in ONLY and body[key] != ONLY[key]:
+            raise Wrong(f"{key} is {body[key]!r:.80}; this server takes {ONLY[key]!r} only", param=key)
+        if key not in SAME | IGNORED | OWN | ONLY.keys():
             raise unknown(key, SAME | OWN)
     if "input" not in body:
         raise Wrong("input is missing", param="input")
@@ -144,7 +145,7 @@ class Writer:
             "metadata": body.get("metadata", {}),
             "model": self.asked.name,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.get("parallel_tool_calls", True),
             "previous_response_id": None,
             "temperature": params.temperature,
             "text": body.get("text", {"format": {"type": "text"}}),

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from statistics import median
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def request(url: str, body: dict | None = None) -> Iterator[bytes]:
             yield from answer
     except urllib.error.HTTPError as error:
         raise InputError(f"{url} answers {error.code}: {error.read(300).decode(errors='replace')}") from None
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise InputError(f"{url} cannot be reached ({error}); start the server first") from None
 
 

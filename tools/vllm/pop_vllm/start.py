@@ -23,6 +23,7 @@ import urllib.request
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 
 SHORT = 1024  # tokens of a prompt that runs in one step
 LONG = 20_000  # and of one that vLLM divides, if its context has room
@@ -30,7 +31,7 @@ SECONDS = 240  # that an answer may take: the first pruned step compiles
 HEALTH = 5  # seconds that /health may take, before it is asked again
 POLL = 1.0  # seconds
 STOP = 60  # seconds that vLLM may take to stop
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -60,12 +61,26 @@ def main(argv: list[str] | None = None) -> int:
     args.url = args.url.removesuffix("/").removesuffix("/v1")
     if shutil.which(args.command[0]) is None:
         parser.error(f"there is no program {args.command[0]}")
+    if is_answered(args.url):
+        parser.error(f"a server answers at {args.url} already; stop it, or give another port")
     for number in SIGNALS:
-        signal.signal(number, end)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, end)
     with tempfile.TemporaryDirectory() as counters:
         serve(args, {"POP_PLAN": args.plan, "PROMETHEUS_MULTIPROC_DIR": counters})
     say("starting vLLM without the plan")
     return serve(args, {})
+
+
+def is_answered(url: str) -> bool:
+    """Whether a server is there."""
+    try:
+        open_url(f"{url}/health", timeout=HEALTH).close()
+    except HTTPError:
+        return True
+    except (OSError, HTTPException):
+        return False
+    return True
 
 
 def end(*_) -> None:

@@ -131,6 +131,15 @@ def test_a_plan_that_runs_is_served(start):
     assert "my.plan runs: 20,832 of 21,024 prompt tokens were pruned" in one.log.read_text()
 
 
+def test_a_server_that_is_there_already_is_not_tested(start):
+    other = start("runs")
+    other.state()
+    words = ["--url", other.url, "my.plan", sys.executable]
+    command = [sys.executable, "-m", "pop_vllm.start", *words]
+    found = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(FOLDER)}, capture_output=True, text=True)
+    assert found.returncode == 2 and "a server answers" in found.stderr
+
+
 def test_the_port_is_that_of_the_command(start):
     assert start("runs", says_port=True).state()[0] == "my.plan"
 
@@ -198,8 +207,10 @@ def test_without_the_plan_if_it_ends_later(start, status):
     assert not one.ready.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_server(start, number):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("this process ignores it, and so does what it starts, as after nohup")
     one = start("runs")
     one.state()
     one.process.send_signal(number)
