@@ -146,7 +146,7 @@ def calibrate(
     needed = needed_bytes(model, rank, steps, longest)
     check_memory(model.device, needed)
     if progress:
-        _announce(model, windows, judged, steps, needed, size)
+        _announce(model, windows, judged, steps - begin, needed, size)
     judge = Judge(model, judged)
     if plan is None:
         if not decides:

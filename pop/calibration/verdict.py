@@ -70,7 +70,7 @@ class Verdict:
                 found.append(f"{kind} at {length} tokens keep {_as_text(exact)}")
         for length, figures in self.loss.items():
             if figures["kl"] > MOST_KL:
-                found.append(f"KL at {length} tokens is {figures['kl']:.3f}, above {MOST_KL}")
+                found.append(f"KL at {length} tokens is {figures['kl']:.3g}, above {MOST_KL}")
         return found
 
     @property
@@ -181,7 +181,8 @@ def compared(
     lengths = sorted(length for length in lengths if length >= least)
     if not lengths:
         raise InputError(
-            f"lengths has none of at least {max(least, SHORTEST)} tokens, so nothing is compared; give a longer one"
+            f"lengths has none of at least {max(least, SHORTEST)} tokens, so nothing is compared; give a longer one "
+            f"(this model takes {most} at most)"
         )
     head, text = _joined(model, texts)
     more = []  # follows a text that is shorter than a prompt
@@ -205,7 +206,7 @@ def _joined(model, texts) -> tuple[list[int], list[int]]:
         _, texts = parted(default_texts(model))
     rows = [model.encode(text, "text") for text in as_list(texts)]
     head = rows[0][:1] if rows and rows[0][0] == model.config.bos_id else []
-    text = [token for row in rows for token in row[len(head) :]]
+    text = [token for row in rows for token in (row[1:] if row[0] == model.config.bos_id else row)]
     if len(text) < SHORTEST:
         raise InputError(f"the texts have {len(text)} tokens, but a check needs {SHORTEST}; give longer ones")
     return head, text

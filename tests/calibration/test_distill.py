@@ -234,7 +234,10 @@ def test_all_that_decides_a_run_tells_it_from_others(model):
     half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
     other = tiny_model(config, 1)
     short = tiny_model(config, max_seq_len=75)
-    runs = [run(), run(half), run(other), run(short), run(plan=PrunePlan((1, 3, 4))), run(texts=TEXTS[1:])]
+    merged = pop.Model(random_model(config), config)  # as after a merge of an adapter of q only
+    with torch.no_grad():
+        merged.module.layers[2].self_attn.q_proj.weight.mul_(1.01)
+    runs = [run(), run(half), run(other), run(short), run(merged), run(plan=PrunePlan((1, 3, 4))), run(texts=TEXTS[1:])]
     runs += [run(judged=TEXTS[1:2]), run(media="a"), run(media="b"), run(rank=9)]
     assert run() == run() and len(set(runs)) == len(runs)
 

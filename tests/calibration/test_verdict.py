@@ -85,6 +85,18 @@ def test_built_in_texts_follow_a_text_that_is_shorter_than_a_prompt(model):
         assert len({*map(tuple, windows)}) == len(windows) == (1 if length == 500 else 8)
 
 
+def test_each_list_of_ids_may_begin_with_bos_or_not(model):
+    """BOS stands before each window or nowhere, and no other token is lost."""
+    bos = pop.Model(model.module, dataclasses.replace(model.config, bos_id=0), model.tokenizer)
+    texts = [[9] * 200, [0, *[8] * 200], [7] * 200]
+    for first in (texts[0], texts[1]):
+        rows = [first, *(text for text in texts if text is not first)]
+        ((_, (window, *_), _),) = compared(bos, rows, [500], 1)
+        head = first[:1] if first[0] == 0 else []
+        assert window[: len(head)] == head and 0 not in window[len(head) :]
+        assert [token for row in rows for token in row if token][:500] == window[len(head) :][:500]
+
+
 def test_without_texts_the_part_that_calibrate_leaves_is_compared(model):
     _, left = parted(default_texts(model))
     assert len(left) > 6
@@ -95,7 +107,7 @@ def test_a_length_that_the_plan_does_not_prune_is_left_out(model):
     """It would show no loss and no lost answer, whatever the plan is."""
     short = dataclasses.replace(PLAN, full_depth_below=650)
     assert [*pop.check(model, short, [TEXT], lengths=(640, 700), questions=1, progress=False).loss] == [700]
-    with pytest.raises(pop.InputError, match="none of at least 650 tokens"):
+    with pytest.raises(pop.InputError, match="none of at least 650 tokens.*928 at most"):
         pop.check(model, short, [TEXT], lengths=(600, 640), questions=1, progress=False)
 
 

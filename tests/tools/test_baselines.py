@@ -291,6 +291,9 @@ def test_methods_that_keep_tokens_refuse_what_they_cannot_cut():
             attended.fastkv(model, fraction)
     with pytest.raises(pop.InputError, match="without a window"):
         attended.fastkv(tiny_windows(), 0.7)
+    for fraction in (-0.5, 1.0, 1.5, float("nan")):
+        with pytest.raises(pop.InputError, match=f"fraction is {fraction}"):
+            attended.snapkv(model, fraction)
     for make in (attended.fastkv, attended.snapkv):
         with pytest.raises(pop.InputError, match="more than 8 tokens"):
             make(model, 0.4).logits(PROMPT[:8], [1])

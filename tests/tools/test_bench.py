@@ -118,7 +118,12 @@ def test_short_prompts_are_measured_as_a_gpu_replays_them(monkeypatch):
 
 
 def test_a_child_that_fails_says_why(monkeypatch):
-    done = subprocess.CompletedProcess([], 2, "", "loading\nbench: no model\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(pop.InputError, match=r"measures memory failed \(bench: no model\); leave memory out"):
-        processes.in_child("memory", [], "")
+    """What is wrong with the options is wrong whatever is measured."""
+    for status, line, said in (
+        (2, "bench: no model", "^no model$"),
+        (1, "Killed", r"measures memory failed \(Killed\); leave memory out"),
+    ):
+        done = subprocess.CompletedProcess([], status, "", f"loading\n{line}\n")
+        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
+        with pytest.raises(pop.InputError, match=said):
+            processes.in_child("memory", [], "")

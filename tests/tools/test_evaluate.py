@@ -88,6 +88,11 @@ def test_a_saved_plan_that_selects_is_not_the_paper_s_method(tiny, tmp_path):
     assert made.method == "plain pruning, 50 % of the tokens selected"
 
 
+def test_files_of_one_name_are_told_apart():
+    paths = [Path("a/x.txt"), Path("b/x.txt"), Path("b/y.txt")]
+    assert [evaluate._key(path, paths) for path in paths] == ["x.txt (1)", "x.txt (2)", "y.txt"]
+
+
 def test_an_own_method_keeps_its_description(tiny, monkeypatch):
     monkeypatch.setitem(selection.BASELINES, "mine", lambda model, share, _: Contender("", model, PLAN, "every second"))
     _, made = selection.make_contenders(tiny, ["none"], ["mine"])

@@ -166,7 +166,7 @@ ROW |= {
 def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
     paths = []
     faster = {"limit_2048": 2, "speedup_2048": 2, "commit": None, "run": None}
-    for row in (ROW, ROW | {"plan": "faster"} | faster, {"model": "a", "plan": "b"}):
+    for row in (ROW, ROW | {"plan": "faster"} | faster, {"model": "a", "plan": "b\n", "kinds": None}):
         paths.append(str(tmp_path / f"{len(paths)}.json"))
         Path(paths[-1]).write_text(json.dumps(row))
     assert leaderboard.main(paths) == 0
@@ -197,6 +197,7 @@ def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
         ({"kept": [0.5]}, "kept is [0.5]"),
         ({"kept": [1.0, None, None]}, "kept is [1.0, None"),
         ({"kept": [0.5, 0.4, "high"]}, "kept is 'high'"),
+        ({"kept": [0.5, 0.9, 0.1]}, "the lower end"),
         ({"questions": 1.5}, "questions is 1.5"),
         ({"speed": 1.5}, "field 'speed'"),
     ],

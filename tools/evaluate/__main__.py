@@ -206,7 +206,7 @@ def _settings(args, model: pop.Model, domains: dict[str, list[Path]], contenders
         "seed": args.seed,
         "tokens": {"prompt": args.prompt_tokens, "continuation": args.continuation_tokens, "new": args.new_tokens},
         "text_files": {
-            name: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+            name: {_key(path, paths): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
             for name, paths in domains.items()
         },
         "calibration_files": args.calibration,
@@ -230,6 +230,12 @@ def hash_of(plan: pop.PrunePlan) -> str | None:
     for _, tensor in sorted(plan.corrections.tensors.items()):
         found.update(tensor.float().cpu().contiguous().numpy().tobytes())  # float32, whatever the model's dtype is
     return found.hexdigest()
+
+
+def _key(path: Path, paths: list[Path]) -> str:
+    """The name of one of a domain's files, with its place among them if others have the same name."""
+    same = [one for one in paths if one.name == path.name]
+    return path.name if len(same) == 1 else f"{path.name} ({paths.index(path) + 1})"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -148,5 +148,7 @@ def fastkv(model: pop.Model, fraction: float, windows=None) -> Contender:
 
 def snapkv(model: pop.Model, fraction: float, windows=None) -> Contender:
     """`fraction` of the prompt's K and V is dropped in all layers without a window."""
+    if not 0 <= fraction < 1:
+        raise InputError(f"snapkv's fraction is {fraction}; it must be at least 0, and less than 1")
     method = f"SnapKV: {1 - fraction:.0%} of K and V kept, by the last {WINDOW} queries"
     return SnapKV("snapkv", model, pop.PrunePlan.none(), method, share=1 - fraction)

@@ -50,7 +50,9 @@ def run(name: str, args: argparse.Namespace) -> bool:
             seed += 1
     except Exception:
         traceback.print_exc()
-        print(f"{name}: failed; repeat it with `python -m tools.fuzz {name} --seed {seed} --minutes 0`", flush=True)
+        again = f"python -m tools.fuzz {name} --seed {seed} --minutes 0"
+        again += f" --model {args.model}" if args.model else ""
+        print(f"{name}: failed; repeat it with `{again}`", flush=True)
         return False
     print(f"\r{name}: no failure with the seeds {args.seed} to {seed - 1}; {loop.summary()}", flush=True)
     return True

@@ -82,7 +82,9 @@ def read_row(path: Path) -> dict:
         raise InputError(f"{path}: kept is {kept!r:.80}; it must be a share, and the two ends of its interval")
     for share in kept or ():
         _check_figure(path, "kept", share, 1000)
-    kinds = row.get("kinds", {})
+    if kept and not kept[1] <= kept[2]:
+        raise InputError(f"{path}: kept is {kept}; the lower end of its interval comes first")
+    kinds = row.get("kinds") or {}
     if not isinstance(kinds, dict) or not {*kinds} <= {*KINDS}:
         raise InputError(f"{path}: kinds is {kinds!r:.80}; it may have {', '.join(KINDS)}")
     for name, share in kinds.items():
@@ -212,7 +214,11 @@ def page(rows: list[dict]) -> str:
     for asked in sorted(tables, key=lambda asked: (asked.endswith(OTHER), asked)):
         lines = [HEADS, ["---"] * len(HEADS), *map(_cells, tables[asked])]
         parts.append(f"## {asked}")
-        parts.append("\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines))
+        parts.append(
+            "\n".join(
+                f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |" for cells in lines
+            )
+        )
     return "\n\n".join(parts)
 
 
@@ -232,7 +238,7 @@ def _cells(row: dict) -> list[str]:
 
     kept = row.get("kept")
     of_full = "-" if kept is None else "{:.0%} [{:.0%}, {:.0%}]".format(*kept).replace("%", " %")
-    kinds = row.get("kinds", {})
+    kinds = row.get("kinds") or {}
     run = row.get("run")
     return [
         row["plan"],
