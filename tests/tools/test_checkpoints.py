@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from support import gguf_files
 from support.tiny import hf_config, tiny_config
 
 import pop
 from pop.checkpoints import registry
 from tools.checkpoints import make_random as tool
+from tools.checkpoints.widen_gguf import widen
+from tools.convert import convert
 
 
 def layout(name: str, tmp_path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -84,3 +87,18 @@ def test_a_disk_that_is_too_small_is_said_before(config, tmp_path, monkeypatch):
     with pytest.raises(pop.CheckpointError, match=" 1,000 "):
         tool.write_checkpoint(tool.config_of(config), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_widened_file_converts_to_the_same_weights(tmp_path):
+    source = tmp_path / "small.gguf"
+    gguf_files.write_gguf(source, gguf_files.make_tensors(), gguf_files.LLAMA_KEYS)
+    widen(source, tmp_path / "wide.gguf", "float32")
+    folders = [convert(path, path.with_suffix(""), progress=False) for path in (source, tmp_path / "wide.gguf")]
+    first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:700])
+    for wrong, target in (("cut.gguf", "x.gguf"), ("none.gguf", "x.gguf"), ("small.gguf", "none/x.gguf")):
+        with pytest.raises((pop.CheckpointError, pop.InputError)):
+            widen(tmp_path / wrong, tmp_path / target, "bfloat16")
+    assert not (tmp_path / "x.gguf").exists()
