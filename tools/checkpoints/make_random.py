@@ -5,9 +5,9 @@
     python -m tools.checkpoints.make_random path/to/config.json FOLDER
 
 Names, shapes, dtypes, order and shards are those of the published files, so each file has the published size to the
-byte. Only mixtures of experts differ, whose text models are published with each expert by itself. Weights have variance 1 / columns and norms are one, so values stay in range at any depth. The same seed gives
-the same files. A tokenizer is not written, so prompts are token ids. FOLDER must not exist. It appears once everything
-is written.
+byte. Only text models with experts differ: the published files have each expert by itself. Weights have variance
+1 / columns and norms are one, so values stay in range at any depth. The same seed gives the same files. A tokenizer is
+not written, so prompts are token ids. FOLDER must not exist. It appears once everything is written.
 """
 
 import argparse
