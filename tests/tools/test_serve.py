@@ -652,8 +652,10 @@ BAD += [(path, changed(path, changes), *told) for path, changes, *told in CHANGE
 
 
 def test_a_lack_of_memory_is_no_failure_of_the_server():
-    """Neither where a cache does not fit, nor where a GPU lacks the memory for activations."""
-    for error in (pop.CacheMemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")):
+    """Neither where a cache does not fit, nor where a GPU or a CPU lacks the memory for activations."""
+    with pytest.raises(RuntimeError) as of_cpu:
+        torch.empty(2**60)
+    for error in (pop.CacheMemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory"), of_cpu.value):
         status, content = error_object(error)
         assert (status, content["error"]["type"]) == (503, "server_error")
         assert "memory" in content["error"]["message"] and "CUDA" not in content["error"]["message"]

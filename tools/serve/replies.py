@@ -15,6 +15,8 @@ from pop.errors import CacheMemoryError, ContextOverflow, InputError, MissingExt
 from tools.serve.requests import CHAT, TEXT, Asked, Wrong
 from tools.serve.rows import Busy, Event
 
+NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError of a CPU
+
 
 def whole(asked: Asked, events: list[Event]) -> dict:
     """The object of a finished answer."""
@@ -128,7 +130,7 @@ def error_object(error: Exception) -> tuple[int, dict]:
         status, code, message = 429, "queue_full", "the queue is full; try again later"
     elif isinstance(error, CacheMemoryError):
         status, message = 503, str(error)
-    elif isinstance(error, torch.OutOfMemoryError):  # of a GPU, by the activations of a prefill
+    elif isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):  # by the activations of a prefill
         status, message = 503, "the server's memory does not suffice for this request; shorten it"
     elif isinstance(error, MissingExtra):
         status, message = 501, str(error)
