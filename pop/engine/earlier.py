@@ -25,26 +25,29 @@ from pop.system.memory import to_device
 
 
 class Earlier(NamedTuple):
-    """The last N tokens of each row of a cache, in order. All tensors are on the CPU. N is 0 with sliding windows."""
+    """The last N tokens of each row of a cache, in order. All tensors are on the CPU. N is 0 if there are no others."""
 
     slots: Tensor  # [B, N]
     others: Tensor  # [B, N] bool, which of them may be selected, as they skipped layers from the selecting layer on
-    is_attended: Tensor  # [B, N] bool, which are in the cache at all. N may be above 0 for another row.
+    # [B, N] bool, which count in the softmax: all of a row, if it has others. A row without them scores its prompt
+    # alone, as it would by itself. N may be above 0 for another row.
+    is_attended: Tensor
 
     @classmethod
     def of(cls, cache: KVCache, selecting_layer: int, boundary: bool) -> Earlier:
         """The tokens for a call whose prompts end with their boundary, and none for another call, which selects none.
 
-        Waits for the device, unless no token in the cache may be selected.
+        Waits for the device, unless there are surely none.
         """
-        N = int(cache.lengths.max()) if boundary and not cache.has_windows else 0
+        N = int(cache.lengths.max()) if boundary and cache.has_states else 0
         positions = cache.lengths[:, None] - N + torch.arange(N)
-        slots = positions.clamp(min=0)  # position p is in slot p
-        is_attended = positions >= 0
-        others = torch.zeros_like(is_attended)
-        if N and cache.has_states:
-            others = is_attended & (cache.skipped.cpu().gather(1, slots) == selecting_layer)
-        return cls(slots, others, is_attended)
+        slots = positions.clamp(min=0)  # the states are only kept without windows, where position p is in slot p
+        others = positions >= 0
+        if N:
+            others &= cache.skipped.cpu().gather(1, slots) == selecting_layer
+        if not others.any():
+            return cls(slots[:, :0], others[:, :0], others[:, :0])
+        return cls(slots, others, (positions >= 0) & others.any(1, keepdim=True))
 
     def received(self, cache: KVCache, selecting_layer: int) -> Callable:
         """As `received` of selection.py, for these tokens and a prompt."""

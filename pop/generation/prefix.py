@@ -63,6 +63,8 @@ class Prefix:
         cut = max(0, len(self.tokens) - self.plan.full_depth_last)
         if len(self.tokens) < self.plan.full_depth_below:
             cut = 0
+        if self.plan.selects and cut <= self.plan.full_depth_first:
+            cut = 0  # a rest competes with earlier tokens only if some of these may be selected
         for tokens in ranges:
             if cut in tokens:
                 cut = tokens[0]

@@ -74,9 +74,9 @@ def test_the_choice_is_the_references(case, later):
         assert not before[row, n:].any()
         whole = torch.cat((tokens[row, :n], turn[row, :m]))
         of_turn = reference.full_depth_tokens(n + m, n + m, plan)[n:]
+        others = torch.cat((~full_depth & ~before[row, :n], ~of_turn))
         is_kept = not cache.has_windows and plan.selects_at >= module.deepstack_layers
-        others = torch.cat((~full_depth & ~before[row, :n] & is_kept, ~of_turn))
-        N = 0 if cache.has_windows else n  # earlier tokens
+        N = n if is_kept and others[:n].any() else 0  # earlier tokens
         assert not chosen[row, : -m - N].any()
         full_depth = torch.cat((full_depth, of_turn))
         earlier = F.pad(before[row, :n], (0, m))

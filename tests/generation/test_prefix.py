@@ -57,6 +57,17 @@ def test_a_rest_selects_among_the_tokens_of_its_prefix(config, chunk_size, notes
         assert not torch.allclose(row, plain, atol=1e-3)
 
 
+def test_a_rest_competes_with_a_prefix_of_which_no_token_may_be_selected(notes):
+    """Its first tokens are all at full depth, and count in the softmax nevertheless."""
+    plan = pop.PrunePlan((4, 5), 16, 44, full_depth_selected=0.3, selecting_layer=3)
+    model = tiny_model(tiny_config(num_layers=6), seed=3, plan=plan)
+    tokens = [(7 * n + 3) % 50 for n in range(60)]
+    rest = [(11 * n + 5) % 50 for n in range(100)]
+    logits = notes(batch, "sample_tokens", lambda x, *_: x)
+    model.prefix(tokens).generate(rest, max_new_tokens=1)
+    assert_close(logits[0][0], reference.prefill(model.module, torch.tensor(tokens + rest), plan))
+
+
 @pytest.mark.parametrize("length", [12, 20])
 def test_a_rest_decides_whether_a_prompt_is_short(length):
     model = make("llama", pop.PrunePlan((2, 3), full_depth_below=20))
