@@ -107,11 +107,11 @@ def main(argv: list[str] | None = None) -> int:
         client = Client(args.url, args.key)
         client.check_plans(PLAN[args.server])
         answers = ask(client, requests, PLAN[args.server]("none"), args.max_tokens)
-        if is_never(client.details, "pruned_tokens"):
-            raise InputError("the server has pruned no token; are the prompts long enough for its plan?")
         lines = [json.dumps(request | one) for request, one in zip(requests, answers, strict=True)]
         files.write_whole(args.out, "".join(f"{line}\n" for line in lines).encode(), "the answers", InputError)
         print(report(answers), f"The answers are in {args.out}.", sep="\n\n")
+        if is_never(client.details, "pruned_tokens"):
+            raise InputError("the server has pruned no token; are the prompts long enough for its plan?")
 
     return exit_status("check_chats", work)
 

@@ -50,7 +50,7 @@ from pop.system.progress import progress_bar
 RIDGES = (1e-4, 1e-3, RIDGE, 1e-1, 1.0)  # candidates for lambda
 SPEEDUP_LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
 FEWEST_WINDOWS = 10  # texts are cut into at least as many windows
-SAMPLED = 64  # numbers of each weight, about, by which a run knows its model
+SAMPLED = 64  # about how many numbers of each weight identify a run's model
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +200,9 @@ def _windows(model, texts: list, images, videos, longest: int) -> list[Window]:
 def _identity(model, asked, texts: list[list[Window]], about: dict) -> str:
     """What tells a run from others, as a hash. texts: the windows to fit, and those that judge."""
     tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
-    flat = [weight.detach().flatten() for weight in model.module.parameters()]
-    weights = [one[:: max(1, len(one) // SAMPLED)].tolist() for one in flat], model.dtype, model.max_seq_len
+    plain = [weight for weight in model.module.parameters() if type(weight) is torch.nn.Parameter]  # not of int8
+    sampled = [one.detach().flatten()[:: max(1, one.numel() // SAMPLED)].tolist() for one in plain]
+    weights = model.sketch.tolist(), sampled, model.dtype, model.max_seq_len
     return hashlib.sha256(repr((__version__, weights, asked, tokens, about)).encode()).hexdigest()
 
 

@@ -28,8 +28,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import COMMANDS, hugging_face_home, lookup, stored, weights_folder
-from pop.checkpoints.weights import instead, weight_files
-from pop.errors import CheckpointError, DownloadError
+from pop.checkpoints.weights import instead, shards_of, weight_files
+from pop.errors import CheckpointError, DownloadError, some
 from pop.system.files import hash_file, staged
 from pop.system.progress import progress_bar
 
@@ -39,11 +39,8 @@ NEEDED = r"""(?x)
     | tokenizer\.model | chat_template\.jinja
     | model (\.safetensors)? (-[0-9]+-of-[0-9]+)? \.safetensors | model\.safetensors\.index\.json
 """
-REQUIRED = (  # one of each
-    ("config.json",),
-    ("tokenizer.json", "tokenizer.model"),
-    ("model.safetensors", "model.safetensors.index.json"),
-)
+INDEX = "model.safetensors.index.json"
+REQUIRED = (("config.json",), ("tokenizer.json", "tokenizer.model"), ("model.safetensors", INDEX))  # one of each
 THREADS = 4
 TIMEOUT = 10  # seconds to connect, and to wait for the next bytes
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each further try
@@ -83,7 +80,7 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     Raises:
         DownloadError: The files cannot be fetched, or differ from those that the hub lists.
         ConfigError: `pop` does not support the architecture. This is found before any weights are fetched.
-        CheckpointError: The files cannot be written.
+        CheckpointError: The files cannot be written, or those that are there lack weights.
     """
     entry = lookup(name)
     if "/" not in entry.source:
@@ -103,7 +100,10 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     try:
         with staged(folder, keep=True) as partial:
             _fetch_all(files, partial, entry.source, progress)
-            weight_files(partial)  # raises if the index names other files
+            named = shards_of(partial / INDEX) if INDEX in files else []
+            if "model.safetensors" not in files and not files.keys() >= {*named}:
+                others = some(sorted({*named} - files.keys()))
+                raise DownloadError(f"{entry.source} lacks {others} of its index, or these names are unusual")
     except CheckpointError:
         if not stored(entry):  # otherwise another process was faster
             raise

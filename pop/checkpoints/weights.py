@@ -292,20 +292,26 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index_file.is_file():
         raise CheckpointError(
-            f"{folder} holds neither {single.name} nor {index_file.name}{instead(os.listdir(folder))}"
+            f"{folder} holds neither {single.name} nor {index_file.name}{instead(os.listdir(folder)) or f'; {AGAIN}'}"
         )
+    files = [folder / shard for shard in shards_of(index_file)]
+    for file in files:
+        if not os.path.isfile(file):
+            raise CheckpointError(f"{folder} lacks the shard {file.name!r:.200}; {AGAIN}")
+    return files
+
+
+def shards_of(index_file: Path) -> list[str]:
+    """The names of the files that an index names."""
     weight_map = read_json(index_file, CheckpointError).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
         raise CheckpointError(f"{index_file} holds no weight_map of tensors to files; {AGAIN}")
-    files = []
-    for shard in sorted(set(weight_map.values())):
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         # The name comes from outside and must not lead out of the folder. The file may be a symbolic link.
         if not re.fullmatch(r"[^/\\:]+\.safetensors", shard):
             raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
-        if not os.path.isfile(folder / shard):
-            raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; {AGAIN}")
-        files.append(folder / shard)
-    return files
+    return shards
 
 
 def published_name(name: str) -> str:

@@ -64,6 +64,8 @@ def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
     prompt = _prompt(args)
+    if prompt is None:
+        _standard_input()  # raises before the model is loaded
     sampling = _sampling(args)
     model = _load(args)
     (media,) = model.vision.prepare_batch(args.image, args.video, 1)
@@ -266,7 +268,7 @@ def _prompt(args) -> str | None:
 
 def _standard_input():
     if sys.stdin is None:  # it is closed
-        raise InputError("there is no standard input; give a prompt")
+        raise InputError("there is no standard input; give the text as an argument")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="strict")  # in some locales, Python lets wrong bytes pass
     return sys.stdin

@@ -42,7 +42,10 @@ def read_text(path: str) -> Text:
     if not path.endswith(".jsonl"):
         return text
     lines = text.rstrip().split("\n")  # splitlines would also split at what a JSON string may contain
-    return [_conversation(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_conversation(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise InputError(f"{path} holds no conversation; give another file")
+    return found
 
 
 def _conversation(line: str, where: str) -> tuple[str, dict]:

@@ -43,14 +43,14 @@ class Conversation:
         self._format = model.chat_format()
         self._state = State(earlier, [], None)
         self._prompt("Hello")  # an error in the earlier messages shows now
-        self._state = State(_separate(earlier), [], None)
+        self._state = State(copy.deepcopy(earlier), [], None)
         if earlier and earlier[-1].get("role") == "user":
             raise InputError("the last of messages has the role user; leave it out, and give it to `send`")
 
     @property
     def messages(self) -> list[dict]:
         """The conversation as `model.chat` takes it."""
-        return _separate(self._state.messages)
+        return copy.deepcopy(self._state.messages)
 
     @property
     def tokens(self) -> list[int]:
@@ -107,13 +107,6 @@ class Conversation:
             earlier_tokens=state.tokens,
             after_step=after_step,
         )
-
-
-def _separate(messages: list[dict]) -> list[dict]:
-    """Copies of messages."""
-    kept = [{key: value for key, value in message.items() if key != "content"} for message in messages]
-    contents = [_copied(message.get("content")) for message in messages]
-    return [one | {"content": content} for one, content in zip(copy.deepcopy(kept), contents, strict=True)]
 
 
 def _copied(content):

@@ -39,9 +39,9 @@ class Prefix:
         self.messages = None
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             # Copies, since the caller may change messages and tools, or remove files, before the next question.
-            self._in_chat = copy.deepcopy(in_chat)
-            self.messages = copy.deepcopy(list(prompt))
-            _, media = self._chat("A", images, videos)
+            self.messages = list(prompt)
+            _, media = self._chat("A", images, videos)  # raises if they are wrong
+            self._in_chat, self.messages = copy.deepcopy((in_chat, self.messages))
             contents = [message["content"] for message in self.messages if isinstance(message.get("content"), list)]
             shown = [part for part in chain.from_iterable(contents) if part["type"] != "text"]
             for part, one in zip(shown, media, strict=True):

@@ -157,7 +157,7 @@ class ChatFormat:
         A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters". What
         thoughts mention is no call.
         """
-        _, text = split_thoughts(text)
+        text = text[end_of_thoughts(text) :]
         tagged = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
         key = "arguments" if tagged else "parameters"
         calls = []
@@ -226,6 +226,13 @@ def _as_json(value) -> str:
     except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError
         raise InputError(f"a message, a tool or a call of one cannot be written as JSON: {error}") from None
     return text.lower()
+
+
+def end_of_thoughts(text: str) -> int:
+    """Where the answer of a text begins that may have thoughts. One that begins with a call has none."""
+    if "</think>" not in text or text.lstrip().startswith(("{", "<tool_call>")):
+        return 0
+    return text.index("</think>") + len("</think>")
 
 
 def split_thoughts(text: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, and reading JSON.
 
 A reader never finds half a file or half a checkpoint. An error or Ctrl-C removes the unfinished copy at once. After a
-kill, the next writer removes that of a folder, and the hidden copy of a file stays. A second process that writes the
+kill it stays. The next writer of a folder removes it, and that of a file does not. A second process that writes the
 same folder waits.
 """
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from pop.errors import CheckpointError, ConfigError, PopError
 
-READ = (".json", ".safetensors", ".model", ".jinja", ".plan", ".pth")  # the endings of files that may be read
+READ = (".json", ".safetensors", ".model", ".jinja", ".plan", ".pth")  # endings of the files that are read
 
 
 @contextlib.contextmanager
@@ -92,6 +92,8 @@ def writing(path: str | os.PathLike, what: str, error: type[PopError]) -> Iterat
     """Raise `error` if the block fails, which names `what` was to be written and why it was not."""
     try:
         yield
+    except PopError:
+        raise
     except (OSError, ValueError, TypeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None

@@ -68,3 +68,9 @@ def test_compiled_equals_eager(monkeypatch):
     eager, compiled = (pop.Model(module, config, plan=plan, compile=compile) for compile in (False, True))
     torch.testing.assert_close(run(compiled), run(eager), rtol=0, atol=1e-4)
     assert compiled.compiled
+
+
+def test_corrections_can_be_fitted_to_it():
+    model = pop.Model(quantized(random_model(CONFIG, seed=2)), CONFIG, compile=False)
+    text = [(7 * n + n // 5) % 50 for n in range(600)]
+    assert pop.calibrate(model, [text], PLAN, steps=0, rank=8, progress=False).corrections is not None

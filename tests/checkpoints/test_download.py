@@ -206,9 +206,9 @@ def test_shards_may_have_another_published_name(server, folder):
     assert pop.load(fetch(), tokenizer=None).config.num_layers == 2
 
 
-def test_a_download_without_a_shard_of_its_index_is_not_finished(server, folder):
+def test_a_download_without_a_file_of_its_index_is_not_finished(server, folder):
     server.files[INDEX] = server.files[INDEX].replace(TWO.encode(), b"weights-2.safetensors")
-    refused("weights-2.safetensors", error=CheckpointError)
+    refused(REPOSITORY, "weights-2.safetensors")
     assert not folder.exists()
 
 

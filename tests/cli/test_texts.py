@@ -119,6 +119,7 @@ def test_calibrate_and_check_get_them(file, folder, ids, run, monkeypatch):
         ('{"prompt": "Hi"}', ", line 1 is not a conversation"),
         ('{"messages": []}', ", line 1 is not a conversation"),
         ('{"messages": [{"content": "Hi"}, {"role": "user", "content": "Hi"}]}', ", line 1 is not a conversation"),
+        (" \n\n", " holds no conversation"),
         (f"{CONVERSATION}\n\nHi", ", line 3 is not a conversation"),  # blank lines are left out
         ('{"messages": [{"role": "user", "name": "A"}]}', ", line 1: message 0 has ['name'], which the role user"),
         ('{"messages": [{"role": "me"}]}', ", line 1: message 0 has the role 'me'"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from support.cases import (
     NONE,
+    assert_close,
     batches,
     cases,
     new_cache,
@@ -154,3 +155,20 @@ def test_a_row_that_overflows_leaves_the_other_rows_choice_alone():
     logits, _, chosen = prefill_with_choice(module, tokens, lengths, plan)
     assert torch.equal(chosen[1], expected[1]) and chosen.sum(1).tolist() == expected.sum(1).tolist()
     assert logits.isfinite().all(1).tolist() == [False, True]
+
+
+def test_rows_of_different_lengths_count_their_own_earlier_tokens():
+    """What stands before the beginning of a shorter row is no token of it."""
+    module = random_model(tiny_config(), seed=3)
+    plan = PrunePlan((3, 4), 5, full_depth_selected=0.4, selecting_layer=1)
+    first = (7 * torch.arange(60) % 50).view(2, 30)
+    later = (11 * torch.arange(14) % 50).view(2, 7)
+    lengths = torch.tensor([30, 12])
+    cache = new_cache(module, 2)
+    prefill(module, first, lengths, plan, cache=cache)
+    together, _ = prefill(module, later, torch.tensor([7, 7]), plan, cache=cache)
+    for row, n in enumerate(lengths.tolist()):
+        alone = new_cache(module, 1)
+        prefill(module, first[row : row + 1, :n], torch.tensor([n]), plan, cache=alone)
+        expected, _ = prefill(module, later[row : row + 1], torch.tensor([7]), plan, cache=alone)
+        assert_close(together[row], expected[0])

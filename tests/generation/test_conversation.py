@@ -296,3 +296,16 @@ def test_a_conversation_shares_no_tool_call_with_its_caller():
     call["arguments"]["x"] = 2
     chat.messages[1]["tool_calls"].clear()
     assert chat.messages[1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+
+
+def test_a_template_may_write_the_system_message_in_each_turn(script):
+    template = "{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}: "
+    template += "{{ message.content }}{% if message.role == 'user' %} ({{ messages[0].content }}){% endif %}<|im_end|>"
+    template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    model = make("llama", pop.PrunePlan.none(), chat_format=template)
+    chat = model.start_chat("Be brief.")
+    for text in ("Hi", "And?"):
+        script.says[:] = [*b"Yes", END]
+        chat.send(text)
+    asked = chat.messages[:-1]
+    assert chat.tokens[: -len(b"Yes")] == model.chat_tokens(asked)

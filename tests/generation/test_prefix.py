@@ -1,5 +1,6 @@
 """Prefixes: an answer to a prefix and a rest is the answer to the whole prompt, and the prefix runs once."""
 
+import threading
 from functools import partial
 
 import PIL.Image
@@ -130,7 +131,9 @@ def test_a_prefix_of_messages_takes_tools_and_thinking_as_chat_does():
     )
     model = make("llama", pop.PrunePlan((3, 4)), chat_format=template)
     options = {"tools": [{"name": "weigh"}], "enable_thinking": False}
-    prefix = model.prefix(DOCUMENT, **options)
+    given = {"tools": [{"name": "weigh"}], "enable_thinking": False}
+    prefix = model.prefix(DOCUMENT, **given)
+    given["tools"][0]["name"] = "count"
     question = [*DOCUMENT, {"role": "user", "content": "Why?"}]
     prompt = model.chat_tokens(question, **options)
     assert prompt[: len(prefix.tokens)] == prefix.tokens
@@ -154,6 +157,7 @@ def test_what_a_prefix_of_messages_refuses():
         (lambda: model.prefix("a", enable_thinking=False), "a prefix of messages"),
         (lambda: model.prefix(DOCUMENT, enable_thinking="no"), "enable_thinking is 'no'"),
         (lambda: model.prefix([{"role": "bishop", "content": "a"}]), "'bishop'"),
+        (lambda: model.prefix([{"role": "user", "content": threading.Lock()}]), "content must be text"),
         (lambda: model.generate(DOCUMENT), "prefix take these"),
     ):
         with pytest.raises(pop.InputError, match=named):

@@ -59,6 +59,10 @@ def test_calls_in_an_answer_are_found():
     thoughts = f"<think>Perhaps {texts[0]}, <tool_call>?\n</think>\n\n"
     assert qwen.parse_tool_calls(f"{thoughts}No.") == []
     assert qwen.parse_tool_calls(thoughts + texts[1]) == calls[1:2]
+    quoting = json.dumps({"name": "f", "arguments": {"x": "</think>"}})
+    assert len(qwen.parse_tool_calls(f"<tool_call>{quoting}</tool_call>")) == 1
+    assert len(qwen.parse_tool_calls(f"{thoughts}<tool_call>{quoting}</tool_call>")) == 1
+    assert len(llama.parse_tool_calls(quoting.replace("arguments", "parameters"))) == 1
     for text in ("", "No tools.", "[1]", '{"name": "f"}', "<tool_call>", "{" * 100_000):
         assert qwen.parse_tool_calls(text) == llama.parse_tool_calls(text) == []
 

@@ -120,7 +120,7 @@ def test_short_prompts_are_measured_as_a_gpu_replays_them(monkeypatch):
 def test_a_child_that_fails_says_why(monkeypatch):
     """What is wrong with the options is wrong whatever is measured."""
     for status, line, said in (
-        (2, "bench: no model", "^no model$"),
+        (2, "bench: no model", r"^no model \(in the process that measures memory\)$"),
         (1, "Killed", r"measures memory failed \(Killed\); leave memory out"),
     ):
         done = subprocess.CompletedProcess([], status, "", f"loading\n{line}\n")

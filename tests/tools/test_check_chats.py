@@ -48,6 +48,17 @@ def test_each_request_is_answered_with_the_plan_and_twice_at_full_depth(requests
     assert f"{equal} of 6" in plan and "6 of 6" in again and "100%" in again
 
 
+def test_a_plan_that_prunes_nothing_is_said_after_the_answers_are_written(requests, tmp_path, capsys):
+    folder = write_chat_checkpoint(tmp_path / "tiny", num_layers=6)
+    model = pop.load(folder, prune=pop.PrunePlan((3, 4), full_depth_below=999), compile=False)
+    out = tmp_path / "answers.jsonl"
+    with serving(model) as (_, url):
+        words = [requests, "--out", str(out), "--url", url, "--max-tokens", "2", "--server", "pop"]
+        assert check_chats.main(words) == 2
+    assert "pruned no token" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 6
+
+
 def test_the_table_counts_equal_answers_and_equal_beginnings():
     rows = [("abcd", "abcd", "abcd"), ("abx", "abcd", "ab"), ("", "ab", "ab"), ("", "", "")]
     table = check_chats.report([dict(zip(check_chats.WAYS, row, strict=True)) for row in rows])

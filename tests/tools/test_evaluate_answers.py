@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 from support.tiny_chat import write_chat_checkpoint
+from support.tiny_qwen3_vl import seeing_model
 
 import pop
-from pop.errors import InputError
 from tools.evaluate import answers
 
 PLAN = pop.PrunePlan(range(2, 6), full_depth_below=120)
@@ -74,7 +74,9 @@ def test_short_prompts_and_unusable_lines_are_counted(tmp_path, capsys):
 
 
 def test_the_table_has_means_and_names_the_largest_losses():
-    rows = [answers.Change(-2.0, -0.01 * n, 0.1 * n, 0.3, 0.75, lost) for n, lost in enumerate((0.5, -0.2, 3.0, 1.25))]
+    lost = (0.5, -0.2, 3.0, 1.25)
+    rows = [answers.Change(-2.0, -0.01 * n, 0.1 * n, 0.3, 0.75, nats) for n, nats in enumerate(lost)]
+    assert answers.report({"line 1": rows[1]}).endswith("1 answers. Those that lose most: none loses anything")
     told = answers.report({f"line {n}": row for n, row in enumerate(rows)})
     figures = [re.split(r"  +", line.strip())[1] for line in told.splitlines()[1:6]]
     assert figures == ["-2.000", "-0.0150", "0.1500", "0.3000", "75.0%"]
@@ -109,6 +111,13 @@ def test_a_format_that_begins_in_another_way_is_named(model, tmp_path, monkeypat
     assert not found and "begins in another way" in refused
 
 
-def test_a_text_file_is_refused(model, tmp_path):
-    with pytest.raises(InputError, match="jsonl"):
-        answers.split(model, str(tmp_path / "log.txt"), most=256)
+def test_a_text_file_is_refused(tmp_path, capsys):
+    assert answers.main([str(tmp_path / "log.txt"), "--model", "none"]) == 2
+    assert "must end in .jsonl" in capsys.readouterr().err
+
+
+def test_an_answer_without_thoughts_follows_a_prompt_that_asks_for_none(tmp_path):
+    model = seeing_model()
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi there"}]
+    (answer,), _ = answers.split(model, written(tmp_path / "log.jsonl", [{"messages": said}]), most=99)
+    assert answer.prompt == model.chat_tokens(said[:1], enable_thinking=False)

@@ -308,6 +308,8 @@ def test_what_thoughts_mention_is_no_call(monkeypatch):
 def test_system_messages_at_the_beginning_are_one(client, model):
     told = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}, *HELLO]
     expected = len(model.chat_tokens([{"role": "system", "content": "Be brief.\n\nBe kind."}, *HELLO]))
+    parts = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *told[1:]]
+    assert client.chat.completions.create(model="tiny", messages=parts, max_tokens=2).usage.prompt_tokens == expected
     assert client.chat.completions.create(model="tiny", messages=told, max_tokens=2).usage.prompt_tokens == expected
     answer = client.responses.create(model="tiny", instructions="Be brief.", input=told[1:], max_output_tokens=2)
     assert answer.usage.input_tokens == expected
@@ -321,6 +323,8 @@ def test_values_that_ask_for_nothing(url):
         also = {"top_logprobs": 0, "parallel_tool_calls": True, "stream_options": {"include_usage": None}}
         also |= {"background": False} if path == "/responses" else {"chat_template_kwargs": {}}
         assert ask(url, path, body | also)[0] == 200, path
+    found = ask(url, "/responses", {"model": "tiny", "input": "Hi", "parallel_tool_calls": False})[1]
+    assert found["parallel_tool_calls"] is False
     status, found = ask(url, "/responses", {"model": "tiny", "input": "Hi", "background": True})
     assert (status, found["error"]["param"]) == (400, "background")
 
@@ -450,6 +454,11 @@ def test_the_first_plan_is_the_default_and_has_its_own_name_too(tmp_path, monkey
     assert plans == {"0.2": None, "1,3": pop.PrunePlan((1, 3))}
     assert warmed.call_args.args[1:] == ([plans["1,3"]],)
     assert "skips 1 of 5 layers" in capsys.readouterr().err
+
+    for words, said in ((["none", "default"], "--prune default first"), (["none"], "--cache-mb is -7")):
+        options = [option for word in words for option in ("--prune", word)]
+        assert main([str(folder), "--port", "0", *options, *["--cache-mb", "-7"][: 2 * (len(words) == 1)]]) == 2
+        assert said in capsys.readouterr().err
 
     shipped = pop.PrunePlan((2, 3), name="shipped.plan")
     monkeypatch.setattr(pop, "load", lambda *args, prune, **options: load(*args, prune=shipped, **options))

@@ -97,7 +97,7 @@ def in_child(what: str, argv: list[str], folder: str, extra: tuple[str, ...] = (
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        if done.returncode == 2 and reason.startswith("bench: "):  # the options are wrong, whatever is measured
-            raise InputError(reason.removeprefix("bench: "))
+        if done.returncode == 2 and reason.startswith("bench: "):  # perhaps what is wrong whatever is measured
+            raise InputError(f"{reason.removeprefix('bench: ')} (in the process that measures {what})")
         raise InputError(f"the process that measures {what} failed ({reason}); leave {what} out of --tasks")
     return json.loads(done.stdout.splitlines()[-1])

@@ -93,7 +93,7 @@ class GGUFFile:
             raise
         except NotImplementedError as error:
             raise UnsupportedError(
-                f"{self.path} is quantised in a way that the package gguf cannot undo ({error}); take another file"
+                f"{self.path} has tensors of a type that the package gguf cannot read ({error}); take another file"
             ) from None
         except Exception as error:
             what = f"{type(error).__name__}: {error}"

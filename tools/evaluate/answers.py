@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 
 import pop
 from pop.cli.texts import read_text
-from pop.errors import InputError, PopError, check_count
+from pop.errors import InputError, PopError, UnsupportedError, check_count
 from tools.common import Countdown, exit_status, table
 from tools.evaluate.text import interval
 
@@ -47,9 +48,7 @@ class Change(NamedTuple):
 
 
 def split(model, path: str, most: int) -> tuple[list[Answer], list[str]]:
-    """The answers of a file, each with at most `most` tokens, and why other lines are left out."""
-    if not path.endswith(".jsonl"):
-        raise InputError(f"{path} must end in .jsonl, and hold a conversation in each line")
+    """The answers of a .jsonl file, each with at most `most` tokens, and why other lines are left out."""
     answers = []
     refused = []
     for where, conversation in read_text(path):
@@ -66,8 +65,12 @@ def _split_one(model, conversation: dict, most: int) -> tuple[list[int], list[in
     messages = conversation["messages"]
     if conversation["add_generation_prompt"] or len(messages) < 2:
         raise InputError("the conversation does not end with an answer")
-    prompt = chat.encode(messages[:-1], tools=conversation["tools"])
     whole = chat.encode(**conversation)
+    prompt = chat.encode(messages[:-1], tools=conversation["tools"])
+    with suppress(UnsupportedError):  # the model always thinks
+        brief = chat.encode(messages[:-1], tools=conversation["tools"], enable_thinking=False)
+        if whole[: len(brief)] == brief:  # the answer has no thoughts, so none were asked for
+            prompt = brief
     if whole[: len(prompt)] != prompt:
         raise InputError("with its answer, the conversation begins in another way, as with formats that drop thoughts")
     rest = whole[len(prompt) :]
@@ -122,13 +125,16 @@ def report(changes: dict[str, Change]) -> str:
         ends = [figure["low"], figure["high"]]
         between = "" if None in ends else "[" + ", ".join(map(form.format, ends)) + "]"
         rows.append([name, form.format(figure["value"]), between])
-    worst = sorted(changes, key=lambda where: changes[where].lost, reverse=True)[:WORST]
+    losing = [where for where in changes if changes[where].lost > 0]
+    worst = sorted(losing, key=lambda where: changes[where].lost, reverse=True)[:WORST]
     named = "; ".join(f"{where} ({changes[where].lost:.1f} nats)" for where in worst)
-    return f"{table(rows)}\n\n{len(changes)} answers. Those that lose most: {named}"
+    return f"{table(rows)}\n\n{len(changes)} answers. Those that lose most: {named or 'none loses anything'}"
 
 
 def run(args) -> str:
     most = check_count("--max-tokens", args.max_tokens)
+    if not args.file.endswith(".jsonl"):
+        raise InputError(f"{args.file} must end in .jsonl, and hold a conversation in each line")
     read_text(args.file)  # before the model, which takes longer
     model = pop.load(args.model, prune=args.prune)
     if not model.plan.layers:

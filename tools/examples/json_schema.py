@@ -58,7 +58,8 @@ class JsonSchema:
         matcher = self.start.deep_copy()
         matcher.consume_tokens(tokens)
         if matcher.is_error():  # such as a pattern with too many states
-            raise InputError(f"the JSON schema cannot be followed: {matcher.get_error()!s:.200}")
+            reason, *_ = str(matcher.get_error()).splitlines()
+            raise InputError(f"the JSON schema cannot be followed: {reason:.200}")
         bias = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)  # [V]
         allowed = bias[: len(logits)] > 0
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)

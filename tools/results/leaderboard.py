@@ -214,11 +214,8 @@ def page(rows: list[dict]) -> str:
     for asked in sorted(tables, key=lambda asked: (asked.endswith(OTHER), asked)):
         lines = [HEADS, ["---"] * len(HEADS), *map(_cells, tables[asked])]
         parts.append(f"## {asked}")
-        parts.append(
-            "\n".join(
-                f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |" for cells in lines
-            )
-        )
+        cells = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
     return "\n\n".join(parts)
 
 

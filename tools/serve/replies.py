@@ -12,6 +12,7 @@ import torch
 
 import pop
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, MissingExtra
+from pop.inputs.chat import end_of_thoughts
 from tools.serve.requests import CHAT, TEXT, Asked, Wrong
 from tools.serve.rows import Busy, Event
 
@@ -94,9 +95,9 @@ def split_calls(asked: Asked, text: str) -> tuple[str, list[dict]]:
         return text, []
     if asked.body.get("parallel_tool_calls") is False:
         calls = calls[:1]
-    thoughts, tag, answer = text.rpartition("</think>")
-    said, is_tagged, _ = answer.partition("<tool_call>")
-    before = (thoughts + tag + (said if is_tagged else "")).strip()
+    end = end_of_thoughts(text)
+    said, is_tagged, _ = text[end:].partition("<tool_call>")
+    before = (text[:end] + (said if is_tagged else "")).strip()
     return before, [call["function"] | {"arguments": json.dumps(call["function"]["arguments"])} for call in calls]
 
 

@@ -172,7 +172,7 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
         tools = None if choice == "none" else tools or None
         if tools and params.logits_processor:
             raise Wrong(
-                "an answer of a response_format cannot call a tool; leave one of both out, or send tool_choice 'none'",
+                "an answer of a response_format cannot call a tool; leave one of them out, or send tool_choice 'none'",
                 param="response_format",
             )
         template = _typed(body, "chat_template_kwargs", dict, {"enable_thinking": True})
@@ -280,6 +280,8 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
             message.pop("name", None)
         if isinstance(message.get("content"), list):
             message["content"] = [_part(model, part, urls) for part in message["content"]]
+            if message.get("role") == "system":  # which has texts only
+                message["content"] = "".join(str(part.get("text", "")) for part in message["content"])
         read.append(message)
     while [one.get("role") for one in read[:2]] == ["system", "system"] and all(
         isinstance(one.get("content"), str) for one in read[:2]
