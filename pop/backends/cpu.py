@@ -306,7 +306,7 @@ def _kernel() -> ctypes.CDLL | None:
             options["needs_vec_isa"] = False  # finding it takes a second
         return CppCodeCache.load_async(source + processor, **options)()
     except Exception as error:  # no compiler, no headers, no place to write to ...
-        logger.info("torch's kernels run, as pop's cannot be compiled: %s", error)
+        logger.warning("torch's kernels run, as pop's cannot be compiled: %s", error)
         return None
 
 

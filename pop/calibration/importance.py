@@ -175,7 +175,8 @@ def gate_gradients(model, samples: list[Sample]) -> Tensor:
         shown = tokens.where(position <= boundary, -1)  # a placeholder in a response is not an image
         images = model.vision.images(module, [sample.media for sample in samples], shown, lengths)
     decode = (position >= boundary).to(model.device)  # [B, T], padding included: no gradient reaches it
-    gates = torch.ones(len(module.layers), len(samples), 2, device=model.device, requires_grad=True)
+    size = len(module.layers), len(samples), 2
+    gates = torch.ones(size, dtype=torch.float32, device=model.device, requires_grad=True)
 
     run = Pass(module, tokens.to(model.device), images)
     h = run.embed()

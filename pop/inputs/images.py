@@ -84,7 +84,7 @@ def _from_array(image: np.ndarray | Tensor) -> Tensor:
 
 def normalise(pixels: Tensor) -> Tensor:
     """Return pixels [N, 3, H, W] uint8 as the vision tower's input, float32 from -1 to 1."""
-    return (pixels - 127.5) / 127.5
+    return (pixels.float() - 127.5) / 127.5
 
 
 def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:

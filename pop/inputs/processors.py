@@ -194,7 +194,8 @@ def _by_row(kind: str, given, num_rows: int) -> list[list]:
 
 
 def _is_row(kind: str, one) -> bool:
-    """Whether an element is the list of a batch row. A list of arrays or tensors of three dimensions is one video."""
+    """Whether an element is the list of a batch row. A list of PIL images, or of arrays [H, W, 3], is one video."""
     if not isinstance(one, list | tuple | None):
         return False
-    return not (kind == "video" and one and getattr(one[0], "ndim", 0) == 3)
+    is_frame = one and (getattr(one[0], "ndim", 0) == 3 or hasattr(one[0], "getbands"))
+    return not (kind == "video" and is_frame)

@@ -7,6 +7,7 @@ import codecs
 import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from itertools import chain, groupby
 from os import PathLike
 from os.path import expanduser, isdir, isfile
@@ -112,8 +113,8 @@ class Tokenizer:
     def encode_pieces(self, pieces: Iterable[Piece], bos: bool = True) -> list[int]:
         """Return the ids of texts and lists of ids in order. Adjacent texts are encoded as one text."""
         ids = self.encode("", bos=bos)
-        for kind, group in groupby(pieces, type):
-            if kind is str:
+        for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+            if is_text:
                 ids += self.encode("".join(group), bos=False)
             else:
                 ids += chain.from_iterable(group)
@@ -146,8 +147,11 @@ class Tokenizer:
 
 def splitter(ids: dict[str, int]) -> Splitter:
     """Return a function that splits a text at the names of tokens, into texts and, for each name, a list of its id."""
-    pattern = any_of(ids)
-    return lambda text: [[ids[part]] if part in ids else part for part in pattern.split(text) if part]
+    return partial(_split, any_of(ids), ids)  # no closure, so that a tokenizer can be pickled
+
+
+def _split(pattern: re.Pattern, ids: dict[str, int], text: str) -> list[Piece]:
+    return [[ids[part]] if part in ids else part for part in pattern.split(text) if part]
 
 
 def any_of(names: Collection[str]) -> re.Pattern:

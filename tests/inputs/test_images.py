@@ -252,3 +252,15 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (2, 3)).save(tmp_path / "a.png")
     assert load_image("~/a.png").shape == (3, 3, 2)
+
+
+def test_pixels_are_float32_whatever_the_callers_default_is():
+    pixels = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
+    expected = images.normalise(pixels)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(images.normalise(pixels), expected)
+    finally:
+        torch.set_default_dtype(default)
+    assert expected.dtype == torch.float32

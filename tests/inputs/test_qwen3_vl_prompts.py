@@ -2,6 +2,7 @@
 
 import json
 
+import PIL.Image
 import pytest
 import torch
 from support.chat_templates import QWEN3_THINKING
@@ -176,3 +177,10 @@ def test_the_plain_pass_compiles_nothing(model, monkeypatch):
     images = model.vision.prepare_batch([A], None, 1)[0]
     tokens = [[7, *(token for piece in images[0].pieces for token in piece), 8]]
     assert torch.equal(compiled.logits(tokens, images=images), model.logits(tokens, images=images))
+
+
+def test_the_frames_of_a_video_may_be_pil_images(model):
+    """In the list of one prompt too."""
+    (expected,) = model.vision.prepare_batch(None, [FILM], 1)
+    (found,) = model.vision.prepare_batch(None, [[PIL.Image.fromarray(frame) for frame in FILM]], 1)
+    assert [one.sha256 for one in found] == [one.sha256 for one in expected]

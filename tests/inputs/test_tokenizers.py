@@ -1,5 +1,6 @@
 """All tokenizers: round trips, streams, special tokens, the files that are read, and sentencepiece's own ids."""
 
+import pickle
 import unicodedata
 
 import numpy as np
@@ -192,3 +193,16 @@ def test_a_truncated_sentencepiece_model(gemma, tmp_path_factory, cut):
     (folder / "tokenizer.model").write_bytes(model[: int(cut * len(model))])
     with pytest.raises(TokenizerError):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm2"])
+def test_a_tokenizer_can_be_pickled(family):
+    tokenizer = golden_tokenizer(family)
+    text = "Hi <|im_end|> there"
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    assert copied.encode(text, allow_special=True) == tokenizer.encode(text, allow_special=True)
+
+
+def test_a_piece_of_another_class_of_text_is_text():
+    tokenizer = golden_tokenizer("qwen3")
+    assert tokenizer.encode_pieces([np.str_("Once "), "upon"]) == tokenizer.encode("Once upon")
