@@ -127,8 +127,10 @@ def calibrate(
         texts, _ = parted(default_texts(model))
     texts = as_list(texts)
     windows = _windows(model, texts, images, videos, longest)
-    random.Random(seed).shuffle(windows)
+    order = random.Random(seed)
+    order.shuffle(windows)
     windows, judged = hold_out(windows, longest, model.config.bos_id)
+    order.shuffle(windows)  # they were sorted by length, and a fit takes the first ones
     about = {
         "texts": len(texts),
         "windows": len(windows),
