@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     """Import the library when a name of it is first used. That takes seconds, and `pop --help` uses none."""
-    return getattr(import_module("pop.api"), name)
+    api = import_module("pop.api")
+    return globals()[name] if name in globals() else getattr(api, name)  # a folder that it has imported
 
 
 def __dir__() -> list[str]:

@@ -105,7 +105,7 @@ def test_modules_that_other_code_imports():
 # may use what is left below the bound. A family of models, or another feature that is worth its size, raises the bound
 # by its own nodes, even if the test passes without that, and gets a row in tools/results/DECISIONS.md. Lower the bound
 # when nodes go.
-NODES = 103_250
+NODES = 103_400
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 
 

@@ -101,7 +101,10 @@ class Client:
             if "plan" in str(error):
                 return
             raise
-        raise InputError("the server ignores the plan of a request, so nothing can be compared; is --server right?")
+        raise InputError(
+            "the server ignores the plan of a request, so nothing can be compared; does it run a plan, and is --server "
+            "right?"
+        )
 
     def _asked(self, route: str, fields: dict | None = None, *, read):
         """What `read` takes from the JSON of an answer."""

@@ -161,6 +161,7 @@ def compare(model, twin: pop.Model, plan: PrunePlan, cache, lengths) -> tuple[fl
             out = model.generate(chat.ids, attention_mask=chat.mask, **options)
         answer = out.sequences[:, chat.ids.shape[1] :]  # [B, STEPS]
         row_lengths = torch.tensor([len(row) for row in rows])
+        other.skipped.fill_(-1)  # `pruned` selects among the new tokens only
         logits = twin.prefill(chat.right(rows), other, lengths=row_lengths, plan=plan)
         for step, found in enumerate(out.logits):
             difference = (found - logits).abs().max() / logits.std()

@@ -93,7 +93,7 @@ def lookup(name: str) -> Entry:
         return next(known, Entry(name, family="", parameters=0, source=name))
     near = ", ".join(difflib.get_close_matches(name.lower(), MODELS, n=5, cutoff=0))
     raise UnknownModel(
-        f"{name!r} is neither a directory nor a known model; near names are {near}; `pop models` lists all"
+        f"{name!r} is no known model, and no directory that holds one; near names are {near}; `pop models` lists all"
     )
 
 

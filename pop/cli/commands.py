@@ -151,7 +151,9 @@ def calibrate(args) -> None:
     files.check_writable(args.out, "the plan", InputError)
     resume = f"{args.out}.progress"
     kept = Path(os.path.expanduser(resume))
-    lengths = _lengths(args.longest)
+    lengths = _lengths(check_count("--longest", args.longest, SHORT))
+    if args.plan is not None and args.speedup is not None:
+        raise InputError("--layers says what is pruned, so leave out --speedup")
     args.prune = "none"
     model = _load(args)
     fitted, rest = calibration_texts(model, texts)

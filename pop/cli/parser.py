@@ -108,7 +108,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     add = command("importance", "Measure with virtual gates how much prefill and decode need each layer.").add_argument
     model_options(add)
-    add("files", help="texts from which prompts are cut; default: a built-in set", nargs="*", metavar="FILE")
+    add("files", help="texts to cut prompts from; default: a built-in set", nargs="*", default=[], metavar="FILE")
     integer(add, "--samples", "number of prompts", 200)
     integer(add, "--prompt-tokens", "tokens of a prompt", 256)
     integer(add, "--response-tokens", "the most tokens of a sampled response", 64)
@@ -122,12 +122,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     ).add_argument
     model_options(add)
     what = "texts, or conversations in .jsonl, that resemble the prompts to come; default: a built-in set"
-    add("files", help=what, nargs="*", metavar="FILE")
+    add("files", help=what, nargs="*", default=[], metavar="FILE")
     add(
         "--speedup",
         help="the speedup that the shapes must allow for 2,048 tokens (1.4)",
         type=float,
-        default=1.4,
         metavar="X",
     )
     add(
@@ -141,17 +140,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     add = command(
         "check",
-        "Compare a plan with the full model, on texts and questions. The exit status is 0 if the plan holds, else 1.",
+        "Compare a plan with the full model, on texts and questions. Exits with 0 if the plan holds, otherwise 1.",
     ).add_argument
     model_options(add)
     add("prune", help="a saved plan's path or name, or another value of --prune", metavar="PLAN")
     what = "texts, or conversations in .jsonl, that the plan was not fitted to; default: a built-in set"
-    add("files", help=what, nargs="*", metavar="FILE")
+    add("files", help=what, nargs="*", default=[], metavar="FILE")
     integer(add, "--longest", "tokens of the longest prompts", 4096)
     integer(add, "--questions", "questions of each kind and length", 12)
 
     add = command("plans", "Print saved plans: what they keep, and for a FILE, how it was calibrated.").add_argument
-    add("files", help="saved plans; default: list those that are here", nargs="*", metavar="FILE")
+    add("files", help="saved plans; default: list those that are here", nargs="*", default=[], metavar="FILE")
 
     command("models", "List the known models, how large they are, and where their weights are.")
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import sys
 from collections.abc import Iterator
 
@@ -90,7 +91,7 @@ def encoded(model, text: Text) -> list[str] | list[list[int]]:
 
 
 def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]:
-    """The parts of texts to fit and to judge the plan by. Built-in texts are fitted too if the given ones are short.
+    """The parts of texts to fit and to judge the plan by. Built-in texts make up the rest if the given ones are short.
 
     The last fifth of a text, or of the conversations in a file, judges. None: no text is given, so the plan is judged
     as by pop.check without texts.
@@ -112,14 +113,18 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
             )
         fitted += seen
         rest += unseen
+    builtin, _ = parted(default_texts(model))
+    if not given:
+        return builtin, None
     found = _tokens_in(model, fitted)
     needed = tokens_needed(model)
-    if found >= needed:
-        return fitted, rest
-    if given:
-        print(f"{found:,} of {needed:,} tokens are given, so built-in texts are fitted as well", file=sys.stderr)
-    builtin, _ = parted(default_texts(model))
-    return fitted + builtin, rest or None
+    if found < needed:
+        print(f"{found:,} of {needed:,} tokens are given, so built-in texts make up the rest", file=sys.stderr)
+    random.Random(0).shuffle(builtin)
+    while found < needed and builtin:
+        fitted.append(builtin.pop())
+        found += _tokens_in(model, fitted[-1:])
+    return fitted, rest
 
 
 def _tokens_in(model, texts: list) -> int:

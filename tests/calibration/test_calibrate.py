@@ -196,3 +196,20 @@ def test_an_interrupted_run_continues_from_the_plan_that_it_kept(model, decided,
     assert same == whole and found.about | {"loss": None} == whole.about
     if not done:
         assert file_of(found, tmp_path) == file_of(decided, tmp_path)
+
+
+def test_a_fit_takes_windows_of_all_lengths(model, monkeypatch):
+    """hold_out sorts them, and the closed form takes the first ones that suffice."""
+    taken = []
+
+    def noted(model, windows, *_):
+        taken.extend(len(tokens) for tokens, _ in windows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate_file, "fitted", noted)
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 20)  # a quarter of the tokens
+    texts = random_texts(3, *range(20, 180))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, texts, PrunePlan((1, 3)), steps=0, progress=False)
+    assert sum(taken) < sum(map(len, texts)) / 2
+    assert min(taken) < 60 and max(taken) > 140

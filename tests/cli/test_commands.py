@@ -75,6 +75,13 @@ def test_the_help_does_without_torch(words):
     assert (done.returncode, done.stderr) == (0, "") and "pop " in done.stdout
 
 
+def test_a_folder_of_the_package_may_be_named_first():
+    command = [sys.executable, "-c", "import pop; print(pop.backends.__name__, pop.runner.Runner.__name__)"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "pop.backends Runner\n"
+
+
 def test_all_names_of_the_library_are_there_without_an_import_of_their_files():
     program = (
         "import pop; print(pop.__version__, *sorted({*dir(pop)})); from pop import *; load, pop.cost.speedup_limit"
@@ -271,7 +278,8 @@ def test_calibrate_puts_a_plan_beside_the_weights(calibration, run):
 def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, run, monkeypatch):
     _, words, _ = calibration
     monkeypatch.setattr(pop, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
-    assert "at least 512 tokens" in run(*words, "--longest", "100", status=2).err
+    assert "--longest is 100; it must be an integer of at least 512" in run(*words, "--longest", "100", status=2).err
+    assert "leave out --speedup" in run(*words, "--layers", "1", "--speedup", "1.2", status=2).err
 
 
 def test_calibrate_goes_on_after_ctrl_c(calibration, run, monkeypatch):
@@ -326,13 +334,13 @@ def test_a_disk_that_is_full_from_the_start_promises_nothing(calibration, run, m
 def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys, monkeypatch):
     _, words, texts = calibration
     seen = []
-    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
+    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 100] * 20)
     monkeypatch.setattr(commands, "compared", lambda *_, **__: None)  # it refuses texts that only repeat themselves
     monkeypatch.setattr(pop, "calibrate", lambda model, texts, **_: seen.append(texts) or pop.PrunePlan((1,)))
     monkeypatch.setattr(pop, "check", lambda model, plan, rest, **_: seen.append(rest) or pytest.fail("judged"))
     for files, fitted, rest in (
-        (["1.txt"], [texts[1][:1120], "x" * 800], [texts[1][1120:]]),
-        ([], ["x" * 800], None),  # as pop.check without texts
+        (["1.txt"], [texts[1][:1120], "x" * 80], [texts[1][1120:]]),  # one suffices
+        ([], ["x" * 80] * 20, None),  # as pop.check without texts
     ):
         with pytest.raises(pytest.fail.Exception, match="judged"):
             main([*words[:2], *files])

@@ -25,12 +25,23 @@ def prompts_of(folder: str, path: str) -> list[str]:
     """The prompts of a file of requests, by the chat format of a folder or of a name that `pop models` lists."""
     tokenizer = pop.load_tokenizer(find_folder(folder))
     model = SimpleNamespace(chat_format=lambda: chat_format(tokenizer))
-    requests = [(f"request {number}", request) for number, request in enumerate(questions_in(path), 1)]
+    requests = [(f"request {number}", as_text(request)) for number, request in enumerate(questions_in(path), 1)]
     prompts = []
     for ids in encoded(model, requests):
         head = [tokenizer.bos_id] if ids[:1] == [tokenizer.bos_id] else []
         prompts.append(tokenizer.decode(ids[len(head) :], special=True))
     return prompts
+
+
+def as_text(request: dict) -> dict:
+    """A request whose texts in several parts are joined by line breaks, as vLLM joins them."""
+    messages = []
+    for message in request["messages"]:
+        content = message.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+            message = message | {"content": "\n".join(str(part["text"]) for part in content)}
+        messages.append(message)
+    return request | {"messages": messages}
 
 
 def main(argv: list[str] | None = None) -> int:

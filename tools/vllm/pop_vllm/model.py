@@ -38,6 +38,7 @@ from pop_vllm.step import Kept, Step, own_metadata
 from pop_vllm.weights import check_weights
 
 MOST_KEPT = 2**17  # tokens whose states are kept; later prompts displace those that were aborted or preempted
+MOST_REQUESTS = 1024  # whose states are kept at once
 
 
 class Pruned:
@@ -279,8 +280,11 @@ class Pruned:
             return
         for number in np.flatnonzero(step.continues):
             self.kept[step.batch.ids[number]] = step.keep(number)
-        while len(self.kept) > 1 and sum(kept.size for kept in self.kept.values()) > MOST_KEPT:
-            self.kept.pop(next(iter(self.kept)))
+        while len(self.kept) > 1 and self._keeps_too_much():
+            self.kept.pop(next(iter(self.kept)))  # the oldest, perhaps of a request that was aborted
+
+    def _keeps_too_much(self) -> bool:
+        return len(self.kept) > MOST_REQUESTS or sum(kept.size for kept in self.kept.values()) > MOST_KEPT
 
 
 def split(group: Group, layer: int) -> list[Group]:

@@ -57,6 +57,8 @@ def limit_hits(manager, plan: PrunePlan) -> None:
     find = type(manager).get_computed_blocks
 
     def limited(request):
+        if not may_prune(request.sampling_params):
+            return find(manager, request)
         most = max(request.num_prompt_tokens - plan.full_depth_last, 0)
         # The manager leaves the last token out, since it must run for its logits.
         return find(manager, Beginning(request, min(request.num_tokens, most + 1)))

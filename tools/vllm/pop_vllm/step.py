@@ -115,7 +115,7 @@ class Step:
         kept = self.kept[number] or Kept(0, [])
         first = self.batch.first[number]
         own = slice(first, first + self.batch.scheduled[number])
-        latest = [states[number] for states in self.latest]
+        latest = [states[number].clone() for states in self.latest]  # a view would keep the states of all requests
         kept = Kept(int(self.batch.ends[number]), latest, kept.selecting, kept.entering)
         if self.entering is not None:
             kept.selecting.append(self.selecting[own].clone())
