@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 @own_dtypes_and_devices()
+@torch.inference_mode(False)  # whatever the caller's mode is
 @torch.no_grad()
 def calibrate(
     model,

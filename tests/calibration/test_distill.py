@@ -144,7 +144,7 @@ def test_the_best_of_eight_checks_is_taken(model, closed, monkeypatch):
     assert contents(found) == contents(plans[3]) != contents(plans[4])
 
 
-@pytest.mark.parametrize(("steps", "inference", "tolerance"), [(0, False, 0), (2, True, 1e-6)])
+@pytest.mark.parametrize(("steps", "inference", "tolerance"), [(0, False, 0), (0, True, 0), (2, True, 1e-6)])
 def test_a_trainable_model_stays_as_it_is_whatever_the_callers_modes_are(model, steps, inference, tolerance):
     """Distillation of a trainable model rounds in another order."""
     module = random_model(tiny_config()).requires_grad_(True)
