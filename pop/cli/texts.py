@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 
+from pop.calibration.held_out import HELD_OUT
 from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
 from pop.errors import InputError, PopError
 
@@ -117,7 +118,7 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
     if not given:
         return builtin, None
     found = _tokens_in(model, fitted)
-    needed = tokens_needed(model)
+    needed = tokens_needed(model) * HELD_OUT // (HELD_OUT - 1)  # some are held out
     if found < needed:
         print(f"{found:,} of {needed:,} tokens are given, so built-in texts make up the rest", file=sys.stderr)
     random.Random(0).shuffle(builtin)

@@ -38,17 +38,16 @@ class Prefix:
         self.plan = model.resolve(plan)
         self.messages = None
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
-            # Copies, since the caller may change messages and tools, or remove files, before the next question.
             self.messages = list(prompt)
-            _, media = self._chat("A", images, videos)  # raises if they are wrong
+            one, media = self._chat("A", images, videos)  # raises if they are wrong
+            # Copies, since the caller may change messages and tools, or remove files, before the next question.
             self._in_chat, self.messages = copy.deepcopy((in_chat, self.messages))
             contents = [message["content"] for message in self.messages if isinstance(message.get("content"), list)]
             shown = [part for part in chain.from_iterable(contents) if part["type"] != "text"]
-            for part, one in zip(shown, media, strict=True):
+            for part, seen in zip(shown, media, strict=True):
                 part.clear()
-                part.update({"type": one.kind, one.kind: one})
+                part.update({"type": seen.kind, seen.kind: seen})
             # What two conversations share whose next messages differ from the first character on.
-            one, _ = self._chat("A", images, videos)
             other, _ = self._chat("1", images, videos)
             is_shared = [token == another for token, another in zip(one, other, strict=False)]
             self.tokens = one[: [*is_shared, False].index(False)]

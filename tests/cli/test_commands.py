@@ -339,13 +339,13 @@ def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys,
     monkeypatch.setattr(pop, "calibrate", lambda model, texts, **_: seen.append(texts) or pop.PrunePlan((1,)))
     monkeypatch.setattr(pop, "check", lambda model, plan, rest, **_: seen.append(rest) or pytest.fail("judged"))
     for files, fitted, rest in (
-        (["1.txt"], [texts[1][:1120], "x" * 80], [texts[1][1120:]]),  # one suffices
+        (["1.txt"], [texts[1][:1120], *["x" * 80] * 5], [texts[1][1120:]]),  # five suffice
         ([], ["x" * 80] * 20, None),  # as pop.check without texts
     ):
         with pytest.raises(pytest.fail.Exception, match="judged"):
             main([*words[:2], *files])
         assert (seen.pop(0), seen.pop(0)) == (fitted, rest)
-        assert ("1,120 of 1,200 tokens are given" in capsys.readouterr().err) == bool(files)
+        assert ("1,120 of 1,500 tokens are given" in capsys.readouterr().err) == bool(files)
 
 
 @pytest.mark.parametrize(
