@@ -269,7 +269,8 @@ def _prompt(args) -> str | None:
 
 
 def _standard_input():
-    if sys.stdin is None:  # it is closed
+    """The standard input, which raises for bytes that are not UTF-8. Raises InputError if it is closed."""
+    if sys.stdin is None:
         raise InputError("there is no standard input; give the text as an argument")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="strict")  # in some locales, Python lets wrong bytes pass

@@ -305,9 +305,8 @@ class PrunePlan:
             fields = _read(file)
             name = some([os.path.basename(file)])
             if "prefill" in fields:
-                scores = torch.tensor(
-                    fields["prefill"], dtype=torch.float64
-                ).tolist()  # raises for what are not numbers
+                # Raises for what are not numbers.
+                scores = torch.tensor(fields["prefill"], dtype=torch.float64).tolist()
                 return cls.least_important(scores, len(scores) // 3, name=name)
             if "layers" not in fields:
                 raise PlanError("it names no layers")

@@ -12,6 +12,7 @@ import difflib
 import functools
 import json
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import pop
@@ -33,8 +34,8 @@ SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "see
 BOTH = SAMPLING | {"model", "stream", "stream_options", "n", "max_tokens", "logprobs", "response_format"}
 BOTH |= {"plan", "cache_prompt"}  # extras of this server
 TEXT = BOTH | {"prompt"}
-CHAT = BOTH | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs"}
-CHAT |= {"parallel_tool_calls"}
+CHAT = BOTH | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+CHAT |= {"tools", "tool_choice", "parallel_tool_calls"}
 ONLY = {  # what this server does not do: only the value that asks for nothing is accepted
     "frequency_penalty": 0,
     "presence_penalty": 0,
@@ -283,13 +284,18 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
             if message.get("role") == "system":  # which has texts only
                 message["content"] = "".join(str(part.get("text", "")) for part in message["content"])
         read.append(message)
-    while [one.get("role") for one in read[:2]] == ["system", "system"] and all(
-        isinstance(one.get("content"), str) for one in read[:2]
-    ):  # chat formats have one, and agents send instructions besides
-        read[:2] = [{"role": "system", "content": f"{read[0]['content']}\n\n{read[1]['content']}"}]
     if len(urls) > MAX_IMAGES:
         raise Wrong(f"there are {len(urls)} images; at most {MAX_IMAGES} are read", param="messages")
-    return read, sum(map(len, urls))
+    return _with_one_system_message(read), sum(map(len, urls))
+
+
+def _with_one_system_message(messages: list[dict]) -> list[dict]:
+    """The messages, with one system message at the beginning: chat formats have one, and agents send several."""
+    leading = [*takewhile(lambda message: message.get("role") == "system", messages)]
+    texts = [message.get("content") for message in leading]
+    if len(leading) < 2 or not all(isinstance(text, str) for text in texts):
+        return messages
+    return [{"role": "system", "content": "\n\n".join(texts)}, *messages[len(leading) :]]
 
 
 def _part(model: pop.Model, part: Any, urls: list[str]) -> dict:

@@ -14,8 +14,16 @@ from tools.serve.replies import split_calls, usage_of
 from tools.serve.requests import MAX_MESSAGES, SAMPLING, UNREAD, Asked, Wrong, unknown
 from tools.serve.rows import Event
 
-SAME = SAMPLING | {"model", "stream", "tool_choice", "chat_template_kwargs", "plan", "cache_prompt"}  # as in a chat
-SAME |= {"parallel_tool_calls"}
+# As in a chat.
+SAME = SAMPLING | {
+    "model",
+    "stream",
+    "plan",
+    "cache_prompt",
+    "chat_template_kwargs",
+    "tool_choice",
+    "parallel_tool_calls",
+}
 IGNORED = UNREAD | {"include", "reasoning", "truncation", "prompt_cache_retention", "client_metadata", "stream_options"}
 ONLY = {"background": False, "top_logprobs": 0}  # the value that asks for nothing
 OWN = {"input", "instructions", "max_output_tokens", "text", "tools"}
