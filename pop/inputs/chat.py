@@ -154,8 +154,8 @@ class ChatFormat:
     def parse_tool_calls(self, text: str) -> list[dict]:
         """Return the calls in an answer, as a message takes them under "tool_calls". An answer in words has none.
 
-        A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters". What
-        thoughts mention is no call.
+        A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters".
+        A call that thoughts mention does not count.
         """
         text = text[end_of_thoughts(text) :]
         tagged = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)

@@ -115,6 +115,9 @@ def test_requests_become_prompts_for_a_benchmark(requests, tmp_path, capsys):
     assert prompts.main([str(folder), requests, str(out)]) == 0
     lines = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
     assert lines == [f"<|im_start|>What is {number} times {number}?<|im_end|>" for number in range(6)]
+    parts = [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]
+    (tmp_path / "parts.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    assert prompts.prompts_of(str(folder), str(tmp_path / "parts.jsonl")) == ["<|im_start|>One.\nTwo.<|im_end|>"]
     (tmp_path / "odd.jsonl").write_text(json.dumps({"messages": [{"role": "user", "name": "A"}]}))
     assert prompts.main([str(folder), str(tmp_path / "odd.jsonl"), str(tmp_path / "none")]) == 2
     assert "request 1: message 0" in capsys.readouterr().err and not (tmp_path / "none").exists()

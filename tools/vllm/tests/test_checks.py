@@ -8,6 +8,8 @@ import torch
 import vllm
 from pop_vllm import checks, plan
 from pop_vllm.plan import may_prune
+from pop_vllm.prefix_cache import limit_hits
+from pop_vllm.step import Step
 from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.engine.input_processor import InputProcessor
@@ -128,3 +130,26 @@ def test_a_pass_that_differs_without_pruning_is_refused(dtype, small, large):
     for wrong in ((1 + large) * own, own * torch.nan):
         with pytest.raises(UnsupportedError):
             checks.check_equal(wrong, own)
+
+
+def test_a_request_that_is_not_pruned_finds_all_of_its_cached_prefix():
+    """Its blocks hold no pruned tokens. Of another prompt, the last tokens run at full depth."""
+
+    class Manager:
+        def get_computed_blocks(self, request):
+            return request.num_tokens
+
+    manager = Manager()
+    limit_hits(manager, PrunePlan((1,), full_depth_last=7))
+    for asked, found in (({}, 94), ({"pop_plan": "none"}, 100)):
+        params = SamplingParams(extra_args=asked)
+        request = SimpleNamespace(sampling_params=params, num_tokens=100, num_prompt_tokens=100)
+        assert manager.get_computed_blocks(request) == found
+
+
+def test_what_is_kept_of_a_request_is_not_a_view_of_the_states_of_its_step():
+    states = torch.randn(5, 4)  # of 5 requests
+    batch = SimpleNamespace(first=[0, 3], scheduled=[3, 2], ends=[3, 2])
+    step = SimpleNamespace(kept=[None, None], batch=batch, latest=[states], entering=None)
+    (kept,) = Step.keep(step, 1).latest
+    assert torch.equal(kept, states[1]) and kept.untyped_storage().nbytes() == 4 * 4
