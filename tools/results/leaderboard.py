@@ -14,6 +14,8 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,7 @@ HEADS = (
     "run",
 )
 OTHER = ", measured in other ways"
+FULL = "the full model"
 TITLE = """# All plans
 
 `python -m tools.results.leaderboard > tools/results/PLANS.md` writes this page. [README.md](README.md#all-plans)
@@ -214,9 +217,16 @@ def page(rows: list[dict]) -> str:
     for asked in sorted(tables, key=lambda asked: (asked.endswith(OTHER), asked)):
         lines = [HEADS, ["---"] * len(HEADS), *map(_cells, tables[asked])]
         parts.append(f"## {asked}")
-        cells = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
+        lines = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in _without_empty(lines)]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)
+
+
+def _without_empty(lines: list[Sequence[str]]) -> list[list[str]]:
+    """The lines of a table without columns that say nothing about any plan."""
+    plans = [cells for cells in lines[2:] if cells[0] != FULL] or lines[2:]
+    shown = [any(cells[column] != "-" for cells in plans) for column in range(len(HEADS))]
+    return [[*compress(cells, shown)] for cells in lines]
 
 
 def _asked(row: dict) -> str:
