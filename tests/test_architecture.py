@@ -102,9 +102,10 @@ def test_modules_that_other_code_imports():
 # What makes code dense.
 
 # Syntax nodes of all files. The aim is 92,000 (tools/results/DECISIONS.md). A fix, or an option of a few dozen nodes,
-# may use what is left below the bound. A family of models, or another feature that is worth its size, raises the bound
-# by its own nodes, even if the test passes without that, and gets a row in tools/results/DECISIONS.md. Lower the bound
-# when nodes go.
+# uses what is left below the bound. If that does not suffice, first look for what can go, and then raise the bound by
+# what is missing. A family of models, or another feature that is worth its size, raises the bound by its own nodes,
+# even if the test passes without that. A higher bound gets a row in tools/results/DECISIONS.md. Lower the bound when
+# nodes go.
 NODES = 103_400
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 

@@ -3,10 +3,12 @@
     python -m tools.check_chats log.jsonl --out answers.jsonl                 # vLLM with POP_PLAN
     python -m tools.check_chats log.jsonl --out answers.jsonl --server pop    # tools.serve
 
-A line of log.jsonl is a request: {"messages": [...]}, with "tools" if there are some. Its other keys are not sent, nor
-is an answer at its end. Each request is sent three times at temperature 0: with the server's plan, at full depth, and
-at full depth again. The last two may differ as well, since requests share steps, and the third may find its prompt in
-the server's cache. So compare the first row of the table with the second one.
+A line of log.jsonl is a request: {"messages": [...]}. What else decides an answer's form is sent as well: "tools",
+"tool_choice", "response_format" and "chat_template_kwargs". Other keys are not, nor is an answer at its end.
+
+Each request is sent three times at temperature 0: with the server's plan, at full depth, and at full depth again. The
+last two may differ as well, since requests share steps, and the third may find its prompt in the server's cache. So
+compare the first row of the table with the second one.
 
 Unequal answers may be equally good. answers.jsonl has all three, for a judge of your own. A request that the server
 refuses has an "error" there. The exit status is 2 if no answer was compared.
@@ -19,7 +21,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from pop.cli.texts import read_text
+from pop.cli.texts import read_file, read_text
 from pop.errors import InputError, check_count
 from pop.system import files
 from pop.system.progress import progress_bar
@@ -27,21 +29,23 @@ from tools.check_server import AT_ONCE, PLAN, Client, is_never
 from tools.common import exit_status, table
 
 WAYS = ("plan", "full depth", "full depth again")
+SENT = ("tools", "tool_choice", "response_format", "chat_template_kwargs")  # beside the messages
 
 
 def questions_in(path: str) -> list[dict]:
-    """The requests of a file, each with "messages" up to the question, and "tools" if it has some."""
+    """The requests of a file, each with "messages" up to the question, and with those of SENT that it has."""
     if not path.endswith(".jsonl"):
         raise InputError(f"{path} must end in .jsonl, and hold a request in each line")
     requests = []
-    for where, request in read_text(path):
+    found = read_text(path)  # which names a line that is wrong
+    whole = [json.loads(line) for line in read_file(path).split("\n") if line.strip()]
+    for (where, request), line in zip(found, whole, strict=True):
         messages = request["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
             raise InputError(f"{where} holds no question")
-        tools = {"tools": request["tools"]} if request["tools"] else {}
-        requests.append({"messages": messages, **tools})
+        requests.append({"messages": messages, **{key: line[key] for key in SENT if line.get(key)}})
     return requests
 
 

@@ -84,7 +84,7 @@ class Chunk(NamedTuple):
         return cls(
             bounds=bounds,
             tokens=tokens,
-            images=prompts.images.select(index, tokens.valid),
+            images=prompts.images.at(index, tokens.valid),
             attention=attention_metadata(module, cache, tokens, cache.lengths + bounds[1]),
             ids=ids.gather(1, in_prompt),
             target=target,
@@ -161,7 +161,7 @@ def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> T
     positions = start + index
     rotary = start + cache.rope_offsets[:, None] + prompts.images.rotary(index)
     in_prompt = index.minimum(prompts.lengths[:, None] - 1)
-    return Tokens(in_prompt, positions, valid, rotary, prompts.images.select(index, valid).last_attended(positions))
+    return Tokens(in_prompt, positions, valid, rotary, prompts.images.at(index, valid).last_attended(positions))
 
 
 def attention_metadata(module, cache: KVCache, tokens: Tokens, ends: Tensor) -> dict[int | None, AttentionMetadata]:

@@ -78,7 +78,7 @@ class Images:
         may_end = (self.look_ahead == 0) & (index < end[:, None])  # [B, T], whether a chunk may end after this token
         return torch.where(may_end, index + 1, begin[:, None]).amax(1)
 
-    def select(self, index: Tensor, valid: Tensor | bool = True) -> Images:
+    def at(self, index: Tensor, valid: Tensor | bool = True) -> Images:
         """The part of the images at tokens `index` [B, C], int64 on the CPU, of the prompts and what follows them.
 
         Tokens that follow a prompt, and those that are not `valid` [B, C], are text. TEXT: all tokens are. `rotary`

@@ -61,7 +61,7 @@ def run_layers(
     full_depth = full_depth.to(tokens.device)
     position = torch.arange(len(tokens), device=tokens.device)[None]  # [1, T]
     ropes = module.rope(images.rotary(position))
-    images = images.select(position.cpu())
+    images = images.at(position.cpu())
     last_attended = images.last_attended(position)
     groups = groups_by_layer(module, plan)
     keys_values = []

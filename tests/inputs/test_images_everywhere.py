@@ -228,7 +228,7 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     rows = torch.tensor(rows)
     chosen = []
     for row, shown in zip(rows, images, strict=True):
-        prompt_images = shown.select(torch.arange(cut)[None])
+        prompt_images = shown.at(torch.arange(cut)[None])
         selected = selected_tokens(model.module, row[:cut], plan, prompt_images)
         chosen.append(torch.zeros(cut, dtype=torch.bool) if selected is None else selected)
     expected, gradients = naive_gradients(model.module, plan, rows, torch.stack(chosen), cut, images)
@@ -261,5 +261,5 @@ def test_exercises_with_images(model):
 def test_what_follows_a_prompt_is_text_even_after_an_image():
     images = Images(torch.ones(1, 2), torch.tensor([[-1, 0]]), torch.tensor([[0, 0]]))
     index = torch.arange(4)[None]
-    assert images.select(index).feature_index.tolist() == [[-1, 0, -1, -1]]
-    assert images.select(index, index != 1) is TEXT
+    assert images.at(index).feature_index.tolist() == [[-1, 0, -1, -1]]
+    assert images.at(index, index != 1) is TEXT

@@ -34,7 +34,7 @@ def slopes(model, prompt, response, media=(), step=1e-6):
     """Central differences of the gated loss by each gate: [2 (prefill, decode), L] float64."""
     module = copy.deepcopy(model.module).double()
     images = model.vision.images(module, [media], torch.tensor([prompt]), torch.tensor([len(prompt)]))
-    images = images.select(torch.arange(len(prompt) + len(response) - 1)[None])
+    images = images.at(torch.arange(len(prompt) + len(response) - 1)[None])
     result = torch.zeros(2, len(module.layers), dtype=torch.float64)
     for gate in range(result.numel()):
         change = torch.zeros_like(result)

@@ -128,8 +128,12 @@ def test_answers_that_could_not_be_written_are_not_asked_for(requests, tmp_path,
     assert "the answers cannot be written" in capsys.readouterr().err
 
 
-def test_a_requests_tools_are_sent(tmp_path):
-    tools = [{"type": "function", "function": {"name": "f"}}]
+def test_what_decides_the_form_of_an_answer_is_sent(tmp_path):
+    sent = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}
+    sent |= {"response_format": {"type": "json_object"}, "chat_template_kwargs": {"enable_thinking": False}}
     path = tmp_path / "log.jsonl"
-    path.write_text(json.dumps({"messages": QUESTIONS[1], "tools": tools, "temperature": 1}))
-    assert check_chats.questions_in(str(path)) == [{"messages": QUESTIONS[1], "tools": tools}]
+    path.write_text(json.dumps({"messages": QUESTIONS[1], "temperature": 1, "stop": None} | sent))
+    assert check_chats.questions_in(str(path)) == [{"messages": QUESTIONS[1]} | sent]
+    folder = begin_with_bos(write_chat_checkpoint(tmp_path / "tiny"))
+    path.write_text(json.dumps({"messages": QUESTIONS[1], "response_format": {"type": "json_object"}}))
+    assert prompts.prompts_of(str(folder), str(path)) == ["<|im_start|>What is 1 times 1?<|im_end|>"]

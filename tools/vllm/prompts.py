@@ -41,7 +41,7 @@ def as_text(request: dict) -> dict:
         if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
             message = message | {"content": "\n".join(str(part["text"]) for part in content)}
         messages.append(message)
-    return request | {"messages": messages}
+    return {"messages": messages, "tools": request.get("tools")}
 
 
 def main(argv: list[str] | None = None) -> int:
