@@ -189,7 +189,7 @@ def check(args) -> int:
             "texts follow",
             file=sys.stderr,
         )
-    verdict = pop.check(model, model.plan, texts or None, lengths=lengths, questions=questions)
+    verdict = pop.check(model, model.plan, texts or None, lengths=lengths, questions=questions, seed=args.seed)
     print(verdict, speed(model, model.plan), sep="\n")
     return int(not verdict.holds)
 

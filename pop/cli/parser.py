@@ -148,6 +148,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("files", help=what, nargs="*", default=[], metavar="FILE")
     integer(add, "--longest", "tokens of the longest prompts", 4096)
     integer(add, "--questions", "questions of each kind and length", 12)
+    integer(add, "--seed", "another seed asks other questions", 0)
 
     add = command("plans", "Print saved plans: what they keep, and for a FILE, how it was calibrated.").add_argument
     add("files", help="saved plans; default: list those that are here", nargs="*", default=[], metavar="FILE")

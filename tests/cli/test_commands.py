@@ -403,14 +403,17 @@ def test_options_reach_the_model(arguments, options, folder, monkeypatch, run):
 
 @pytest.mark.parametrize(("plan", "status"), [("none", 0), ("1.0", 1)])
 def test_check_prints_the_verdict_and_its_status_says_whether_the_plan_holds(
-    plan, status, folder, model, tmp_path, monkeypatch, run
+    plan, status, folder, model, tmp_path, monkeypatch, notes, run
 ):
     monkeypatch.setattr(commands, "LENGTHS", (1000,))
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, range(33, 33 + 60))) * 3)
-    out, err = run("check", folder, plan, text, "--longest", "600", "--questions", "1", status=status)
+    options = ("--longest", "600", "--questions", "1", "--seed", "5")
+    seeds = notes(pop, "check", lambda *_, seed=0, **__: seed)
+    out, err = run("check", folder, plan, text, *options, status=status)
+    assert seeds == [5]
     assert f"the texts have {len(model.encode(text.read_text()))} tokens; longer prompts repeat" in err
-    expected = pop.check(model, plan, [text.read_text()], lengths=[600], questions=1, progress=False)
+    expected = pop.check(model, plan, [text.read_text()], lengths=[600], questions=1, seed=5, progress=False)
     assert out.startswith(f"{expected}\nIt encodes ")
 
 
