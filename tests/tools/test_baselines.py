@@ -237,14 +237,13 @@ def causal(window: int | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("make", "first"), [(tiny_model, 3), (tiny_windows, 4)])
-def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(make, first, monkeypatch):
+def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(make, first):
     """Of 5 layers, those from `first` on. Layer 2 selects. With windows, layer 3 has one."""
-    monkeypatch.setattr(attended, "PROPAGATED", 0.6)
     model = make()
     layers = model.module.layers
     selecting = 2
     assert layers[selecting].window is None and all(layer.window for layer in layers[selecting + 1 : first])
-    contender = attended.fastkv(model, (5 - first) / 5)
+    contender = attended.fastkv(model, (5 - first) / 5, share=0.6)
     selected = with_most(received(model.module, selecting).sum(0), int(0.6 * N))
     assert 8 < selected.sum() < N
     absent = torch.cat((~selected, torch.zeros(len(CONTINUATION), dtype=torch.bool)))

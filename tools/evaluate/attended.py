@@ -25,7 +25,6 @@ from tools.evaluate.passes import WithGaps, embed, visible, write_and_attend
 
 WINDOW = 8  # the last tokens of a prompt, whose queries give the scores. They are always kept
 POOLED = 7  # scores are averages over so many neighbours
-PROPAGATED = 0.2  # the share of tokens that FastKV's deepest layers see
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
@@ -56,8 +55,11 @@ def kept(received: torch.Tensor, count: int) -> torch.Tensor:
     return F.pad(is_kept, (0, WINDOW), value=True)
 
 
+@dataclasses.dataclass
 class FastKV(WithGaps):
     """Layers before the plan's run all tokens. The last one without a window selects those for the plan's layers."""
+
+    share: float = 0.2  # of the tokens, those that the plan's layers see
 
     @property
     def selecting(self) -> int:
@@ -67,7 +69,7 @@ class FastKV(WithGaps):
 
     def flops(self, num_tokens: int) -> int:
         config = self.model.config
-        selected = max(WINDOW, int(PROPAGATED * num_tokens))
+        selected = max(WINDOW, int(self.share * num_tokens))
         total = 2 * config.hidden_size * config.vocab_size  # the boundary token's logits
         total += 2 * WINDOW * num_tokens * config.num_heads * config.head_dim  # the scores
         for index in range(config.num_layers):
@@ -93,7 +95,7 @@ class FastKV(WithGaps):
             tables = [table[:, rows] for table in rope[layer.window]]
             if index == self.selecting:
                 q, k, _ = layer.queries_keys_values(h, tables)
-                selected = kept(scores(q, k, layer.scale).sum(0), int(PROPAGATED * len(tokens)))
+                selected = kept(scores(q, k, layer.scale).sum(0), int(self.share * len(tokens)))
             mask = None if index < first else visible(slots[rows], present, layer.window)
             h = layer(h, tables, write_and_attend(cache, index, slots[None, rows], mask))
             cache.present.append(present)
@@ -132,16 +134,16 @@ def check_length(tokens: list[int]) -> None:
         raise InputError(f"fastkv and snapkv need a prompt of more than {WINDOW} tokens; give a longer one")
 
 
-def fastkv(model: pop.Model, fraction: float, windows=None) -> Contender:
-    """The deepest floor(L * fraction) layers see a fifth of the tokens."""
+def fastkv(model: pop.Model, fraction: float, windows=None, share: float = 0.2) -> Contender:
+    """The deepest floor(L * fraction) layers see a share of the tokens."""
     plan = pop.PrunePlan.deepest(model.config.num_layers, fraction)
     before = model.module.layers[: plan.layers[0] if plan.layers else 0]
     if len(before) == 0:
         raise InputError(f"fastkv's fraction is {fraction}; it must leave the first layers whole, and cut others")
     if all(layer.window for layer in before):
         raise InputError("fastkv needs a layer without a window before those that it cuts; give a smaller fraction")
-    contender = FastKV("fastkv", model, plan)
-    what = f"the deepest {len(plan.layers)} layers see {PROPAGATED:.0%} of the tokens"
+    contender = FastKV("fastkv", model, plan, share=share)
+    what = f"the deepest {len(plan.layers)} layers see {share:.0%} of the tokens"
     contender.method = f"FastKV's token propagation: {what}, which layer {contender.selecting} selects"
     return contender
 
