@@ -4,6 +4,7 @@ By default it runs on a tiny random model and little text. HYPOTHESIS_PROFILE=ni
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,10 @@ def test_the_outputs_are_those_of_one_run_and_small():
     assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
     assert {output.get("name", "stdout") for output in outputs} == {"stdout"}  # no warnings
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 5
+    for cell in CODE:  # a line that is new has been run
+        shown = "".join(line for output in cell["outputs"] for line in output.get("text", ()))
+        labels = re.findall(r'print\(f?"(?:\\n)?([^"{\\]+)', "".join(cell["source"]))
+        assert all(label in shown for label in labels), labels
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="takes minutes; nightly")
