@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args) -> None:
     """Measure as the command line asks, and print each figure as soon as it is known."""
     lengths = [check_count("--lengths", length) for length in integers_in("--lengths", args.lengths)]
-    runs, steps = check_count("--runs", args.runs), check_count("--decode-steps", args.decode_steps)
+    runs = check_count("--runs", args.runs)
+    steps = check_count("--decode-steps", args.decode_steps)
     files = sorted(args.folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{args.folder} holds no weights; make some with python -m tools.checkpoints.make_random")
@@ -107,7 +108,8 @@ def forget(files: list[Path]) -> None:
 
 def read_speed(files: list[Path]) -> float:
     """Bytes per second of plain reading, file after file."""
-    done, began = 0, time.perf_counter()
+    done = 0
+    began = time.perf_counter()
     buffer = bytearray(2**24)
     for file in files:
         with file.open("rb", buffering=0) as stream:

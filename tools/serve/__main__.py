@@ -67,7 +67,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
     threading.Thread(target=work, args=(engine,), daemon=True).start()
-    name, key = os.path.basename(args.model.rstrip("/")), os.environ.get(KEY) or None
+    name = os.path.basename(args.model.rstrip("/"))
+    key = os.environ.get(KEY) or None
     is_local = LOCAL.fullmatch(args.host) is not None
     if key is None and not is_local:
         print(f"anybody who reaches {args.host} can use this server; set {KEY} to ask for a key", file=sys.stderr)

@@ -139,7 +139,8 @@ def keys_of(tokens: list[int], media: Sequence[Prepared], images: Sequence[range
 
 def row_of(cache: KVCache, row: int) -> KVCache:
     """One row of a cache, as a cache of one row with the same memory."""
-    view, rows = copy.copy(cache), slice(row, row + 1)
+    view = copy.copy(cache)
+    rows = slice(row, row + 1)
     view.keys, view.values = [keys[rows] for keys in cache.keys], [values[rows] for values in cache.values]
     view.entered, view.skipped = cache.entered[rows], cache.skipped[rows]
     view.lengths = cache.lengths[rows]

@@ -30,7 +30,8 @@ def whole(asked: Asked, events: list[Event]) -> dict:
 
 async def chunks_of(asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator[dict]:
     """The objects of a stream. With tools, an answer comes as one: only its end shows whether it is a call."""
-    named, held = _named(asked, "chat.completion.chunk"), {}  # events that wait, by index
+    named = _named(asked, "chat.completion.chunk")
+    held = {}  # events that wait, by index
     async for event in events:
         if asked.is_chat and event.index not in held:
             begins = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -51,7 +52,8 @@ def _named(asked: Asked, kind: str) -> dict:
 
 def usage_of(asked: Asked) -> dict:
     prompts = asked.jobs[:: asked.answers]
-    prompt, answer = sum(len(job.tokens) for job in prompts), sum(job.answer_tokens for job in asked.jobs)
+    prompt = sum(len(job.tokens) for job in prompts)
+    answer = sum(job.answer_tokens for job in asked.jobs)
     begun = [job.first_token_at for job in asked.jobs if job.first_token_at is not None]
     details = {
         "cached_tokens": sum(job.cached_tokens for job in prompts),
@@ -68,7 +70,8 @@ def usage_of(asked: Asked) -> dict:
 
 def _choice(asked: Asked, events: list[Event], streamed: bool = False) -> dict:
     """What some events of an answer have brought."""
-    text, reason = "".join(event.text for event in events), events[-1].finish_reason
+    text = "".join(event.text for event in events)
+    reason = events[-1].finish_reason
     entries = [event.logprobs for event in events if event.logprobs]
     logprobs = _logprobs(asked, entries) if entries else None
     if not asked.is_chat:
@@ -80,7 +83,8 @@ def _choice(asked: Asked, events: list[Event], streamed: bool = False) -> dict:
         for index, function in enumerate(functions):
             named = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
             calls.append(({"index": index} if streamed else {}) | named)
-        message, reason = message | {"content": before or None, "tool_calls": calls}, "tool_calls"
+        message = message | {"content": before or None, "tool_calls": calls}
+        reason = "tool_calls"
     named = {"delta" if streamed else "message": message}
     return {"index": events[0].index, **named, "logprobs": logprobs, "finish_reason": reason}
 
@@ -107,7 +111,8 @@ def _logprobs(asked: Asked, entries: list[list[tuple[int, float]]]) -> dict:
 
     def named(token: int, logprob: float) -> dict:
         try:
-            text, spelt = tokenizer.decode([token], special=True), list(tokenizer.token_bytes(token))
+            text = tokenizer.decode([token], special=True)
+            spelt = list(tokenizer.token_bytes(token))
         except InputError:  # the model has more embeddings than the tokenizer has tokens
             text, spelt = f"<{token}>", []
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": spelt}
@@ -124,21 +129,35 @@ def _logprobs(asked: Asked, entries: list[list[tuple[int, float]]]) -> dict:
 
 def error_object(error: Exception) -> tuple[int, dict]:
     """The status and the object of an error. The client learns nothing about unexpected errors."""
-    status, code, param, message = 500, None, None, "the server failed; its log says why"
+    status = 500
+    code = None
+    param = None
+    message = "the server failed; its log says why"
     if isinstance(error, Wrong):
-        status, code, param, message = error.status, error.code, error.param, str(error)
+        status = error.status
+        code = error.code
+        param = error.param
+        message = str(error)
     elif isinstance(error, Busy):
         status, code, message = 429, "queue_full", "the queue is full; try again later"
     elif isinstance(error, CacheMemoryError):
-        status, message = 503, str(error)
+        status = 503
+        message = str(error)
     elif isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):  # by the activations of a prefill
         status, message = 503, "the server's memory does not suffice for this request; shorten it"
     elif isinstance(error, MissingExtra):
-        status, message = 501, str(error)
+        status = 501
+        message = str(error)
     elif isinstance(error, pop.PopError):
-        status, message = 400, str(error)
+        status = 400
+        message = str(error)
         first = message.partition(" ")[0]
         param = first if first in CHAT | TEXT else None  # the library's messages begin with the argument
         code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    if status >= 500:
+        kind = "server_error"
+    elif status == 429:
+        kind = "rate_limit_error"
+    else:
+        kind = "invalid_request_error"
     return status, {"error": {"message": message[:500], "type": kind, "param": param, "code": code}}

@@ -149,7 +149,8 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
     if body["model"] != name:
         found = f"there is no model {body['model']!r:.80}; this server has {name!r}"
         raise Wrong(found, 404, "model", "model_not_found")
-    stream, options = _typed(body, "stream", bool, False), _typed(body, "stream_options", dict, {})
+    stream = _typed(body, "stream", bool, False)
+    options = _typed(body, "stream_options", dict, {})
     answers = check_count("n", body.get("n", 1), 1, MAX_ANSWERS)
     params, top_logprobs = _sampling(model, body, is_chat)
     params = dataclasses.replace(params, logits_processor=_format(served, body))
@@ -251,9 +252,11 @@ def _sampling(model: pop.Model, body: dict, is_chat: bool) -> tuple[SamplingPara
     if isinstance(stops, list) and (len(stops) > MAX_STOPS or any(len(str(stop)) > MAX_STOP for stop in stops)):
         raise Wrong(f"there may be {MAX_STOPS} stop strings of {MAX_STOP} characters", param="stop")
     if is_chat:
-        logprobs, top = _typed(body, "logprobs", bool, False), body.get("top_logprobs", 0)
+        logprobs = _typed(body, "logprobs", bool, False)
+        top = body.get("top_logprobs", 0)
     else:
-        logprobs, top = "logprobs" in body, body.get("logprobs", 0)
+        logprobs = "logprobs" in body
+        top = body.get("logprobs", 0)
     top = check_count("top_logprobs" if is_chat else "logprobs", top, 0, 20 if is_chat else 5)
     if top and not logprobs:
         raise Wrong("top_logprobs needs logprobs to be true", param="top_logprobs")

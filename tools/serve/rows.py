@@ -69,7 +69,8 @@ class Row:
         self.whole: list[bool] = []  # whether each token of the prompt is at full depth by its position
         self.place: int | None = None  # in the batch
         self.logits: torch.Tensor | None = None  # [1, V], of its next token
-        ends, params = end_ids(model), job.params
+        ends = end_ids(model)
+        params = job.params
         limit = min(params.max_new_tokens, model.max_seq_len + 1 - len(job.tokens))
         self.answer = Answer(model.tokenizer, ends, params.stop, limit, *params.seeds(1))
         self.rules = LogitsRules(model, params, [job.tokens])
