@@ -150,7 +150,7 @@ class DecoderLayer(PrunableLayer):
         return self.input_layernorm.normalise(h)
 
     def projected(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h [B, T, D] -> k and v [B, T, K * E] before k's norm and rotation: what a calibrated plan corrects."""
+        """h [B, T, D], not normalised -> k and v [B, T, K * E] before k's norm and rotation. Plans correct these."""
         return self.self_attn.projected(self.input_layernorm(h))
 
     def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

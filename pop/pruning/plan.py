@@ -57,8 +57,8 @@ class PrunePlan:
             Tokens of earlier prompts in the cache that have skipped layers compete with them.
             Prefill reads this field as `selects`, `num_selected` and `selects_at`.
         selecting_layer: A kept layer with pruned ones after it. None: the layer before the first pruned one.
-        full_depth_below: All tokens of a sequence run at full depth if its prompt ends before so many tokens. In a
-            short prompt, what pruning costs is more than what it saves.
+        full_depth_below: All tokens of a sequence run at full depth if its prompt, with what the cache holds before it,
+            has fewer tokens. In a short prompt, what pruning costs is more than what it saves.
         about: A record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
         name: Of the file that `load` has read. It is not saved or compared.
 

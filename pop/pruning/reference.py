@@ -25,7 +25,7 @@ from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan  # 20 and 16 to
 # Shapes: T tokens, of which N are the prompt's, D numbers in h, H heads of width E for queries, K for keys and values,
 # V tokens in the vocabulary, and R numbers in a code. k and v are keys and values. Their names in text are K and V.
 # `images` below is what images bring to a prompt (pop/models/images.py). TEXT: it has none. Then `last_attended` is
-# None, `select` returns TEXT, and `rotary`, `place` and `add_deepstack` return what they get.
+# None, `at` returns TEXT, and `rotary`, `place` and `add_deepstack` return what they get.
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
 
