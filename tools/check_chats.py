@@ -3,8 +3,8 @@
     python -m tools.check_chats log.jsonl --out answers.jsonl                 # vLLM with POP_PLAN
     python -m tools.check_chats log.jsonl --out answers.jsonl --server pop    # tools.serve
 
-A line of log.jsonl is a request: {"messages": [...]}. What else decides an answer's form is sent as well: "tools",
-"tool_choice", "response_format" and "chat_template_kwargs". Other keys are not, nor is an answer at its end.
+A line of log.jsonl is a request: {"messages": [...]}. Of its other keys, these are sent: "tools", "tool_choice",
+"response_format" and "chat_template_kwargs". An answer at its end is not.
 
 Each request is sent three times at temperature 0: with the server's plan, at full depth, and at full depth again. The
 last two may differ as well, since requests share steps, and the third may find its prompt in the server's cache. So
@@ -21,7 +21,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from pop.cli.texts import read_file, read_text
+from pop.cli.texts import conversation, read_lines
 from pop.errors import InputError, check_count
 from pop.system import files
 from pop.system.progress import progress_bar
@@ -37,15 +37,15 @@ def questions_in(path: str) -> list[dict]:
     if not path.endswith(".jsonl"):
         raise InputError(f"{path} must end in .jsonl, and hold a request in each line")
     requests = []
-    found = read_text(path)  # which names a line that is wrong
-    whole = [json.loads(line) for line in read_file(path).split("\n") if line.strip()]
-    for (where, request), line in zip(found, whole, strict=True):
+    for where, line in read_lines(path):
+        _, request = conversation(line, where)
         messages = request["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
             raise InputError(f"{where} holds no question")
-        requests.append({"messages": messages, **{key: line[key] for key in SENT if line.get(key)}})
+        sent = {key: value for key, value in json.loads(line).items() if key in SENT and value}
+        requests.append({"messages": messages} | sent)
     return requests
 
 

@@ -40,17 +40,21 @@ def reading(source: str) -> Iterator[None]:
 
 def read_text(path: str) -> Text:
     """The text of a file or, if its name ends in .jsonl, its conversations: a JSON object with "messages" a line."""
-    text = read_file(path)
     if not path.endswith(".jsonl"):
-        return text
-    lines = text.rstrip().split("\n")  # splitlines would also split at what a JSON string may contain
-    found = [_conversation(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        return read_file(path)
+    return [conversation(line, where) for where, line in read_lines(path)]
+
+
+def read_lines(path: str) -> list[tuple[str, str]]:
+    """The lines of a file of conversations that hold something, each after where it stands."""
+    lines = read_file(path).split("\n")  # splitlines would also split at what a JSON string may contain
+    found = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InputError(f"{path} holds no conversation; give another file")
     return found
 
 
-def _conversation(line: str, where: str) -> tuple[str, dict]:
+def conversation(line: str, where: str) -> tuple[str, dict]:
     """A conversation as ChatFormat.encode takes it. Other keys, such as those of a logged request, are left out."""
     try:
         read = json.loads(line)

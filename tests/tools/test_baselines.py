@@ -255,6 +255,12 @@ def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(make
     assert_predicts(contender, naive_forward(model.module, TOKENS, lambda layer: absent & (layer >= first), visible))
 
 
+@pytest.mark.parametrize("share", [0, -0.1, 1.1])
+def test_fastkvs_layers_see_a_part_of_the_prompt(share):
+    with pytest.raises(pop.InputError, match=f"share is {share}"):
+        attended.fastkv(tiny_model(), 0.4, share=share)
+
+
 def test_snapkv_drops_what_the_prompts_end_does_not_attend_to_for_each_head(model):
     """Each K/V head hides its own tokens from the tokens after the prompt. Layers with a window hide none."""
     module = model.module

@@ -99,6 +99,7 @@ def test_an_answer_may_call_tools():
     [
         ("log.jsonl", '{"messages": [{"role": "assistant", "content": "Hi"}]}', "line 1 holds no question"),
         ("log.jsonl", "{", "line 1 is not a conversation"),
+        ("log.jsonl", "\n", "holds no conversation"),
         ("log.txt", "Hi", "must end in .jsonl"),
     ],
 )
@@ -135,5 +136,8 @@ def test_what_decides_the_form_of_an_answer_is_sent(tmp_path):
     path.write_text(json.dumps({"messages": QUESTIONS[1], "temperature": 1, "stop": None} | sent))
     assert check_chats.questions_in(str(path)) == [{"messages": QUESTIONS[1]} | sent]
     folder = begin_with_bos(write_chat_checkpoint(tmp_path / "tiny"))
-    path.write_text(json.dumps({"messages": QUESTIONS[1], "response_format": {"type": "json_object"}}))
+    path.write_text(json.dumps({"messages": QUESTIONS[1]} | sent | {"tools": None}))
     assert prompts.prompts_of(str(folder), str(path)) == ["<|im_start|>What is 1 times 1?<|im_end|>"]
+    assert [prompts.as_text(one) for one in check_chats.questions_in(str(path))] == [
+        {"messages": QUESTIONS[1], "tools": None, "enable_thinking": False}
+    ]

@@ -59,7 +59,7 @@ def kept(received: torch.Tensor, count: int) -> torch.Tensor:
 class FastKV(WithGaps):
     """Layers before the plan's run all tokens. The last one without a window selects those for the plan's layers."""
 
-    share: float = 0.2  # of the tokens, those that the plan's layers see
+    share: float = 1.0  # of the tokens, those that the plan's layers see
 
     @property
     def selecting(self) -> int:
@@ -69,7 +69,7 @@ class FastKV(WithGaps):
 
     def flops(self, num_tokens: int) -> int:
         config = self.model.config
-        selected = max(WINDOW, int(self.share * num_tokens))
+        selected = max(WINDOW, int(self.share * num_tokens + 1e-9))
         total = 2 * config.hidden_size * config.vocab_size  # the boundary token's logits
         total += 2 * WINDOW * num_tokens * config.num_heads * config.head_dim  # the scores
         for index in range(config.num_layers):
@@ -95,7 +95,7 @@ class FastKV(WithGaps):
             tables = [table[:, rows] for table in rope[layer.window]]
             if index == self.selecting:
                 q, k, _ = layer.queries_keys_values(h, tables)
-                selected = kept(scores(q, k, layer.scale).sum(0), int(self.share * len(tokens)))
+                selected = kept(scores(q, k, layer.scale).sum(0), int(self.share * len(tokens) + 1e-9))
             mask = None if index < first else visible(slots[rows], present, layer.window)
             h = layer(h, tables, write_and_attend(cache, index, slots[None, rows], mask))
             cache.present.append(present)
@@ -142,6 +142,8 @@ def fastkv(model: pop.Model, fraction: float, windows=None, share: float = 0.2) 
         raise InputError(f"fastkv's fraction is {fraction}; it must leave the first layers whole, and cut others")
     if all(layer.window for layer in before):
         raise InputError("fastkv needs a layer without a window before those that it cuts; give a smaller fraction")
+    if not 0 < share <= 1:
+        raise InputError(f"fastkv's share is {share}; it must be above 0, and at most 1")
     contender = FastKV("fastkv", model, plan, share=share)
     what = f"the deepest {len(plan.layers)} layers see {share:.0%} of the tokens"
     contender.method = f"FastKV's token propagation: {what}, which layer {contender.selecting} selects"

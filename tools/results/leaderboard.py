@@ -39,7 +39,7 @@ HEADS = (
     "plan",
     "limit at 2,048 tokens",
     "speedup at 2,048",
-    "at 8,192",
+    "at 8,160 or 8,192",
     "KL, nats",
     "after tokens",
     *KINDS,
@@ -119,7 +119,7 @@ def row_of(path: Path, plan: str) -> dict:
         figures = _lookups(answers, plan, result["seed"])
         row = {
             "model": Path(result["model"]).name,
-            "plan": plan,
+            "plan": FULL if plan == "full" else plan,
             "machine": f"{machine['device']}, {machine['threads']} threads",
             "commit": result["commit"],
             "run": path.name,

@@ -41,7 +41,9 @@ def as_text(request: dict) -> dict:
         if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
             message = message | {"content": "\n".join(str(part["text"]) for part in content)}
         messages.append(message)
-    return {"messages": messages, "tools": request.get("tools")}
+    template = request.get("chat_template_kwargs") or {}
+    thinks = {key: template[key] for key in ("enable_thinking",) if key in template}
+    return {"messages": messages, "tools": request.get("tools"), **thinks}
 
 
 def main(argv: list[str] | None = None) -> int:
