@@ -66,8 +66,12 @@ def test_short_prompts_and_unusable_lines_are_counted(tmp_path, capsys):
     short = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
     lines = [*map(conversation, range(6)), conversation(7, answer=None), short]
     path = written(tmp_path / "log.jsonl", lines)
-    assert answers.main([path, "--model", str(folder), "--prune", str(tmp_path / "my.plan")]) == 0
+    words = [path, "--model", str(folder), "--prune", str(tmp_path / "my.plan"), "--worst"]
+    assert answers.main([*words, "0"]) == 2
+    assert "--worst is 0" in capsys.readouterr().err
+    assert answers.main([*words, "1"]) == 0
     told = capsys.readouterr().out
+    assert len(re.findall(r"line \d \([0-9.]+ nats", told)) <= 1
     assert "6 answers. Those that lose most: " in told
     assert "1 prompts are too short" in told
     assert "1 lines cannot be used. The first: " in told and "log.jsonl, line 7: " in told
@@ -81,6 +85,8 @@ def test_the_table_has_means_and_names_the_largest_losses():
     figures = [re.split(r"  +", line.strip())[1] for line in told.splitlines()[1:6]]
     assert figures == ["-2.000", "-0.0150", "0.1500", "0.3000", "75.0%"]
     assert told.endswith("4 answers. Those that lose most: line 2 (3.0 nats); line 3 (1.2 nats); line 0 (0.5 nats)")
+    told = answers.report({f"line {n}": row for n, row in enumerate(rows)}, most=1)
+    assert told.endswith("Those that lose most: line 2 (3.0 nats)")
 
 
 @pytest.mark.parametrize(

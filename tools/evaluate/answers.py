@@ -24,7 +24,6 @@ from pop.errors import InputError, PopError, UnsupportedError, check_count
 from tools.common import Countdown, exit_status, table
 from tools.evaluate.text import interval
 
-WORST = 3  # answers that lose most, which are named
 FULL_DEPTH = pop.PrunePlan.none()
 
 
@@ -109,8 +108,8 @@ def _log_probs(model, answer: Answer, plan: pop.PrunePlan) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def report(changes: dict[str, Change]) -> str:
-    """The table of a run, and the answers that lose most. The keys say where an answer is."""
+def report(changes: dict[str, Change], most: int = 3) -> str:
+    """The table of a run, and the `most` answers that lose most. The keys say where an answer is."""
     values = np.array([*changes.values()])
     columns = Change(*values.T)
     rows = [["mean over the answers", "", "95 % interval"]]
@@ -126,13 +125,14 @@ def report(changes: dict[str, Change]) -> str:
         between = "" if None in ends else "[" + ", ".join(map(form.format, ends)) + "]"
         rows.append([name, form.format(figure["value"]), between])
     losing = [where for where in changes if changes[where].lost > 0]
-    worst = sorted(losing, key=lambda where: changes[where].lost, reverse=True)[:WORST]
+    worst = sorted(losing, key=lambda where: changes[where].lost, reverse=True)[:most]
     named = "; ".join(f"{where} ({changes[where].lost:.1f} nats)" for where in worst)
     return f"{table(rows)}\n\n{len(changes)} answers. Those that lose most: {named or 'none loses anything'}"
 
 
 def run(args) -> str:
     most = check_count("--max-tokens", args.max_tokens)
+    worst = check_count("--worst", args.worst)
     if not args.file.endswith(".jsonl"):
         raise InputError(f"{args.file} must end in .jsonl, and hold a conversation in each line")
     read_text(args.file)  # before the model, which takes longer
@@ -153,7 +153,7 @@ def run(args) -> str:
         notes.append(f"{len(refused)} lines cannot be used. The first: {refused[0]}")
     if not changes:
         raise InputError(" ".join(["no answer can be compared.", *notes]))
-    return "\n".join([report(changes), *notes])
+    return "\n".join([report(changes, worst), *notes])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="a name that `pop models` lists, or a directory", required=True)
     parser.add_argument("--prune", help="the plan, as in pop.load (default)", default="default", metavar="PLAN")
     parser.add_argument("--max-tokens", help="of an answer that count (256)", type=int, default=256, metavar="N")
+    parser.add_argument("--worst", help="name so many answers that lose most (3)", type=int, default=3, metavar="N")
     args = parser.parse_args(argv)
 
     return exit_status("answers", lambda: print(run(args)))
