@@ -32,6 +32,7 @@ from pop_vllm.attention import RowAttention
 from pop_vllm.checks import check_backend, check_config, check_equal
 from pop_vllm.layers import cached, normalised
 from pop_vllm.metrics import Counts, logger
+from pop_vllm.plan import longest
 from pop_vllm.rows import Batch
 from pop_vllm.selection import select
 from pop_vllm.step import Kept, Step, own_metadata
@@ -65,6 +66,9 @@ class Pruned:
         counts = len(self.plan.layers), len(self.model.layers), self.plan.full_depth_below
         what = "pop: POP_PLAN is %s: %d of %d layers, for prompts of %d tokens or more%s"
         logger.info(what, name, *counts, self.plan.judgement)
+        most = longest()
+        if most is not None:
+            logger.info("pop: prompts of more than %d tokens run at full depth, by POP_LONGEST", most)
         if "verdict" in self.plan.about and not self.plan.holds:
             logger.warning("pop: by the verdict in its record, this plan does not hold; `pop plans` prints why")
         if self.plan.layers and self.plan.corrections is None:

@@ -26,6 +26,7 @@ def install() -> None:
         model_config = vllm_config.model_config
         plan = PrunePlan.of(os.environ["POP_PLAN"], model_config.hf_text_config.num_hidden_layers)
         check_widths(plan, model_config)
+        self.pop_longest = longest()
         init(self, vllm_config, *args, **kwargs)
 
     @wraps(process)
@@ -34,7 +35,10 @@ def install() -> None:
             may_prune(params)
         except PlanError as error:
             raise VLLMValidationError(str(error), parameter="pop_plan") from None
-        return process(self, request_id, prompt, params, *args, **kwargs)
+        request = process(self, request_id, prompt, params, *args, **kwargs)
+        if self.pop_longest is not None and len(request.prompt_token_ids or ()) > self.pop_longest:
+            opt_out(request.sampling_params)
+        return request
 
     InputProcessor.__init__ = wrapped_init
     InputProcessor.process_inputs = wrapped
@@ -56,6 +60,22 @@ def check_widths(plan: PrunePlan, model_config) -> None:
             f"POP_PLAN is for a model with a width of {codes.shape[2] // 2} and keys of {outputs.shape[2]} numbers, "
             f"and this one has {width} and {keys}; give this model's own plan"
         )
+
+
+def longest() -> int | None:
+    """How many tokens a prompt may have that is pruned: POP_LONGEST. None: it is not set. Raises PlanError."""
+    text = os.environ.get("POP_LONGEST")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise PlanError(f"POP_LONGEST is {text!r:.40}; it must be the tokens of the longest prompt that is pruned")
+    return int(text)
+
+
+def opt_out(params) -> None:
+    """Let a request run at full depth, as if it had asked for it. params: its own SamplingParams, or None."""
+    if params is not None:
+        params.extra_args = (params.extra_args or {}) | {"pop_plan": "none"}
 
 
 def may_prune(params) -> bool:

@@ -136,6 +136,7 @@ def tried(url: str, key: str | None) -> tuple[int, int]:
     try:
         model = json.loads(asked(f"{url}/v1/models", key))["data"][0]  # one for each name that it is served by
         room = model["max_model_len"] - 2  # a new token, and one that vLLM may add
+        room = min(room, int(os.environ.get("POP_LONGEST") or room))  # longer prompts are not pruned
         lengths = sorted({min(SHORT, room), min(LONG, room)})
         for length in lengths:
             prompt = [(7 * position + length) % 200 for position in range(length)]  # ids that all vocabularies have

@@ -7,7 +7,7 @@ import pytest
 import torch
 import vllm
 from pop_vllm import checks, plan
-from pop_vllm.plan import may_prune
+from pop_vllm.plan import longest, may_prune, opt_out
 from pop_vllm.prefix_cache import limit_hits
 from pop_vllm.step import Step
 from vllm import SamplingParams
@@ -121,6 +121,21 @@ def test_what_a_request_may_say():
     for other in ("None", "smollm2-135m-14", 0.5):
         with pytest.raises(PlanError, match="pop_plan"):
             may_prune(SamplingParams(extra_args={"pop_plan": other}))
+
+
+def test_the_longest_prompt_that_is_pruned(monkeypatch):
+    monkeypatch.delenv("POP_LONGEST", raising=False)
+    assert longest() is None
+    monkeypatch.setenv("POP_LONGEST", "8000")
+    assert longest() == 8000
+    for wrong in ("0", "-1", "8e3", "all"):
+        monkeypatch.setenv("POP_LONGEST", wrong)
+        with pytest.raises(PlanError, match="POP_LONGEST is"):
+            longest()
+    params = SamplingParams(extra_args={"other": 1})
+    opt_out(params)
+    assert not may_prune(params) and params.extra_args["other"] == 1
+    opt_out(None)  # of a request that samples nothing
 
 
 @pytest.mark.parametrize(("dtype", "small", "large"), [(torch.float32, 1e-4, 1e-2), (torch.bfloat16, 1e-2, 0.2)])

@@ -240,6 +240,19 @@ def test_a_request_may_opt_out(engine, budget):
 
 
 @on_llama
+def test_prompts_that_are_too_long_run_at_full_depth(engine, monkeypatch):
+    """By POP_LONGEST, which the input processor reads when it is made."""
+    plan = PrunePlan((2, 3, 4, 5), full_depth_last=3)
+    engine.use(plan)
+    monkeypatch.setattr(engine.llm.llm_engine.input_processor, "pop_longest", 97)
+    prompts = prompts_of(LENGTHS)  # 3, 97, 40 and 130 tokens
+    outputs = engine.generate(prompts)
+    engine.assert_equal(outputs[:3], prompts[:3], plan)
+    engine.assert_equal(outputs[3:], prompts[3:], PrunePlan.none())
+    assert error(outputs[3], engine.expected(prompts[3], list(outputs[3].outputs[0].token_ids), plan)[0]) > 1e-3
+
+
+@on_llama
 def test_a_request_for_another_plan_is_refused(engine):
     """And the next request is answered."""
     plan = PrunePlan((3, 4, 5))

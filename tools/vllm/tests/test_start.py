@@ -148,6 +148,11 @@ def test_the_longest_prompt_fits_the_context(start):
     assert start("small").state() == ["my.plan", [1024, 2048]]
 
 
+def test_the_longest_prompt_is_one_that_is_pruned(start, monkeypatch):
+    monkeypatch.setenv("POP_LONGEST", "1500")
+    assert start("runs").state() == ["my.plan", [1024, 1500]]
+
+
 @pytest.mark.parametrize(
     ("way", "options", "says"),
     [
