@@ -75,6 +75,10 @@ def test_other_models_and_versions_are_refused(monkeypatch):
         monkeypatch.setenv("POP_PLAN", name)
         with pytest.raises(PlanError, match=name if name == "missing.plan" else "layer 11"):
             InputProcessor(config())
+    monkeypatch.setenv("POP_PLAN", "none")
+    monkeypatch.setenv("POP_LONGEST", "many")
+    with pytest.raises(PlanError, match="POP_LONGEST is 'many'"):
+        InputProcessor(config())
     monkeypatch.setattr(vllm, "__version__", "0.29.1")
     with pytest.raises(UnsupportedError, match="0.29.1"):
         checks.check_version()
