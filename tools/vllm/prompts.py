@@ -41,9 +41,9 @@ def as_text(request: dict) -> dict:
         if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
             message = message | {"content": "\n".join(str(part["text"]) for part in content)}
         messages.append(message)
-    template = request.get("chat_template_kwargs") or {}
-    thinks = {key: template[key] for key in ("enable_thinking",) if key in template}
-    return {"messages": messages, "tools": request.get("tools"), **thinks}
+    template = request.get("chat_template_kwargs")
+    thinks = template.get("enable_thinking", True) if isinstance(template, dict) else True
+    return {"messages": messages, "tools": request.get("tools"), "enable_thinking": thinks}
 
 
 def main(argv: list[str] | None = None) -> int:
