@@ -70,6 +70,8 @@ class Model(Runner):
         text += f", at most {plan.speedup(self, tokens):.2f}x as fast at {tokens:,} tokens"
         if self.device.type == "cuda":
             text += " by arithmetic (launches bound short prompts)"
+        if plan.layers and plan.corrections is None:
+            text += ", without corrections, so it loses answers about the prompt"
         return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}{plan.judgement}>"
 
     @overload

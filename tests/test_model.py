@@ -60,13 +60,15 @@ def test_a_model_says_what_it_is(model, tmp_path, monkeypatch):
     limit = pop.cost.speedup_limit(model.config, 128, model.plan)
     size = sum(weight.numel() for weight in model.module.parameters()) / 1e6
     plan = f"prefill skips 3 of 5 layers, at most {limit:.2f}x as fast at 128 tokens"
+    plan += ", without corrections, so it loses answers about the prompt"
     assert repr(model) == f"<pop.Model: {size:.0f} M parameters, torch.float32 on cpu, {plan}>"
     loaded = pop.load(write_checkpoint(tmp_path / "tiny"), dtype=torch.bfloat16, prune=None)
     monkeypatch.setattr(pop.Model, "device", torch.device("cuda"))
-    assert "at 128 tokens by arithmetic (launches bound short prompts)>" in repr(model)
+    assert "at 128 tokens by arithmetic (launches bound short prompts), without corrections" in repr(model)
     monkeypatch.undo()
     assert repr(loaded).startswith("<tiny: ")
     assert "torch.bfloat16 on cpu, prefill skips 0 of 5 layers, at most 1.00x" in repr(loaded)
+    assert "without corrections" not in repr(loaded)
     loaded.plan = dataclasses.replace(model.plan, full_depth_below=90)
     assert "prefill of 90 tokens or more skips 3 of 5 layers, at most" in repr(loaded)
 

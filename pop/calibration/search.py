@@ -54,7 +54,7 @@ def check_speedup(model, speedup: float, rank: int) -> None:
     most = _with_full_depth(model, range(first, num_layers), torch.zeros(num_layers))
     limit = _limit(model, most, rank)
     if limit < speedup:
-        raise InputError(f"speedup is {speedup:g}, but this model allows at most {limit:.2f}; ask for less")
+        raise InputError(f"speedup is {speedup}, but this model allows at most {limit:.2f}; ask for less")
 
 
 def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int, step: Callable) -> PrunePlan:

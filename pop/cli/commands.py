@@ -151,7 +151,7 @@ def calibrate(args) -> None:
     files.check_writable(args.out, "the plan", InputError)
     resume = f"{args.out}.progress"
     kept = Path(os.path.expanduser(resume))
-    lengths = _lengths(check_count("--longest", args.longest, SHORT))
+    lengths = _lengths(args.longest, SHORT)
     if args.plan is not None and args.speedup is not None:
         raise InputError("--layers says what is pruned, so leave out --speedup")
     args.prune = "none"
@@ -178,7 +178,7 @@ def calibrate(args) -> None:
 def check(args) -> int:
     """Print the verdict on a plan. Return 0 if it holds, and 1 if not."""
     given = [read_text(path) for path in args.files]
-    lengths = _lengths(args.longest)
+    lengths = _lengths(args.longest, SHORTEST)
     questions = check_count("--questions", args.questions)
     model = _load(args)
     texts = [model.encode(one, "text") for text in given for one in encoded(model, text)]
@@ -194,9 +194,9 @@ def check(args) -> int:
     return int(not verdict.holds)
 
 
-def _lengths(longest: int) -> list[int]:
-    """The prompt lengths of a verdict, up to the longest."""
-    check_count("--longest", longest, SHORTEST)
+def _lengths(longest: int, least: int) -> list[int]:
+    """The prompt lengths of a verdict, up to the longest, which must be at least `least`."""
+    check_count("--longest", longest, least)
     return [*(length for length in LENGTHS if length < longest), longest]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from itertools import chain
 from typing import Any
 
 from typing_extensions import Unpack
@@ -42,8 +41,13 @@ class Prefix:
             one, media = self._chat("A", images, videos)  # raises if they are wrong
             # Copies, since the caller may change messages and tools, or remove files, before the next question.
             self._in_chat, self.messages = copy.deepcopy((in_chat, self.messages))
-            contents = [message["content"] for message in self.messages if isinstance(message.get("content"), list)]
-            shown = [part for part in chain.from_iterable(contents) if part["type"] != "text"]
+            shown = [
+                part
+                for message in self.messages
+                if isinstance(message.get("content"), list)
+                for part in message["content"]
+                if part["type"] != "text"
+            ]
             for part, seen in zip(shown, media, strict=True):
                 part.clear()
                 part.update({"type": seen.kind, seen.kind: seen})
@@ -60,10 +64,9 @@ class Prefix:
 
         ranges = model.vision.locate(self.tokens, media)  # where each image or video is in the tokens
         cut = max(0, len(self.tokens) - self.plan.full_depth_last)
-        if len(self.tokens) < self.plan.full_depth_below:
+        # A rest competes with earlier tokens only if some of these may be selected.
+        if (self.plan.selects and cut <= self.plan.full_depth_first) or len(self.tokens) < self.plan.full_depth_below:
             cut = 0
-        if self.plan.selects and cut <= self.plan.full_depth_first:
-            cut = 0  # a rest competes with earlier tokens only if some of these may be selected
         for tokens in ranges:
             if cut in tokens:
                 cut = tokens[0]
