@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("requests", help="a .jsonl file", metavar="FILE")
     parser.add_argument("--out", help="write the answers to this file, a line for each request", required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (%(default)s)")
-    parser.add_argument("--key", help="the server's API key")
+    parser.add_argument("--key", help="the server's API key (VLLM_API_KEY)", default=os.environ.get("VLLM_API_KEY"))
     parser.add_argument("--server", choices=PLAN, default="vllm", help="how it is asked for full depth (vllm)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (256)", metavar="N")
     args = parser.parse_args(argv)

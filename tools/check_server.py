@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import sys
 import urllib.error
 import urllib.parse
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model", help="a folder with the tokenizer, or a name that `pop models` lists")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (%(default)s)")
-    parser.add_argument("--key", help="the server's API key")
+    parser.add_argument("--key", help="the server's API key (VLLM_API_KEY)", default=os.environ.get("VLLM_API_KEY"))
     parser.add_argument("--server", choices=PLAN, default="vllm", help="how it is asked for full depth (vllm)")
     parser.add_argument(
         "--lengths", default="1024,4096", help="of the prompts, in tokens (%(default)s)", metavar="N,..."

@@ -25,8 +25,8 @@ class KVCache:
     """Keys and values of all layers, for `batch_size` rows of up to `max_seq_len` tokens each.
 
     keys, values: For each layer, [B, S + 1, K, E]. The token at position p of its row is in slot p % S. The spare slot
-        S takes tokens that are not kept, such as padding, and is never read. S is max_seq_len. A layer with a sliding
-        window needs at most S = window - 1 + chunk_size slots, used as a ring.
+        S takes tokens that are not kept, such as padding, and is never read. S is max_seq_len. In a layer with a
+        sliding window, it is at most window - 1 + chunk_size, and the slots are a ring.
     chunk_size: How many tokens of a row may be written at once.
     lengths: The number of tokens in each row, [B] int64 on the CPU.
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
