@@ -39,8 +39,7 @@ def questions_in(path: str) -> list[dict]:
         raise InputError(f"{path} must end in .jsonl, and hold a request in each line")
     requests = []
     for where, line in read_lines(path):
-        _, request = conversation(line, where)
-        messages = request["messages"]
+        messages = conversation(line, where)["messages"]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:

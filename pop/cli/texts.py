@@ -42,7 +42,7 @@ def read_text(path: str) -> Text:
     """The text of a file or, if its name ends in .jsonl, its conversations: a JSON object with "messages" a line."""
     if not path.endswith(".jsonl"):
         return read_file(path)
-    return [conversation(line, where) for where, line in read_lines(path)]
+    return [(where, conversation(line, where)) for where, line in read_lines(path)]
 
 
 def read_lines(path: str) -> list[tuple[str, str]]:
@@ -54,7 +54,7 @@ def read_lines(path: str) -> list[tuple[str, str]]:
     return found
 
 
-def conversation(line: str, where: str) -> tuple[str, dict]:
+def conversation(line: str, where: str) -> dict:
     """A conversation as ChatFormat.encode takes it. Other keys, such as those of a logged request, are left out."""
     try:
         read = json.loads(line)
@@ -63,7 +63,7 @@ def conversation(line: str, where: str) -> tuple[str, dict]:
         is_open = roles[-1] != "assistant"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise InputError(f"{where} is not a conversation on one line, such as {CONVERSATION}") from None
-    return where, {"messages": messages, "tools": read.get("tools"), "add_generation_prompt": is_open}
+    return {"messages": messages, "tools": read.get("tools"), "add_generation_prompt": is_open}
 
 
 def encoded(model, text: Text) -> list[str] | list[list[int]]:

@@ -64,9 +64,10 @@ class Prefix:
 
         ranges = model.vision.locate(self.tokens, media)  # where each image or video is in the tokens
         cut = max(0, len(self.tokens) - self.plan.full_depth_last)
-        # A rest competes with earlier tokens only if some of these may be selected.
-        if (self.plan.selects and cut <= self.plan.full_depth_first) or len(self.tokens) < self.plan.full_depth_below:
+        if len(self.tokens) < self.plan.full_depth_below:
             cut = 0
+        if self.plan.selects and cut <= self.plan.full_depth_first:
+            cut = 0  # a rest competes with earlier tokens only if some of these may be selected
         for tokens in ranges:
             if cut in tokens:
                 cut = tokens[0]

@@ -80,8 +80,8 @@ def test_short_prompts_and_unusable_lines_are_counted(tmp_path, capsys):
 def test_the_table_has_means_and_names_the_largest_losses():
     lost = (0.5, -0.2, 3.0, 1.25)
     rows = [answers.Change(-2.0, -0.01 * n, 0.1 * n, 0.3, 0.75, nats) for n, nats in enumerate(lost)]
-    assert answers.report({"line 1": rows[1]}).endswith("1 answers. Those that lose most: none loses anything")
-    told = answers.report({f"line {n}": row for n, row in enumerate(rows)})
+    assert answers.report({"line 1": rows[1]}, most=3).endswith("1 answers. Those that lose most: none loses anything")
+    told = answers.report({f"line {n}": row for n, row in enumerate(rows)}, most=3)
     figures = [re.split(r"  +", line.strip())[1] for line in told.splitlines()[1:6]]
     assert figures == ["-2.000", "-0.0150", "0.1500", "0.3000", "75.0%"]
     assert told.endswith("4 answers. Those that lose most: line 2 (3.0 nats); line 3 (1.2 nats); line 0 (0.5 nats)")

@@ -108,7 +108,7 @@ def _log_probs(model, answer: Answer, plan: pop.PrunePlan) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def report(changes: dict[str, Change], most: int = 3) -> str:
+def report(changes: dict[str, Change], most: int) -> str:
     """The table of a run, and the `most` answers that lose most. The keys say where an answer is."""
     values = np.array([*changes.values()])
     columns = Change(*values.T)
