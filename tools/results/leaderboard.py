@@ -225,7 +225,7 @@ def page(rows: list[dict]) -> str:
 def _without_empty(lines: list[Sequence[str]]) -> list[list[str]]:
     """The lines of a table without columns that say nothing about any plan."""
     plans = [cells for cells in lines[2:] if cells[0] != FULL] or lines[2:]
-    shown = [any(cells[column] != "-" for cells in plans) for column in range(len(HEADS))]
+    shown = [any(cell != "-" for cell in column) for column in zip(*plans, strict=True)]
     return [[*compress(cells, shown)] for cells in lines]
 
 
