@@ -134,6 +134,11 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
         assert compare.main([str(path), "a", "b", "--other", str(other)]) == (2 if own else 0)
         assert ("the full models of the two runs differ" in capsys.readouterr().err) == bool(own)
     capsys.readouterr()
+    again = tmp_path / "again.json"  # the first method, changed
+    again.write_text(path.read_text().replace("[1, 0, 1, 1, 0, 1]", "[1, 1, 1, 1, 0, 1]"))
+    assert compare.main([str(path), "a", "a", "--other", str(again)]) == 0
+    assert f"exact answers, share: -0.1667 [{low:+.4f}, {high:+.4f}]" in capsys.readouterr().out
+    capsys.readouterr()
     other.write_text(json.dumps(json.loads(other.read_text()) | {"text": {"mine": {}}}))
     assert compare.main([str(path), "a", "b", "--other", str(other)]) == 2
     assert "and the other one mine" in capsys.readouterr().err

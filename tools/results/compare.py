@@ -35,11 +35,11 @@ def differences(path: str, first: str, second: str, other: str | None = None) ->
     """
     result = read_result(path)
     seed = result.get("seed", 0)
-    methods = first, second
     found = {}
     try:
         if other is not None:
-            _add_rows(result, read_result(other), second)
+            second = _add_rows(result, read_result(other), second)
+        methods = first, second
         for domain, text in result.get("text", {}).items():
             found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", methods, seed)
         answers = result["retrieval"]["rows"]
@@ -67,8 +67,12 @@ def _groups(kinds: list[str]) -> dict[str, np.ndarray | slice]:
     return groups
 
 
-def _add_rows(result: dict, other: dict, method: str) -> None:
-    """Add a method of another run to a result. Raises InputError if the runs differ in what the full model does."""
+def _add_rows(result: dict, other: dict, method: str) -> str:
+    """Add a method of another run to a result, and return the name that it has there.
+
+    Raises InputError if the runs differ in what the full model does.
+    """
+    name_here = f"{method} of the other run"  # the result may have a method of this name
     texts = [", ".join(sorted(run.get("text", {}))) or "none" for run in (result, other)]
     if texts[0] != texts[1]:
         raise InputError(f"one run has the texts {texts[0]}, and the other one {texts[1]}; give runs of equal texts")
@@ -83,7 +87,8 @@ def _add_rows(result: dict, other: dict, method: str) -> None:
                 "the full models of the two runs differ, so they had other windows, questions or weights; another "
                 "version of Python also gives other ones"
             )
-        mine[method] = theirs[method]
+        mine[name_here] = theirs[method]
+    return name_here
 
 
 def _paired(
