@@ -62,6 +62,14 @@ def test_two_plans_are_measured_beside_full_depth(run, tmp_path):
     assert [row[3] for row in rows[1:]] == [f"{plan.speedup(model, 300):.2f}x" for plan in plans]
 
 
+def test_quantised_weights_have_the_limits_of_the_original_ones(run, tmp_path):
+    (out, _), _ = run("--input-len", "300")
+    path = tmp_path / "tiny" / "config.json"
+    fields = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    path.write_text(json.dumps(fields))
+    assert run("--input-len", "300")[0].out == out
+
+
 def test_a_saved_plan_is_measured_in_their_place(run, tmp_path):
     pop.PrunePlan((3, 5)).save(tmp_path / "my.plan")
     (out, _), asked = run("--plan", "my.plan")

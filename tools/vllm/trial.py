@@ -22,6 +22,7 @@ from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import find_folder
 from pop.errors import InputError, PopError, check_count
 from pop.pruning.cost import speedup_limit
+from pop.system.files import read_json
 
 # `vllm bench latency`, which vLLM's CPU build does not install
 PROGRAM = """
@@ -34,6 +35,16 @@ latency.main(parser.parse_args())
 LAST = 96  # tokens at full depth at a prompt's end, as pop.calibrate decides
 SELECTED = 0.056  # of the others
 LINES = 15  # of a log that shows why vLLM has failed
+
+
+def shape_of(folder: Path):
+    """The config of a checkpoint. If its weights are quantised, it is that of the original ones."""
+    fields = read_json(folder / "config.json")
+    fields.pop("quantization_config", None)
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        (copy / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        return read_config(copy)
 
 
 def plans_of(config, given: list[str], length: int) -> dict[str, pop.PrunePlan]:
@@ -97,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     words = ["--model", args.model, "--input-len", str(args.input_len), "--batch-size", "1", "--output-len", "1"]
     try:
         check_count("--input-len", args.input_len)
-        config = read_config(find_folder(args.model))
+        config = shape_of(find_folder(args.model))
         plans = {"none": pop.PrunePlan.none(), **plans_of(config, args.plan, args.input_len)}
         print(f"{'plan':30} {'first token, ms':>16} {'gain':>7} {'limit':>7}", flush=True)
         full = None
