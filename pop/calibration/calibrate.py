@@ -40,7 +40,6 @@ from pop.calibration.texts import (
 )
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
-from pop.generation.sampling import check_finite
 from pop.model import check_model
 from pop.pruning.plan import PrunePlan
 from pop.system import __version__, files
@@ -245,16 +244,14 @@ def check_memory(device: torch.device, needed: int) -> None:
 
 
 def _announce(model, windows: list[Window], judged: list[Window], steps: int, needed: int, size: int) -> None:
-    """Say on stderr what the work will take, from the time of the fastest of two passes.
+    """Say on stderr what the work will take, from the time of the fastest of three passes, since the first warms up.
 
     needed, size: Bytes of memory, and of the plan.
-    A first pass warms up, and shows that the model's numbers are finite.
     """
     tokens, _ = max(windows, key=size_of)
     timed = tokens[:1024]
     run = Pass(model.module, torch.tensor([timed], device=model.device))
-    check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
-    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=2)) / len(timed)
+    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=3)) / len(timed)
     num_tokens = total_size(windows)
     useful = tokens_needed(model)
     if num_tokens < useful:

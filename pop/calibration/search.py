@@ -74,11 +74,9 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     few = enough([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
 
     def candidates() -> Iterator[PrunePlan]:
-        tried = set()
         for share in TAILS:
             plan = _smallest(model, share, needed, lookups, speedup, rank)
-            if plan is not None and plan not in tried:
-                tried.add(plan)
+            if plan is not None:
                 yield from fitted(model, few, plan, rank)
             step(1)
 
