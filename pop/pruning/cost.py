@@ -31,51 +31,35 @@ tokens. To select them, the last Q tokens attend to all tokens at that layer onc
                   + selection               (Q·D·H·E + Q·N·H·E)
                   + D·V ]
 
-Images come first, and no plan makes them cheaper. A vision tower of width C with L' layers turns the P patches of each
-image, or of each frame pair of a video, into M tokens. All patches attend to all patches:
-
-    blocks                                  L' · (P · (4·C² + 2·C·I') + 2 · P²·C)
-    patches to vectors                      P · C · values of a patch
-    vectors to tokens                       M tokens through a matrix or a small network
-
-F(none) / F(plan) is the speedup of a prefill whose time is all arithmetic, at one rate. tools/bench/roofline.py also
-counts the memory reads that bound short prompts on a GPU.
+F(none) / F(plan) is the speedup of a prefill of text whose time is all arithmetic, at one rate. tools/bench/roofline.py
+also counts the memory reads that bound short prompts on a GPU, and tools/bench/tower.py the vision tower, which no plan
+makes cheaper.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pop.models.config import Qwen3VisionConfig
 from pop.pruning.plan import SELECTING, Group, PrunePlan
 
 
-def speedup_limit(
-    config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = (), rank: int | None = None
-) -> float:
+def speedup_limit(config, num_tokens: int, plan: PrunePlan, rank: int | None = None) -> float:
     """The speedup over a full prefill that the FLOPs allow: F(none) / F(plan). Arguments as in `prefill_flops`."""
-    full = prefill_flops(config, num_tokens, PrunePlan.none(), patches)
-    return full / prefill_flops(config, num_tokens, plan, patches, rank)
+    full = prefill_flops(config, num_tokens, PrunePlan.none())
+    return full / prefill_flops(config, num_tokens, plan, rank)
 
 
-def prefill_flops(
-    config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = (), rank: int | None = None
-) -> int:
+def prefill_flops(config, num_tokens: int, plan: PrunePlan, rank: int | None = None) -> int:
     """FLOPs of the prefill of one prompt, up to its boundary token's logits.
 
     Args:
         config: The model's.
         num_tokens: N, the length of the prompt.
         plan: Which layers and tokens are pruned.
-        patches: The number of patches of each image, or frame pair of a video, in the prompt.
         rank: R, of corrections that the plan is to get. None: count the plan's own, if it has any.
     """
     if rank is None:
         rank = rank_of(plan)
     total = 2 * config.hidden_size * config.vocab_size + selection_flops(config, num_tokens, plan)
-    if patches:
-        total += vision_flops(config, patches)
     for group in plan.groups(config.num_layers):
         full_depth = full_depth_tokens(plan, num_tokens, group)
         projected = 2 * int((~full_depth).sum()) * projected_weights(config, rank)
@@ -148,22 +132,3 @@ def selection_flops(config, num_tokens: int, plan: PrunePlan) -> int:
     """FLOPs of the attention by which the last tokens select others. 0 if the plan selects none."""
     queries = min(SELECTING, num_tokens) if len(selected_tokens(plan, num_tokens)) else 0
     return 2 * queries * config.num_heads * config.head_dim * (config.hidden_size + num_tokens)
-
-
-def vision_flops(config, patches: Sequence[int]) -> int:
-    """FLOPs of the vision tower and the projector after it, for images of `patches` patches each."""
-    vision = config.vision
-    C = vision.hidden_size
-    P = sum(patches)
-    blocks = P * (4 * C**2 + 2 * C * vision.intermediate_size) + sum(2 * C * count**2 for count in patches)
-    if isinstance(vision, Qwen3VisionConfig):
-        values = vision.patch_values
-        square = vision.merge_size**2  # patches of a token
-        num_tokens = P // square
-        # Two matrices turn a square of patches into a token, and two more for each DeepStack layer.
-        merging = (1 + len(vision.deepstack)) * square * C * (square * C + vision.out_size)
-    else:
-        values = 3 * vision.patch_size**2
-        num_tokens = len(patches) * vision.tokens_per_image
-        merging = C * config.hidden_size
-    return 2 * (vision.num_layers * blocks + P * C * values + num_tokens * merging)

@@ -19,6 +19,7 @@ from pop.checkpoints.config_json import read_config
 from pop.pruning import cost
 from tools.bench import __main__ as bench
 from tools.bench import measure, processes, shapes
+from tools.bench.tower import vision_flops
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +59,8 @@ def test_prompts_may_begin_with_an_image(seeing, capsys):
     assert "vision tower, an image of 256 x 256 pixels" in printed
     figures = json.loads(printed.splitlines()[-1])["prefill"]["80"]
     config, none = read_config(Path(seeing)), pop.PrunePlan.none()
-    full = cost.prefill_flops(config, 80, none, [256])
-    flops = full - cost.prefill_flops(config, 80, none)
+    flops = vision_flops(config, [256])
+    full = cost.prefill_flops(config, 80, none) + flops
     tower = figures["tower"]
     assert tower["flops_share"] == flops / full
     limit = full / (cost.prefill_flops(config, 80, pop.PrunePlan((2, 3))) + flops)

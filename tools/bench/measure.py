@@ -17,6 +17,7 @@ from tools.bench import roofline
 from tools.bench.rounds import Turn, ratio, run_rounds, seconds, spread
 from tools.bench.shapes import decode_bytes
 from tools.bench.subject import random_image, random_prompt
+from tools.bench.tower import speedup_limit, vision_flops
 from tools.bench.turns import attention_turn, bandwidth_turn, peak_turn, pop_turn, tower_turn
 
 SLOTS = (2048, 32768)  # sizes of the two caches that `measure_slots` compares
@@ -82,7 +83,7 @@ def _full_figures(model: pop.Model, record: Record, N: int, shortest: int, steps
     step = record[N, "full", "step_s"]
     peak = record[N, "peak", "flops_per_s"]
     bandwidth = record[N, "bandwidth", "bytes_per_s"]
-    work = cost.prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
+    work = cost.prefill_flops(model.config, N, pop.PrunePlan.none()) + vision_flops(model.config, patches)
     filled = N + (steps + 1) / 2  # slots that a step reads, on average
     read = decode_bytes(model.config, round(filled), model.dtype)
     return {
@@ -107,9 +108,8 @@ def _rest_per_token(record: Record, N: int) -> list[float]:
 
 def _tower_figures(model: pop.Model, record: Record, N: int, patches: list[int]) -> dict:
     """The vision tower's share of TTFT, and the ratio of that share to its share of the FLOPs."""
-    share = cost.vision_flops(model.config, patches) / cost.prefill_flops(
-        model.config, N, pop.PrunePlan.none(), patches
-    )
+    work = vision_flops(model.config, patches)
+    share = work / (work + cost.prefill_flops(model.config, N, pop.PrunePlan.none()))
     tower = record[N, "tower", "tower_s"]
     ttft = record[N, "full", "ttft_s"]
     return {
@@ -141,7 +141,7 @@ def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop
 def _limit(model: pop.Model, record: Record, N: int, plan: pop.PrunePlan, patches: list[int]) -> float:
     """The limit of the speedup: by FLOPs on CPUs, where nearly all of the time is arithmetic; by reads too on GPUs."""
     if model.device.type != "cuda":
-        return cost.speedup_limit(model.config, N, plan, patches)
+        return speedup_limit(model.config, N, plan, patches)
     machine = roofline.Machine(
         flops_per_s=median(record[N, "peak", "flops_per_s"]),
         bytes_per_s=median(record[N, "bandwidth", "bytes_per_s"]),

@@ -23,6 +23,7 @@ import torch
 
 from pop.pruning import cost
 from pop.pruning.plan import Group, PrunePlan
+from tools.bench.tower import vision_flops
 
 
 class Machine(NamedTuple):
@@ -42,7 +43,7 @@ class Part(NamedTuple):
 
 
 def prefill_seconds(config, num_tokens: int, plan: PrunePlan, machine: Machine, patches: Sequence[int] = ()) -> float:
-    """The least seconds of a prefill on a machine. Other arguments as in `pop.cost.prefill_flops`."""
+    """The least seconds of a prefill on a machine, with images of `patches` patches each."""
     total = 0.0
     for part in _parts(config, num_tokens, plan, patches, machine.chunk_size or num_tokens):
         arithmetic = part.flops / machine.flops_per_s
@@ -69,7 +70,7 @@ def _parts(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int], chu
     head = config.hidden_size * config.vocab_size
     yield Part(2 * head, head)
     if patches:
-        yield Part(cost.vision_flops(config, patches), 0)
+        yield Part(vision_flops(config, patches), 0)
 
 
 def _group_parts(config, plan: PrunePlan, group: Group, chunk: torch.Tensor) -> Iterator[Part]:
