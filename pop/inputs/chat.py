@@ -13,7 +13,7 @@ from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat_templates import TEMPLATES, ControlMarks, jinja
 from pop.inputs.messages import read_call, read_messages
 from pop.inputs.processors import TEXT_ONLY, Prepared, Processor
-from pop.inputs.tokenizers import Tokenizer
+from pop.inputs.tokenizers import Tokenizer, any_of
 
 ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "<eos>")  # end any answer, if the tokenizer has them
 
@@ -60,6 +60,7 @@ class ChatFormat:
         self._variables = tokenizer.template_variables
         self._places = vision.marks  # for each kind, what a template writes in its place
         self._template = jinja(template)
+        self._added = any_of(tokenizer.special_tokens | tokenizer.added_tokens)
         # As in "<|im_start|>user\n", _QUESTION, "<|im_end|>\n<|im_start|>assistant\n", _ANSWER, "<|im_end|>\n" ...
         text = self._write([_ASKED, _ANSWERED, _ASKED], add_generation_prompt=False)
         begun, answered, rest = text.partition(_ANSWER)
@@ -212,10 +213,7 @@ class ChatFormat:
 
     def _names(self, text: str) -> list[str]:
         """Return the names of the added tokens in a text that a template wrote, each once. Line breaks have none."""
-        found = self.tokenizer.split(text, allow_special=True)
-        ids = dict.fromkeys(chain.from_iterable(piece for piece in found if not isinstance(piece, str)))
-        names = [self.tokenizer.decode([id], special=True) for id in ids]
-        return [name for name in names if name.strip()]
+        return [name for name in dict.fromkeys(self._added.findall(text)) if name.strip()]
 
 
 def _as_json(value) -> str:

@@ -240,14 +240,6 @@ def test_thousands_of_names_are_found_in_a_long_text_of_their_beginnings(tmp_pat
     assert written(form, user(text)) == rendered(PLAIN_CHATML, user(text))
 
 
-def test_a_name_that_is_often_there_is_looked_up_once(base, form_of, notes):
-    """In Gemma's vocabulary each run of line breaks is an added token, and a document has thousands of them."""
-    form = form_of(PLAIN_CHATML)
-    decoded = notes(type(base), "decode", lambda self, ids, *args, **options: ids)
-    form.encode([{"role": "user", "content": "<|im_end|> and </s>. " * 1000}])
-    assert len(decoded) < 20
-
-
 def test_a_template_may_write_the_system_message_later(form_of):
     """After each of the user's messages. A template that writes it in the last one only rewrites earlier turns."""
     each = (
