@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band
 from pop.engine.cache import KVCache
 from pop.models.images import Images
+from pop.models.layers import Rope, Ropes
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import stepped, to_device
 
@@ -52,14 +53,12 @@ class Tokens(NamedTuple):
     in_prompt: Tensor | None
     positions: Tensor  # [B, C] int64, in the sequence
     valid: Tensor  # [B, C] bool, false for padding
-    rotary: Tensor  # rotary positions, [B, C] int64, or [3, B, C] by axis
     last_attended: Tensor | None  # [B, C] int64, the last position that each attends to; None: its own
 
 
 class Chunk(NamedTuple):
     """Consecutive tokens of each batch row, which go through the model together. Unless stated, on the device."""
 
-    bounds: Bounds  # on the CPU
     tokens: Tokens  # on the CPU
     images: Images  # what images bring to these tokens; all but their features is on the CPU
     attention: dict[int | None, AttentionMetadata]  # how the tokens attend, by the layers' window
@@ -79,13 +78,13 @@ class Chunk(NamedTuple):
         tokens = _tokens(cache, prompts, index, index < end)
         last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
         target = index.where(tokens.valid, prompts.full_depth.shape[1])
-        small = [tokens.in_prompt, target, last.clamp(min=0), last >= 0]
-        ids, in_prompt, target, last, has_tokens = to_device([prompts.tokens, *small], cache.device)
+        rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
+        small = [tokens.in_prompt, target, last.clamp(min=0), last >= 0, rotary]
+        ids, in_prompt, target, last, has_tokens, rotary = to_device([prompts.tokens, *small], cache.device)
         return cls(
-            bounds=bounds,
             tokens=tokens,
             images=prompts.images.at(index, tokens.valid),
-            attention=attention_metadata(module, cache, tokens, cache.lengths + bounds[1]),
+            attention=attention_metadata(module.rope(rotary), cache, tokens, cache.lengths + bounds[1]),
             ids=ids.gather(1, in_prompt),
             target=target,
             last=last,
@@ -135,59 +134,46 @@ class FullDepth(NamedTuple):
             no_columns = valid.long()  # [B, 0]
             return cls(plan, {}, no_columns, valid, last_is_full)
 
-        # These tokens are not consecutive. So they attend to all slots, in the slots' order, and spans mask the others.
-        windows = list(chunk.attention) if W > 1 else []  # one token a row needs only spans, as in decode
-        ends = cache.lengths + chunk.bounds[1]
-        held = [_held_by_slot(ends, C, cache.slots(window)).to(torch.int32) for window in windows]
-        is_full, valid, last_is_full, *held = to_device([is_full, valid, last_is_full, *held], cache.device)
-        held_by_window = dict(zip(windows, held, strict=True))
+        is_full, valid, last_is_full = to_device([is_full, valid, last_is_full], cache.device)
         if selection is not None:
             is_full[:, : selection.tokens.shape[1]] |= selection.tokens  # the columns after these are padding
         # False comes before true, so the last W are the full-depth tokens, in order.
         columns = is_full.to(torch.uint8).argsort(dim=1, stable=True)[:, -W:]
         batch_rows = torch.arange(len(columns), device=cache.device)[:, None]
         attention = {}
-        for window, (rope, slots, spans, *_) in chunk.attention.items():
-            rope, slots, spans = tree_map(lambda table: table[batch_rows, columns], (rope, slots, spans))
+        for window, of_all in chunk.attention.items():
+            rope, slots, spans = tree_map(lambda table: table[batch_rows, columns], of_all[:3])
             slots = slots.where(valid, cache.slots(window))
-            keys = {"held": held_by_window[window], "band": torch.tensor(ALL_KEYS)} if W > 1 else {}
-            attention[window] = AttentionMetadata(rope, slots, spans, **keys)
+            attention[window] = AttentionMetadata(rope, slots, spans)
+            if W > 1:  # one token a row needs only spans, as in decode
+                # These tokens are not consecutive. So they attend to all keys of the chunk, and spans mask the others.
+                attention[window] = of_all._replace(rope=rope, slots=slots, spans=spans, band=torch.tensor(ALL_KEYS))
         return cls(plan, attention, columns, valid, last_is_full)
 
 
 def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> Tokens:
     """The prompts' tokens at index [B, C], of which some are valid [B, C]."""
-    start = cache.lengths[:, None]  # [B, 1]
-    positions = start + index
-    rotary = start + cache.rope_offsets[:, None] + prompts.images.rotary(index)
+    positions = cache.lengths[:, None] + index
     in_prompt = index.minimum(prompts.lengths[:, None] - 1)
-    return Tokens(in_prompt, positions, valid, rotary, prompts.images.at(index, valid).last_attended(positions))
+    return Tokens(in_prompt, positions, valid, prompts.images.at(index, valid).last_attended(positions))
 
 
-def attention_metadata(module, cache: KVCache, tokens: Tokens, ends: Tensor) -> dict[int | None, AttentionMetadata]:
+def attention_metadata(
+    ropes: Ropes, cache: KVCache, tokens: Tokens, ends: Tensor
+) -> dict[int | None, AttentionMetadata]:
     """How the tokens [B, C] of a chunk attend to the cache, for each window that the layers have.
 
     Args:
-        module: A PrunableModel.
+        ropes: The tokens' rotary tables.
         cache: It has room for the tokens.
         tokens: The chunk's.
         ends: The rows' lengths [B] once the tokens are in the cache, on the CPU.
     """
-    windows = dict.fromkeys(module.config.windows)
-    tables = {window: _tables(cache, tokens, ends, window) for window in windows}
-    bands = {window: table.pop("band", None) for window, table in tables.items()}  # they stay on the CPU
-    # One transfer for all others.
-    tensors, form = tree_flatten((tokens.rotary, tables))
-    rotary, tables = tree_unflatten(to_device(tensors, cache.device), form)
-    ropes = module.rope(rotary)
-    return {window: AttentionMetadata(rope, **tables[window], band=bands[window]) for window, rope in ropes.items()}
+    return {window: _of_window(rope, cache, tokens, ends, window) for window, rope in ropes.items()}
 
 
-def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) -> dict[str, Tensor]:
-    """The fields of AttentionMetadata for one window, except `rope`, not yet on the device.
-
-    The tokens are consecutive, so only a band of keys is read.
-    """
+def _of_window(rope: Rope, cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) -> AttentionMetadata:
+    """How the tokens attend in the layers with one window. They are consecutive, so only a band of keys is read."""
     C = tokens.positions.shape[1]
     ring = cache.slots(window)
     before = UNBOUNDED if window is None else window - 1
@@ -196,12 +182,10 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
     own = torch.minimum(tokens.positions, final)
     last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, final)
     first = (own - before).clamp(min=0)
-    tables = {
-        "slots": torch.where(tokens.valid, tokens.positions % ring, ring),  # padding goes to the spare slot
-        "spans": torch.stack((first, last), dim=-1).to(torch.int32),
-    }
+    slots = torch.where(tokens.valid, tokens.positions % ring, ring)  # padding goes to the spare slot
+    spans = torch.stack((first, last), dim=-1).to(torch.int32)
     if C == 1:
-        return tables
+        return AttentionMetadata(rope, *to_device([slots, spans], cache.device))
     starts = tokens.positions[tokens.valid[:, 0], 0]  # of the rows with tokens
     start = int(starts.max())
     is_exact = bool((starts == start).all())
@@ -213,26 +197,18 @@ def _tables(cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) ->
         # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the
         # rest.
         own_key = start
-        held = _held_by_slot(ends, C, ring)
+        # At least as many keys as columns, so that replayed passes have few sizes.
+        held = torch.arange(min(max(int(ends.max()), C), ring)).expand(len(ends), -1)
+        keys = [held.to(torch.int32)]
     else:
         # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
         # start. All rows have as many keys before it, those of the row that begins last. Negative positions hold no
         # key, and spans mask them.
         own_key = min(start, before)
         held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
-        tables["key_slots"] = held % ring
-    band = Band(own_key, before, look_ahead, is_exact)
-    return tables | {"held": held.to(torch.int32), "band": torch.tensor(band)}
-
-
-def _held_by_slot(ends: Tensor, columns: int, ring: int) -> Tensor:
-    """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none.
-
-    There are at least as many slots as columns, if the ring has them, so that replayed passes have few sizes.
-    """
-    latest = ends[:, None] - 1
-    slot = torch.arange(min(max(int(ends.max()), columns), ring))
-    return latest - (latest - slot) % ring
+        keys = [held.to(torch.int32), held % ring]
+    band = torch.tensor(Band(own_key, before, look_ahead, is_exact))
+    return AttentionMetadata(rope, *to_device([slots, spans, *keys], cache.device), band=band)
 
 
 def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary: bool) -> Tensor:

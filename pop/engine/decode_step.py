@@ -62,8 +62,8 @@ class DecodeStep(LayerPass):
         module = self.module
         positions = self.positions[:, None]  # [B, 1]
         valid = positions < cache.max_seq_len  # the token of a full row goes to the spare slot
-        tokens = Tokens(None, positions, valid, rotary=positions + self.offsets[:, None], last_attended=None)
-        attention = attention_metadata(module, cache, tokens, self.ends)
+        ropes = module.rope(positions + self.offsets[:, None])
+        attention = attention_metadata(ropes, cache, Tokens(None, positions, valid, last_attended=None), self.ends)
         h = module.embed(self.tokens[:, None])  # [B, 1, D]
         hidden = []
         for index in range(len(module.layers)):

@@ -59,8 +59,9 @@ class Earlier(NamedTuple):
 
 def attention_of(module, cache: KVCache, positions: Tensor) -> dict[int | None, AttentionMetadata]:
     """How text tokens at positions [B, W] of a cache without windows attend to it. max_seq_len stands for padding."""
-    tokens = Tokens(None, positions, positions < cache.max_seq_len, rotary=positions, last_attended=None)
-    attention = attention_metadata(module, cache, tokens, cache.lengths)
+    tokens = Tokens(None, positions, positions < cache.max_seq_len, last_attended=None)
+    (rotary,) = to_device([positions], cache.device)
+    attention = attention_metadata(module.rope(rotary), cache, tokens, cache.lengths)
     if positions.shape[1] == 1:  # as in decode, without a band
         return attention
     # The tokens are not consecutive.
