@@ -46,20 +46,11 @@ class Selection(NamedTuple):
     counts: Tensor  # [B] on the CPU, how many they are
 
 
-class Tokens(NamedTuple):
-    """Tokens [B, C] of a chunk. All tensors are on the CPU, but those of a decode step are on the device."""
-
-    # [B, C] int64, the columns of the prompts [B, T], a row's last one in padding. None: not of a prompt.
-    in_prompt: Tensor | None
-    positions: Tensor  # [B, C] int64, in the sequence
-    valid: Tensor  # [B, C] bool, false for padding
-    last_attended: Tensor | None  # [B, C] int64, the last position that each attends to; None: its own
-
-
 class Chunk(NamedTuple):
     """Consecutive tokens of each batch row, which go through the model together. Unless stated, on the device."""
 
-    tokens: Tokens  # on the CPU
+    in_prompt: Tensor  # [B, C], the columns of the prompts [B, T], a row's last one in padding. On the CPU
+    valid: Tensor  # [B, C] bool, false for padding. On the CPU
     images: Images  # what images bring to these tokens; all but their features is on the CPU
     attention: dict[int | None, AttentionMetadata]  # how the tokens attend, by the layers' window
     ids: Tensor  # [B, C]
@@ -75,17 +66,22 @@ class Chunk(NamedTuple):
         if prompts.has_stepped_sizes:
             C = min(stepped(C), cache.chunk_size, cache.max_seq_len)
         index = begin + torch.arange(C)  # [B, C]
-        tokens = _tokens(cache, prompts, index, index < end)
+        in_prompt = index.minimum(prompts.lengths[:, None] - 1)
+        valid = index < end
+        target = index.where(valid, prompts.full_depth.shape[1])
         last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
-        target = index.where(tokens.valid, prompts.full_depth.shape[1])
         rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
-        small = [tokens.in_prompt, target, last.clamp(min=0), last >= 0, rotary]
-        ids, in_prompt, target, last, has_tokens, rotary = to_device([prompts.tokens, *small], cache.device)
+        on_cpu = [prompts.tokens, in_prompt, target, last.clamp(min=0), last >= 0, rotary]
+        tokens, columns, target, last, has_tokens, rotary = to_device(on_cpu, cache.device)
+        positions = cache.lengths[:, None] + index
+        ends = cache.lengths + bounds[1]
+        images = prompts.images.at(index, valid)
         return cls(
-            tokens=tokens,
-            images=prompts.images.at(index, tokens.valid),
-            attention=attention_metadata(module.rope(rotary), cache, tokens, cache.lengths + bounds[1]),
-            ids=ids.gather(1, in_prompt),
+            in_prompt=in_prompt,
+            valid=valid,
+            images=images,
+            attention=attention_metadata(module.rope(rotary), cache, positions, ends, images.last_attended(positions)),
+            ids=tokens.gather(1, columns),
             target=target,
             last=last,
             has_tokens=has_tokens,
@@ -116,9 +112,8 @@ class FullDepth(NamedTuple):
 
         With a selection, the chunk has to be all of the prompts.
         """
-        tokens = chunk.tokens
-        sizes = tokens.valid.sum(1)  # [B]
-        is_full = prompts.full_depth.gather(1, tokens.in_prompt) & tokens.valid  # [B, C]
+        sizes = chunk.valid.sum(1)  # [B]
+        is_full = prompts.full_depth.gather(1, chunk.in_prompt) & chunk.valid  # [B, C]
         last_is_full = is_full.gather(1, (sizes - 1).clamp(min=0)[:, None])  # [B, 1]
         counts = is_full.sum(1)  # [B]
         if selection is not None:
@@ -126,7 +121,7 @@ class FullDepth(NamedTuple):
         if (counts == sizes).all():
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
-        C = tokens.valid.shape[1]
+        C = chunk.valid.shape[1]
         if prompts.has_stepped_sizes:
             W = min(stepped(W), C)
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]; here padding comes first
@@ -151,47 +146,44 @@ class FullDepth(NamedTuple):
         return cls(plan, attention, columns, valid, last_is_full)
 
 
-def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> Tokens:
-    """The prompts' tokens at index [B, C], of which some are valid [B, C]."""
-    positions = cache.lengths[:, None] + index
-    in_prompt = index.minimum(prompts.lengths[:, None] - 1)
-    return Tokens(in_prompt, positions, valid, prompts.images.at(index, valid).last_attended(positions))
-
-
 def attention_metadata(
-    ropes: Ropes, cache: KVCache, tokens: Tokens, ends: Tensor
+    ropes: Ropes, cache: KVCache, positions: Tensor, ends: Tensor, last_attended: Tensor | None = None
 ) -> dict[int | None, AttentionMetadata]:
-    """How the tokens [B, C] of a chunk attend to the cache, for each window that the layers have.
+    """How consecutive tokens attend to the cache, for each window that the layers have.
 
     Args:
-        ropes: The tokens' rotary tables.
+        ropes: The tokens' rotary tables, on the device. The other tensors are on the CPU, or all on the device.
         cache: It has room for the tokens.
-        tokens: The chunk's.
-        ends: The rows' lengths [B] once the tokens are in the cache, on the CPU.
+        positions: [B, C] int64, in the sequence. Those from `ends` on are padding.
+        ends: The rows' lengths [B] once the tokens are in the cache.
+        last_attended: [B, C] int64, the last position that each attends to. None: its own.
     """
-    return {window: _of_window(rope, cache, tokens, ends, window) for window, rope in ropes.items()}
+    return {window: _of_window(rope, cache, positions, ends, last_attended, window) for window, rope in ropes.items()}
 
 
-def _of_window(rope: Rope, cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None) -> AttentionMetadata:
-    """How the tokens attend in the layers with one window. They are consecutive, so only a band of keys is read."""
-    C = tokens.positions.shape[1]
+def _of_window(
+    rope: Rope, cache: KVCache, positions: Tensor, ends: Tensor, last_attended: Tensor | None, window: int | None
+) -> AttentionMetadata:
+    """How the tokens attend in the layers with one window. Of the keys, only a band is read."""
+    C = positions.shape[1]
     ring = cache.slots(window)
     before = UNBOUNDED if window is None else window - 1
+    valid = positions < ends[:, None]  # [B, C]
     # Padding attends to what the row's last token attends to, so no softmax is empty.
     final = ends[:, None] - 1  # [B, 1]
-    own = torch.minimum(tokens.positions, final)
-    last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, final)
+    own = torch.minimum(positions, final)
+    last = own if last_attended is None else torch.minimum(last_attended, final)
     first = (own - before).clamp(min=0)
-    slots = torch.where(tokens.valid, tokens.positions % ring, ring)  # padding goes to the spare slot
+    slots = torch.where(valid, positions % ring, ring)  # padding goes to the spare slot
     spans = torch.stack((first, last), dim=-1).to(torch.int32)
     if C == 1:
         return AttentionMetadata(rope, *to_device([slots, spans], cache.device))
-    starts = tokens.positions[tokens.valid[:, 0], 0]  # of the rows with tokens
+    starts = positions[valid[:, 0], 0]  # of the rows with tokens
     start = int(starts.max())
     is_exact = bool((starts == start).all())
     look_ahead = 0
-    if tokens.last_attended is not None:
-        look_ahead = int((tokens.last_attended - tokens.positions).max())
+    if last_attended is not None:
+        look_ahead = int((last_attended - positions).max())
         is_exact = False
     if window is None:
         # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the
@@ -205,7 +197,7 @@ def _of_window(rope: Rope, cache: KVCache, tokens: Tokens, ends: Tensor, window:
         # start. All rows have as many keys before it, those of the row that begins last. Negative positions hold no
         # key, and spans mask them.
         own_key = min(start, before)
-        held = tokens.positions[:, :1] - own_key + torch.arange(own_key + C)
+        held = positions[:, :1] - own_key + torch.arange(own_key + C)
         keys = [held.to(torch.int32), held % ring]
     band = torch.tensor(Band(own_key, before, look_ahead, is_exact))
     return AttentionMetadata(rope, *to_device([slots, spans, *keys], cache.device), band=band)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pop.engine.cache import KVCache
-from pop.engine.chunks import Tokens, attention_metadata
+from pop.engine.chunks import attention_metadata
 from pop.engine.layer_pass import LayerPass
 from pop.engine.modes import engine_modes
 from pop.engine.stages import EAGER, Stages
@@ -36,7 +36,7 @@ class DecodeStep(LayerPass):
         super().__init__(module, cache, stages)
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
         self.tokens, self.positions, self.offsets = inputs.unbind()
-        self.ends = torch.full_like(self.positions, cache.max_seq_len)  # no row attends to later positions
+        self.ends = torch.full_like(self.positions, cache.max_seq_len)  # the token of a full row goes to the spare slot
         # The cache.lengths and rope_offsets that are on the device now. None: unknown.
         self.on_device: tuple[Tensor, Tensor] | None = None
         # It does not hold this object, which would be a cycle.
@@ -61,9 +61,8 @@ class DecodeStep(LayerPass):
         """Run one token a row: -> logits [B, V] and hidden states [L, B, D]."""
         module = self.module
         positions = self.positions[:, None]  # [B, 1]
-        valid = positions < cache.max_seq_len  # the token of a full row goes to the spare slot
         ropes = module.rope(positions + self.offsets[:, None])
-        attention = attention_metadata(ropes, cache, Tokens(None, positions, valid, last_attended=None), self.ends)
+        attention = attention_metadata(ropes, cache, positions, self.ends)
         h = module.embed(self.tokens[:, None])  # [B, 1, D]
         hidden = []
         for index in range(len(module.layers)):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
-from pop.engine.chunks import ALL_KEYS, Tokens, attention_metadata
+from pop.engine.chunks import ALL_KEYS, attention_metadata
 from pop.engine.selection import received
 from pop.system.memory import to_device
 
@@ -59,9 +59,8 @@ class Earlier(NamedTuple):
 
 def attention_of(module, cache: KVCache, positions: Tensor) -> dict[int | None, AttentionMetadata]:
     """How text tokens at positions [B, W] of a cache without windows attend to it. max_seq_len stands for padding."""
-    tokens = Tokens(None, positions, positions < cache.max_seq_len, last_attended=None)
     (rotary,) = to_device([positions], cache.device)
-    attention = attention_metadata(module.rope(rotary), cache, tokens, cache.lengths)
+    attention = attention_metadata(module.rope(rotary), cache, positions, cache.lengths)
     if positions.shape[1] == 1:  # as in decode, without a band
         return attention
     # The tokens are not consecutive.
