@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from pop.models.config import RopeConfig
 from pop.models.images import TEXT, Images
-from pop.models.layers import Embedding, RMSNorm, Rope, Ropes, causal_attention, rope_frequencies, rope_tables
+from pop.models.layers import (
+    Embedding,
+    RMSNorm,
+    Rope,
+    Ropes,
+    causal_attention,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+)
 
 # attend(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H * E]
 Attend = Callable[["PrunableLayer", Tensor, Tensor, Tensor], Tensor]
@@ -131,10 +140,11 @@ class DecoderLayer(PrunableLayer):
     """
 
     def queries_keys_values(self, h, rope):
+        attention = self.self_attn
         x = self.input_layernorm(h)
-        q = self.self_attn.queries(x, rope)
-        k, v = self.placed(*self.self_attn.projected(x), rope)
-        return q, k, v
+        q = attention.q_norm(attention.heads(attention.q_proj(x)))  # [B, T, H, E]
+        k, v = self.placed(attention.k_proj(x), attention.v_proj(x), rope)
+        return rotate(q, rope), k, v
 
     def keys_values(self, h, rope):
         return self.placed(*self.projected(h), rope)
@@ -151,11 +161,14 @@ class DecoderLayer(PrunableLayer):
 
     def projected(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [B, T, D], not normalised -> k and v [B, T, K * E] before k's norm and rotation. Plans correct these."""
-        return self.self_attn.projected(self.input_layernorm(h))
+        x = self.input_layernorm(h)
+        return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
 
     def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], as the cache holds them."""
-        return self.self_attn.placed(k, v, rope)
+        attention = self.self_attn
+        k = attention.k_norm(attention.heads(k))
+        return rotate(k, rope), attention.heads(v)
 
 
 class Decoder(nn.Module):

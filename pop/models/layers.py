@@ -118,20 +118,9 @@ class Attention(nn.Module):
         self.q_norm = norm(E, config.norm_eps)
         self.k_norm = norm(E, config.norm_eps)
 
-    def queries(self, x: Tensor, rope: Rope) -> Tensor:
-        """x [B, T, D] -> q [B, T, H, E], rotated."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H, E]
-        return rotate(self.q_norm(q), rope)
-
-    def projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, D] -> k and v [B, T, K * E], for `placed`."""
-        return self.k_proj(x), self.v_proj(x)
-
-    def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], with k normalised and rotated."""
-        k = k.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
-        v = v.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
-        return rotate(self.k_norm(k), rope), v
+    def heads(self, x: Tensor) -> Tensor:
+        """Projected x [B, T, heads * E] -> [B, T, heads, E]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
