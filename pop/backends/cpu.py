@@ -49,7 +49,6 @@ MOST_ROWS = 64  # the most rows of a product that kernels.cpp takes
 FEW_ROWS = 16  # the most rows of a product for which kernels.cpp is faster than torch's fast products
 
 STREAMS = 2  # blocks of a matrix that compiled code reads at once; one or four are up to a tenth slower
-LONGEST_SUM = 4096  # numbers that compiled code sums at once; a longer sum is a sum of up to 32 parts
 # Dtypes in which torch's x W' is faster than (W x')'
 ROWS_FIRST = {torch.float16, torch.bfloat16} if HAS_BF16 and not HAS_AMX else {torch.float16}
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
@@ -107,12 +106,7 @@ def _product_in_float32(x: Tensor, weight: Tensor) -> Tensor:
 
 def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
     """weight [out, in] times x [in] -> [out] float32, as a multiply-and-sum that the compiler fuses."""
-    products = weight * x
-    length = len(x)
-    parts = [n for n in range(1, 33) if length % n == 0 and length // n <= LONGEST_SUM]
-    if not parts or parts[0] == 1:  # a second sum, even of one number, would need a buffer
-        return products.sum(-1, dtype=torch.float32)
-    return products.unflatten(-1, (parts[0], -1)).sum(-1, dtype=torch.float32).sum(-1)
+    return (weight * x).sum(-1, dtype=torch.float32)
 
 
 # One operator for all sizes, so that compiled code is not specialised to some. `custom_op` would add 60 us to a call.

@@ -52,7 +52,7 @@ def test_every_product_is_the_same_product(monkeypatch, shape, dtype):
         assert ((out.double() - wanted).abs() < 1e-5 + rounding * rounded).all()
 
 
-# A row is summed at once, in five parts, and in none: 4099 is prime. Rows are read in four places, or in one.
+# Rows are read in two places of the matrix, also of an odd number of rows. Long sums are other code of the compiler.
 COMPILED = list(product([(8, 24), (7, 24), (8, 12_290), (8, 4099)], [torch.float32, torch.bfloat16]))
 
 
