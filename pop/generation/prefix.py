@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 from pop.errors import InputError
 from pop.generation.batch import Batch, Stream, as_prompts
 from pop.generation.sampling import Options, sampling_params
-from pop.generation.scoring import score
 from pop.inputs.processors import Prepared
 from pop.runner import padded
 
@@ -97,14 +96,6 @@ class Prefix:
     def stream(self, rest, *, images=None, videos=None, **options: Unpack[Options]) -> Stream:
         """Like `generate` for one rest, but yields the answer in pieces, as `Model.stream` does."""
         return self._batch(rest, images, videos, options, began=time.perf_counter()).stream()
-
-    def score(self, continuation) -> Any:
-        """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list. Not after messages."""
-        if self.messages is not None:
-            raise InputError("a prefix of messages ends where the user speaks, so it scores nothing; call model.score")
-        continuations, _, is_list = self.model.encode_batch(continuation, what="continuation", bos=False)
-        scores = score(self.model, [self._left_tokens], continuations, [self._left_media], self.plan, self._cache)
-        return scores if is_list else scores[0]
 
     def _batch(self, rest, images, videos, options: dict, *, began: float) -> Batch:
         params = sampling_params(options, self.model.sampling)

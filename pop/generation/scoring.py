@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from pop.engine.cache import KVCache
 from pop.generation.sampling import check_finite
 from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
@@ -20,7 +19,6 @@ def score(
     continuations: list[list[int]],
     media: list[list[Prepared]],
     plan: PrunePlan,
-    earlier: KVCache | None = None,
 ) -> list[float]:
     """Return log p(continuation | context) for each continuation. The rows of a batch run together.
 
@@ -30,25 +28,21 @@ def score(
         continuations: Token ids, none of them empty.
         media: The images and videos of each context.
         plan: The resolved plan of the contexts.
-        earlier: A cache of one row, which all contexts continue and none changes.
 
     Raises:
         ContextOverflow: A row is too long.
         InputError: The logits are not finite.
     """
     B = len(continuations)
-    held = 0 if earlier is None else int(earlier.lengths[0])
     rows = contexts if len(contexts) > 1 else contexts * B
     for context, continuation in zip(rows, continuations, strict=True):
-        runner.check_fits(held + len(context) + len(continuation) - 1, "context plus continuation")
+        runner.check_fits(len(context) + len(continuation) - 1, "context plus continuation")
     tokens, lengths = padded(contexts)
     targets, ends = padded(continuations)  # [B, T], [B]
     T = targets.shape[1]
-    room = held + tokens.shape[1] + T - 1  # the padding of the longest row may exceed the model's context
+    room = tokens.shape[1] + T - 1  # the padding of the longest row may exceed the model's context
 
     cache = runner.unlimited_cache(len(contexts), room)
-    if earlier is not None:
-        cache.copy_from(earlier)
     logits = runner.prefill_checked(tokens, cache, lengths, media, plan)  # [B, V] or [1, V]
     if len(contexts) < B and T > 1:  # for one token each, nothing is added to the cache
         single = cache

@@ -152,7 +152,6 @@ def test_what_a_prefix_of_messages_refuses():
             (partial(prefix.generate, rest), "the text of the user's next message")
             for rest in ([5, 6], [], [[{"type": "text", "text": "a"}]], ["a", 5])
         ),
-        (lambda: prefix.score("a"), "scores nothing"),
         (lambda: model.prefix("a", tools=[{"name": "weigh"}]), "a prefix of messages"),
         (lambda: model.prefix("a", enable_thinking=False), "a prefix of messages"),
         (lambda: model.prefix(DOCUMENT, enable_thinking="no"), "enable_thinking is 'no'"),

@@ -1,4 +1,4 @@
-"""`model.score` and `prefix.score` against the log-softmax of the naive reference."""
+"""`model.score` against the log-softmax of the naive reference."""
 
 import itertools
 
@@ -24,7 +24,7 @@ CONTINUATIONS = [[77, 3, 150, 9], [4], [(7 * n) % 250 for n in range(14)]]
 
 @pytest.mark.parametrize(("family", "plan"), PAIRS, ids=str)
 def test_scores_are_the_references(family, plan, monkeypatch):
-    """Of one pair, of lists, and after a prefix. A long continuation is scored in parts."""
+    """Of one pair, and of lists. A long continuation is scored in parts."""
     model = make(family, PLANS[plan])
     expected = torch.tensor([[naive(model, context, one) for one in CONTINUATIONS] for context in CONTEXTS])
     for at_once in (3, 256):
@@ -33,9 +33,6 @@ def test_scores_are_the_references(family, plan, monkeypatch):
     for context, scores in zip(CONTEXTS, expected.tolist(), strict=True):
         assert model.score(context, CONTINUATIONS) == pytest.approx(scores, abs=1e-3)
         assert model.score(context, CONTINUATIONS[0]) == pytest.approx(scores[0], abs=1e-4)
-        prefix = model.prefix(context)
-        assert prefix.score(CONTINUATIONS) == pytest.approx(scores, abs=1e-3)
-        assert prefix.score(CONTINUATIONS[0]) == pytest.approx(scores[0], abs=1e-3)
 
 
 @pytest.fixture(scope="module")
