@@ -47,7 +47,7 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
     get a group: NCCL's on GPUs, gloo's on CPUs. With several GPUs, a process takes the one with its local rank.
 
     Raises:
-        InputError: There are too few GPUs, the group does not serve the device, or the ranks cannot reach each other.
+        InputError: There are too few GPUs, or the ranks cannot reach each other.
     """
     if not (dist.is_available() and (dist.is_initialized() or launched()[1] > 1)):
         return 0, 1, device
@@ -59,12 +59,6 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _form_group(device if on_gpu else None)
-    config = dist.get_backend_config()  # such as "cpu:gloo,cuda:nccl"
-    backends = dict(pair.split(":") for pair in config.split(","))
-    found = backends.get("cuda" if on_gpu else "cpu")
-    if found is None or (on_gpu and found == "gloo"):
-        advice = f"make it with torch.distributed.init_process_group('{'nccl' if on_gpu else 'gloo'}')"
-        raise InputError(f"the process group has backends {config}, none of which serves {device or 'cpu'}; {advice}")
     return dist.get_rank(), dist.get_world_size(), device
 
 
