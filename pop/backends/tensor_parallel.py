@@ -190,20 +190,18 @@ class Part:
                 module.weight = nn.Parameter(module.weight[tokens.start : tokens.stop])
         for (name, parameter), of_whole in zip(model.named_parameters(), whole.parameters(), strict=True):
             self.num_parameters += of_whole.numel()
-            for axis, count in enumerate(of_whole.shape):
+            for axis in range(-of_whole.dim(), 0):
+                count = of_whole.shape[axis]
                 if parameter.shape[axis] != count:
-                    self.shards[name] = Shard(axis, count, self._spans(name, count))
+                    self.shards[name] = self._shard(name, axis, count)
         return model
 
-    def _spans(self, name: str, count: int) -> tuple[tuple[int, int], ...]:
-        """Which of `count` rows or columns of a parameter the rank has, as ranges (begin, end)."""
+    def _shard(self, name: str, axis: int, count: int) -> Shard:
+        """Which of `count` rows or columns of a parameter the rank has."""
         *_, kind, last = name.split(".")
         if last == "gate_up_proj":  # of each expert: gate's rows, then those of up
-            width = count // 2
-            share = self._share(width)
-            return (share.start, share.stop), (width + share.start, width + share.stop)
-        share = self.kv_rows if kind in OF_KV_HEADS else self._share(count)
-        return ((share.start, share.stop),)
+            count //= 2
+        return Shard(axis, count, self.kv_rows if kind in OF_KV_HEADS else self._share(count))
 
     def _share(self, count: int) -> range:
         """The rank's share of `count`, which is divided as evenly as possible."""

@@ -50,13 +50,23 @@ BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 class Shard:
     """The part of a parameter that one of several processes holds (pop/backends/tensor_parallel.py)."""
 
-    axis: int  # along which the parameter is cut
-    whole: int  # the length of the whole parameter along that axis
-    spans: tuple[tuple[int, int], ...]  # ranges (begin, end) of the whole, whose concatenation is the part
+    axis: int  # along which the parameter is cut. It counts from the end, where a single expert has the same axes
+    width: int  # the length along that axis, of each half of gate_up_proj
+    share: range  # of the width, which the part has
 
-    def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+    def whole_shape(self, part: tuple[int, ...]) -> list[int]:
         """Return the shape of the whole parameter, given that of the part."""
-        return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
+        shape = list(part)
+        shape[self.axis] = shape[self.axis] // len(self.share) * self.width
+        return shape
+
+    def of_whole(self, tensor: Tensor) -> Tensor:
+        """Return a view of what the part has of a tensor. It has the shape of `of_part`."""
+        halves = tensor.unflatten(self.axis, (-1, self.width))
+        return halves.narrow(self.axis, self.share.start, len(self.share))
+
+    def of_part(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(self.axis, (-1, len(self.share)))
 
 
 def load_weights(
@@ -81,14 +91,20 @@ def load_weights(
     Raises CheckpointError, and leaves `module` unchanged, if the files are broken or do not fit the config.
     """
     shards = shards or {}
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    whole_shapes = {name: shard.whole_shape(shapes[name]) for name, shard in shards.items()}
-    pieces = _survey(folder, module.config, shapes | whole_shapes)
+    whole = dict(module.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole.items()}
+    for name, shard in shards.items():
+        whole[name] = torch.empty(shard.whole_shape(shapes[name]), device="meta")
+    sources = _survey(folder, module.config, whole)
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    targets = {}
+    for name, weight in weights.items():
+        slots = _slots(name, weight, sources.keys())
+        targets |= {stored: (slot, shards.get(name)) for stored, slot in slots.items()}
     size = sum(weight.nbytes for weight in weights.values())
     step = max(size // 50, 2**20)
     with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
-        for source, target in _slices(pieces, weights, shards, step):
+        for source, target in _slices(sources, targets, step):
             target.copy_(source)
             advance(target.nbytes)
     for name, weight in weights.items():
@@ -117,72 +133,44 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A stored tensor, and the part of a parameter that it fills."""
+class _Source:
+    """Where a tensor is stored."""
 
-    parameter: str
-    fills: tuple[slice, ...]  # of the whole parameter
     file: Path
     name: str  # in the file
     is_transposed: bool  # if it holds experts
 
-    @property
-    def shape(self) -> list[int]:
-        return [part.stop - part.start for part in self.fills]
-
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """Return a view of a tensor with the axes of the parameter. It has the piece's shape if it fits."""
-        if tensor.dim() == 3 and self.is_transposed:
-            tensor = tensor.transpose(1, 2)
-        if tensor.dim() < len(self.fills):  # one expert; the parameter has all
-            tensor = tensor[None]
-        return tensor
+        """Return a view of the stored tensor with the axes of the parameter."""
+        return tensor.transpose(1, 2) if self.is_transposed and tensor.dim() == 3 else tensor
 
 
 def _slices(
-    pieces: Iterable[_Piece], weights: dict[str, Tensor], shards: dict[str, Shard], step: int
+    sources: dict[str, _Source], targets: dict[str, tuple[Tensor, Shard | None]], step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what to copy, in slices of about `step` bytes: rows of a stored tensor, and rows of its parameter.
+    """Yield what to copy, in slices of about `step` bytes: rows of a stored tensor, and rows of what it fills.
 
     A page of a mapped file counts as resident memory until the file is unmapped. The file is therefore mapped anew when
     about `step` bytes of it have been read.
     """
     file = None
     touched = 0  # bytes
-    for piece in pieces:
-        for source_at, target_at in _overlaps(piece, shards.get(piece.parameter)):
-            target = weights[piece.parameter][target_at]
-            rows = max(1, step // target[0].nbytes)
-            for first in range(0, len(target), rows):
-                if piece.file != file or touched >= step:
-                    file = piece.file
-                    tensors = _map(file)
-                    touched = 0
-                source = piece.laid_out(tensors[piece.name]).narrow(*source_at)
-                part = source[first : first + rows]
-                yield part, target[first : first + rows]
-                touched += part.nbytes
-
-
-def _overlaps(piece: _Piece, shard: Shard | None) -> Iterator[tuple[tuple[int, int, int], tuple[slice, ...]]]:
-    """Yield what a piece and a shard of its parameter have in common: where in the piece, and where in the shard.
-
-    The former are arguments of Tensor.narrow: an axis, where the common part begins, and its length.
-    """
-    if shard is None:
-        yield (0, 0, piece.shape[0]), piece.fills
-        return
-    filled = piece.fills[shard.axis]
-    position = 0  # in the shard
-    for begin, end in shard.spans:
-        low = max(filled.start, begin)
-        length = min(filled.stop, end) - low
-        if length > 0:
-            target = list(piece.fills)
-            first = position + low - begin
-            target[shard.axis] = slice(first, first + length)
-            yield (shard.axis, low - filled.start, length), tuple(target)
-        position += end - begin
+    for name, source in sources.items():
+        target, shard = targets[name]
+        if shard is not None:
+            target = shard.of_part(target)
+        rows = max(1, step // target[0].nbytes)
+        for first in range(0, len(target), rows):
+            if source.file != file or touched >= step:
+                file = source.file
+                tensors = _map(file)
+                touched = 0
+            tensor = source.laid_out(tensors[source.name])
+            if shard is not None:
+                tensor = shard.of_whole(tensor)
+            part = tensor[first : first + rows]
+            yield part, target[first : first + rows]
+            touched += part.nbytes
 
 
 def _map(file: Path) -> dict[str, Tensor]:
@@ -199,35 +187,39 @@ def _map(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[_Piece]:
-    """Match the stored tensors with the parameters, given by name and shape. One error names all differences.
+def _survey(folder: Path, config: Config, parameters: dict[str, Tensor]) -> dict[str, _Source]:
+    """Find the stored tensors that fill whole parameters on the meta device. One error names all differences.
 
     A head that is stored beside a tied embedding must be a copy of it. It is compared here, and not loaded.
     """
-    stored = _stored(folder, shapes.keys())
-    wanted = _wanted(shapes, stored.keys())
+    stored = _stored(folder, parameters.keys())
+    slots = {}
+    for name, parameter in parameters.items():
+        slots |= _slots(name, parameter, stored.keys())
     copy = stored.pop(HEAD, None) if config.tie_embeddings else None
     # Qwen3-VL's files hold transposed experts. Of a layer's two kinds of matrices one is not square, and shows it.
-    stacks = [name for name, (_, _, tensor) in stored.items() if name in shapes and tensor.dim() == 3]
-    is_transposed = any(tuple(stored[name][2].shape) != shapes[name] for name in stacks)
+    stacks = [name for name, (_, _, tensor) in stored.items() if name in slots and tensor.dim() == 3]
+    is_transposed = any(stored[name][2].shape != slots[name].shape for name in stacks)
+    missing = [name for name in slots if name not in stored]
     surplus = []
     dtypes = []
     misfits = []
-    pieces = []
+    sources = {}
     for name, (file, name_in_file, tensor) in stored.items():
-        if name not in wanted:
+        if name not in slots:
             surplus.append(name)
             continue
-        piece = _Piece(*wanted.pop(name), file, name_in_file, is_transposed)
+        source = _Source(file, name_in_file, is_transposed)
+        wanted = list(slots[name].shape)
         if tensor.dtype not in DTYPES.values():
             dtypes.append(f"{name} ({tensor.dtype})")
-        if list(piece.laid_out(tensor).shape) != piece.shape:
-            misfits.append(f"{name} is {list(tensor.shape)}, not {piece.shape}")
-        pieces.append(piece)
-    faults = {"missing": list(wanted), "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
+        if list(source.laid_out(tensor).shape) != wanted:
+            misfits.append(f"{name} is {list(tensor.shape)}, not {wanted}")
+        sources[name] = source
+    faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
-        reasons = _causes(config, stored, wanted) + reasons
+        reasons = _causes(config, stored, missing) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     if copy is not None:
         file, _, head = copy
@@ -235,7 +227,7 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
         embedding = stored[name][2]
         if not torch.equal(head.to(embedding.dtype), embedding):
             raise CheckpointError(f"{file}: {HEAD} should repeat {name}, but differs")
-    return pieces
+    return sources
 
 
 def _causes(config: Config, stored: Iterable[str], missing: Iterable[str]) -> list[str]:
@@ -249,25 +241,17 @@ def _causes(config: Config, stored: Iterable[str], missing: Iterable[str]) -> li
     return causes
 
 
-def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, tuple[str, tuple[slice, ...]]]:
-    """Return the tensors to look for, by name: which parameter they fill, and which part of it.
-
-    They are whole parameters, or single matrices where experts are stored one by one.
-    """
-    wanted = {}
-    for name, shape in shapes.items():
-        experts, _, kind = name.rpartition(".")
-        matrices = EXPERT_MATRICES.get(kind, ())
-        if not any(f"{experts}.0.{matrix}.weight" in stored for matrix in matrices):
-            wanted[name] = (name, tuple(slice(0, size) for size in shape))
-            continue
-        count, all_rows, columns = shape
-        rows = all_rows // len(matrices)
-        for expert in range(count):
-            for number, matrix in enumerate(matrices):
-                fills = (slice(expert, expert + 1), slice(number * rows, (number + 1) * rows), slice(0, columns))
-                wanted[f"{experts}.{expert}.{matrix}.weight"] = (name, fills)
-    return wanted
+def _slots(name: str, parameter: Tensor, stored: Set[str]) -> dict[str, Tensor]:
+    """Return what stored tensors fill, by their names: a parameter or, if experts are stored one by one, matrices."""
+    experts, _, kind = name.rpartition(".")
+    matrices = EXPERT_MATRICES.get(kind, ())
+    if not any(f"{experts}.0.{matrix}.weight" in stored for matrix in matrices):
+        return {name: parameter}
+    slots = {}
+    for matrix, part in zip(matrices, parameter.chunk(len(matrices), dim=1), strict=True):
+        for expert, slot in enumerate(part):
+            slots[f"{experts}.{expert}.{matrix}.weight"] = slot
+    return slots
 
 
 def _stored(folder: Path, parameters: Set[str]) -> dict[str, tuple[Path, str, Tensor]]:

@@ -309,8 +309,8 @@ def test_the_norm_of_keys_is_cut_as_the_keys_are(size):
         part = Part(config, rank, size)
         part.build()
         attention = "model.layers.0.self_attn."
-        keys = part.shards[f"{attention}k_proj.weight"].spans
-        assert part.shards[f"{attention}k_norm.weight"].spans == keys
+        keys = part.shards[f"{attention}k_proj.weight"].share
+        assert part.shards[f"{attention}k_norm.weight"].share == keys
         cut.append(keys)
     assert len(set(cut)) == 2
 
