@@ -58,12 +58,13 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced(path: str | os.PathLike) -> Iterator[Path]:
+def replaced(path: str | os.PathLike, what: str, error: type[PopError]) -> Iterator[Path]:
     """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds.
 
-    A file that is there keeps its mode, and until then only its owner can read the new one.
+    A file that is there keeps its mode, and until then only its owner can read the new one. Raises `error`, which names
+    `what` was to be written and why it was not.
     """
-    with _draft(path) as (path, draft):
+    with _draft(path, what, error) as (path, draft):
         yield draft
         if path.exists():
             shutil.copymode(path, draft)
@@ -72,26 +73,20 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _draft(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
+def _draft(path: str | os.PathLike, what: str, error: type[PopError]) -> Iterator[tuple[Path, Path]]:
     """Yield the real path of a file, and a hidden sibling to write to, which is removed at the end."""
-    path = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
-    if path.exists() and not path.is_file():  # a device or a pipe: as root, a file would replace it for everyone
-        raise OSError("it is not a regular file")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        if path.exists():
-            draft.touch(mode=0o600)
-        yield path, draft
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike, what: str, error: type[PopError]) -> Iterator[None]:
-    """Raise `error` if the block fails, which names `what` was to be written and why it was not."""
-    try:
-        yield
+        file = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
+        if file.exists() and not file.is_file():  # a device or a pipe: as root, a file would replace it for everyone
+            raise OSError("it is not a regular file")
+        draft = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            if file.exists():
+                draft.touch(mode=0o600)
+            yield file, draft
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink()
     except PopError:
         raise
     except (OSError, ValueError, TypeError) as problem:
@@ -100,19 +95,19 @@ def writing(path: str | os.PathLike, what: str, error: type[PopError]) -> Iterat
 
 
 def write_whole(path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError]) -> None:
-    """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not."""
-    with writing(path, what, error), replaced(path) as draft:
+    """Write a file whole or not at all. The arguments are as in `replaced`."""
+    with replaced(path, what, error) as draft:
         draft.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def check_writable(path: str | os.PathLike, what: str, error: type[PopError], size: int = 4096) -> None:
     """Raise the error that `write_whole` would raise for `size` bytes, before the work. Nothing is left behind."""
-    with writing(path, what, error), _draft(path) as (_, draft):
+    with _draft(path, what, error) as (file, draft):
         draft.write_bytes(bytes(4096))  # a full disk takes empty files
-    folder = os.path.dirname(os.path.realpath(os.path.expanduser(path)))
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise error(f"{what} takes about {size:,} bytes, but {folder} has {free:,} free; choose another path")
+        folder = file.parent
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise error(f"{what} takes about {size:,} bytes, but {folder} has {free:,} free; choose another path")
 
 
 def hash_file(path: Path, hasher) -> str:

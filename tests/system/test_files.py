@@ -102,7 +102,7 @@ def test_a_file_that_is_saved_over_keeps_its_mode(tmp_path):
     for mode in (0o600, 0o640, 0o444):
         path.write_text("old")
         path.chmod(mode)
-        with files.replaced(path) as draft:
+        with files.replaced(path, "the plan", PlanError) as draft:
             draft.write_text("new")
             assert draft.stat().st_mode & 0o777 == 0o600
         assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"

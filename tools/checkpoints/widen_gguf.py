@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pop.errors import InputError
-from pop.system.files import replaced, writing
+from pop.system.files import replaced
 from tools.common import exit_status
 from tools.convert.gguf import GGUFFile
 
@@ -33,7 +33,7 @@ def widen(source: Path, target: Path, dtype: str) -> None:
         "float16": (kinds.F16, gguf.LlamaFileType.MOSTLY_F16),
         "float32": (kinds.F32, gguf.LlamaFileType.ALL_F32),
     }[dtype]
-    with writing(target, "the GGUF file", InputError), file.sound(), replaced(target) as draft:
+    with replaced(target, "the GGUF file", InputError) as draft, file.sound():
         writer = gguf.GGUFWriter(draft, file.reader.fields["general.architecture"].contents())
         for key, field in file.reader.fields.items():
             if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
