@@ -22,7 +22,7 @@ from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
 from pop.cli.texts import calibration_texts, encoded, read_file, read_text, reading
-from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count, printable
+from pop.errors import InputError, PlanError, PopError, WeightsNotFound, check_count, printable
 from pop.generation.sampling import Options, sampling_params
 from pop.loading import usable_device
 from pop.system import files
@@ -88,8 +88,6 @@ def chat(args) -> None:
                 parts = []  # the first message has shown the images and videos
             except KeyboardInterrupt:
                 print("\n(stopped, and forgotten)", flush=True)
-            except ContextOverflow as error:
-                print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
             except PopError as error:
                 print(f"pop: {error}", file=sys.stderr)
 
