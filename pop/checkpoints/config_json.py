@@ -1,12 +1,11 @@
 """From a checkpoint's config.json to a config (pop/models/config.py).
 
 `read_config(folder)` reads the Hugging Face layout, as transformers 4 or 5 writes it. It refuses values that are
-missing, wrong, contradictory or not supported. It ignores fields that no forward pass depends on, and logs their names.
+missing, wrong, contradictory or not supported. It ignores fields that no forward pass depends on.
 A new family needs an entry in `READERS`. `read_llama` reads any config.json with Llama's fields.
 """
 
 import dataclasses
-import logging
 import math
 import os
 from collections.abc import Callable, Container
@@ -20,8 +19,6 @@ from pop.checkpoints.weights import instead, stored_dtype
 from pop.errors import ConfigError
 from pop.models import config as configs
 from pop.system.files import read_json, refuse_pointers
-
-logger = logging.getLogger(__name__)
 
 # Fields that change the forward pass of some architecture. A field that the reader does not take is refused, unless it
 # is off: false, 0 or empty.
@@ -91,11 +88,9 @@ def read_fields(path: Path, reader: Callable[[Fields], Any], unsupported: Contai
     try:
         fields = Fields(values)
         result = reader(fields)
-        ignored = fields.finish(unsupported)
+        fields.finish(unsupported)
     except (ConfigError, RecursionError) as error:  # deeply nested values can be neither compared nor shown
         raise ConfigError(f"{path}: {error}{advice}") from None
-    if ignored:
-        logger.info("%s: ignored %s", path, ignored)
     return result
 
 

@@ -1,6 +1,6 @@
 """Read a JSON object field by field, with checks.
 
-A reader takes the fields that it knows. `Fields.finish` then refuses or lists the others. Errors name field and value.
+A reader takes the fields that it knows. `Fields.finish` then refuses others. Errors name field and value.
 """
 
 from collections.abc import Callable, Container, Iterable
@@ -94,20 +94,16 @@ class Fields:
         self.parts.append(Fields(self.object(name), f"{self.place}{name}."))
         return self.parts[-1]
 
-    def finish(self, unsupported: Container[str] | None = None) -> list[str]:
-        """Refuse fields left that are `unsupported` (None: all), unless they are off. Return the others' names."""
+    def finish(self, unsupported: Container[str] | None = None) -> None:
+        """Refuse fields left that are `unsupported`, unless they are off. None: refuse all."""
         refused = []
-        ignored = []
         for part in (self, *self.parts):
             for name, value in part.left.items():
                 if unsupported is None or (name in unsupported and value):
                     refused.append(f"{part.called(name)} = {value!r:.80}")
-                else:
-                    ignored.append(part.called(name))
         if refused:
             advice = "" if unsupported is None else "; remove what the model was trained without"
             raise ConfigError(f"not supported: {some(refused)}{advice}")
-        return ignored
 
 
 def _fits(value: Any, least: int, most: int) -> bool:
