@@ -139,8 +139,6 @@ class Model(Runner):
             plan, options: As in `generate`.
         """
         began = time.perf_counter()
-        if options.keys() & {"images", "videos"}:
-            raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
         tokens, media = self.chat_format().prompt(messages, tools=tools, enable_thinking=enable_thinking)
         return self._batch(tokens, media, None, plan, options, began=began).generate()
 
@@ -180,8 +178,6 @@ class Model(Runner):
                 them. A system message may be the first of them, in place of `system`.
             enable_thinking, plan: As in `chat`.
         """
-        if not isinstance(messages, list | tuple | None):
-            raise InputError(f"messages is a {type(messages).__name__}; give a list of them, as `chat` takes it")
         if not isinstance(system, str | None):
             raise InputError(
                 f"system is {system!r:.80}, and must be text; give earlier messages as start_chat(messages=...)"

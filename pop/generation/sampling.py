@@ -87,6 +87,8 @@ INSTEAD = {  # of options that there are elsewhere
     "plan": "that of start_chat and prefix, which holds for all their answers",
     "prune": "plan, of which 'none' is full depth",
     "messages": "model.chat",
+    "images": "the part {'type': 'image', 'image': ...} of a message",
+    "videos": "the part {'type': 'video', 'video': ...} of a message",
     "system": "that of start_chat, or a message with the role system",
     "tools": "that of model.chat, model.chat_tokens and model.prefix",
     "enable_thinking": "that of model.chat, model.chat_tokens, start_chat and prefix",

@@ -60,7 +60,7 @@ def test_what_a_method_cannot_take_is_said_at_once(model):
         (model.generate, "a", {"tools": []}, "no option 'tools', but there is that of model.chat"),
         (model.generate, "a", {"messages": []}, "no option 'messages', but there is model.chat"),
         (model.generate, "a", {"prune": None}, "no option 'prune', but there is plan, of which 'none' is full depth"),
-        (model.chat, MESSAGES, {"images": []}, "images and videos in its messages"),
+        (model.chat, MESSAGES, {"images": []}, "no option 'images', but there is the part .* of a message"),
         (model.stream, "", {}, "prompt"),
         (model.stream, ["a", "b"], {}, "one prompt"),
     ):
