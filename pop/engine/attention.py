@@ -48,9 +48,14 @@ class AttentionMetadata(NamedTuple):
     band: Tensor | None = None  # [4] int64 on the CPU: a Band
 
 
+def rows_of(index: Tensor) -> Tensor:
+    """Row numbers [B, 1]: table[rows_of(index), index] takes the places index [B, T] of the rows of a table."""
+    return torch.arange(len(index), device=index.device)[:, None]
+
+
 def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Write k and v [B, T, K, E] into slots [B, T] of keys and values [B, S + 1, K, E], in place."""
-    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
+    rows = rows_of(slots)
     keys[rows, slots] = k.to(keys.dtype)
     values[rows, slots] = v.to(values.dtype)
 
@@ -60,7 +65,7 @@ def read(keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> tuple[Ten
     if metadata.key_slots is None:
         N = metadata.held.shape[1]
         return keys[:, :N], values[:, :N]
-    rows = torch.arange(len(metadata.key_slots), device=keys.device)[:, None]  # [B, 1]
+    rows = rows_of(metadata.key_slots)
     return keys[rows, metadata.key_slots], values[rows, metadata.key_slots]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band
+from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band, rows_of
 from pop.engine.cache import KVCache
 from pop.models.images import Images
 from pop.models.layers import Rope, Ropes
@@ -134,10 +134,10 @@ class FullDepth(NamedTuple):
             is_full[:, : selection.tokens.shape[1]] |= selection.tokens  # the columns after these are padding
         # False comes before true, so the last W are the full-depth tokens, in order.
         columns = is_full.to(torch.uint8).argsort(dim=1, stable=True)[:, -W:]
-        batch_rows = torch.arange(len(columns), device=cache.device)[:, None]
+        rows = rows_of(columns)
         attention = {}
         for window, of_all in chunk.attention.items():
-            rope, slots, spans = tree_map(lambda table: table[batch_rows, columns], of_all[:3])
+            rope, slots, spans = tree_map(lambda table: table[rows, columns], of_all[:3])
             slots = slots.where(valid, cache.slots(window))
             attention[window] = AttentionMetadata(rope, slots, spans)
             if W > 1:  # one token a row needs only spans, as in decode

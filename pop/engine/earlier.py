@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pop.engine.attention import AttentionMetadata
+from pop.engine.attention import AttentionMetadata, rows_of
 from pop.engine.cache import KVCache
 from pop.engine.chunks import ALL_KEYS, attention_metadata
 from pop.engine.selection import received
@@ -52,8 +52,7 @@ class Earlier(NamedTuple):
     def received(self, cache: KVCache, selecting_layer: int) -> Callable:
         """As `received` of selection.py, for these tokens and a prompt."""
         slots, is_attended = to_device([self.slots, self.is_attended], cache.device)
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        k = cache.keys[selecting_layer][rows, slots]
+        k = cache.keys[selecting_layer][rows_of(slots), slots]
         return lambda *inputs: received(*inputs, k, is_attended)
 
 
@@ -83,7 +82,7 @@ def remember(cache: KVCache, entering: Tensor, rotary: Tensor, skips: Tensor, la
     slots = positions.clamp(max=cache.max_seq_len)
     cache.hold_states()
     slots, is_text = to_device([slots, is_text], cache.device)
-    rows = torch.arange(B, device=cache.device)[:, None]
+    rows = rows_of(slots)
     cache.entered[rows, slots] = entering
     skipped = cache.skipped.clone()
     skipped[rows, slots] = torch.where(skips & is_text, layer, -1).to(skipped.dtype)

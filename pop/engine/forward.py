@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pop.engine.attention import rows_of
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
 from pop.engine.earlier import Earlier, attention_of, remember
@@ -135,12 +136,12 @@ class Call:
         # If no layer is pruned in this phase, its chunks need no full-depth tokens.
         plan = self.plan if self.plan.layers[0] < first else PrunePlan.none()
         B, T = prompts.full_depth.shape
-        batch_rows = torch.arange(B, device=self.cache.device)[:, None]
         entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
+        rows = rows_of(entering)
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, plan)
             # Without a name for h, which would keep it in memory while the next chunk runs.
-            entering[batch_rows, chunk.target], self.hidden = self.passes.run(
+            entering[rows, chunk.target], self.hidden = self.passes.run(
                 range(first), chunk, full, self.embed(chunk), self.hidden
             )
         return entering
@@ -187,10 +188,10 @@ class Call:
         if not positions.numel():
             return
         cache.intact = False  # until `commit`, since K and V of tokens that the cache counts change, layer by layer
-        rows = torch.arange(len(positions), device=cache.device)[:, None]
         for at in positions.split(self.chunk_size, dim=1):
             attention = attention_of(self.module, cache, at)
             (there,) = to_device([at], cache.device)
+            rows = rows_of(there)
             f = cache.entered[rows, there]  # [B, W, D]
             for index in range(self.plan.selects_at, len(self.module.layers)):
                 f = self.passes.run_layer(index, f, attention)
@@ -205,12 +206,12 @@ class Call:
             # So wait for it, and treat the selected tokens as full-depth tokens by their position.
             prompts = prompts._replace(full_depth=prompts.full_depth | selection.tokens.cpu())
             selection = None
-        batch_rows = torch.arange(len(entering), device=entering.device)[:, None]
+        rows = rows_of(entering)
         layers = range(self.plan.selects_at, len(self.module.layers))
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
             # The first phase has replaced the states of its own layers only.
-            h, self.hidden = self.passes.run(layers, chunk, full, entering[batch_rows, chunk.target], self.hidden)
+            h, self.hidden = self.passes.run(layers, chunk, full, entering[rows, chunk.target], self.hidden)
             yield chunk, h
 
     def embed(self, chunk: Chunk) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pop.engine.attention import rows_of
 from pop.pruning.plan import SELECTING, PrunePlan
 from pop.pruning.selection import attention_received, most_attended
 from pop.system.memory import to_device
@@ -26,9 +27,9 @@ def received(layer, h, rope, lengths: Tensor, *earlier: Tensor) -> Tensor:
         k = torch.cat((earlier_k, k), dim=1)
         # No query is before position 0, so it stands for all of them.
         key = torch.cat((is_attended.long() - 1, key.expand(len(h), -1)), dim=1)
-    rows = torch.arange(len(h), device=h.device)[:, None]
     query = lengths[:, None] + torch.arange(-SELECTING, 0, device=h.device)  # [B, Q], negative in a shorter prompt
     place = query.clamp(min=0)
+    rows = rows_of(place)
     q, _, _ = layer.queries_keys_values(h[rows, place], tuple(table[rows, place] for table in rope))
     return attention_received(q, k, query, key, layer.scale)
 
