@@ -48,6 +48,9 @@ class AttentionMetadata(NamedTuple):
     band: Tensor | None = None  # [4] int64 on the CPU: a Band
 
 
+ByWindow = dict[int | None, AttentionMetadata]  # how tokens attend, by the layers' window
+
+
 def rows_of(index: Tensor) -> Tensor:
     """Row numbers [B, 1]: table[rows_of(index), index] takes the places index [B, T] of the rows of a table."""
     return torch.arange(len(index), device=index.device)[:, None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band, rows_of
+from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band, ByWindow, rows_of
 from pop.engine.cache import KVCache
 from pop.models.images import Images
 from pop.models.layers import Rope, Ropes
@@ -52,7 +52,7 @@ class Chunk(NamedTuple):
     in_prompt: Tensor  # [B, C], the columns of the prompts [B, T], a row's last one in padding. On the CPU
     valid: Tensor  # [B, C] bool, false for padding. On the CPU
     images: Images  # what images bring to these tokens; all but their features is on the CPU
-    attention: dict[int | None, AttentionMetadata]  # how the tokens attend, by the layers' window
+    attention: ByWindow  # how the tokens attend
     ids: Tensor  # [B, C]
     target: Tensor  # [B, C], where results go in the prompts' columns [B, T + 1]; padding goes to column T
     last: Tensor  # [B], the column of each row's last token
@@ -96,7 +96,7 @@ class FullDepth(NamedTuple):
     """The W tokens of each row of a chunk that run a plan's pruned layers. Without any, only `plan` has a meaning."""
 
     plan: PrunePlan  # without layers if no token of the chunk is pruned
-    attention: dict[int | None, AttentionMetadata]  # how the full-depth tokens attend, by the layers' window
+    attention: ByWindow  # how the full-depth tokens attend
     # [B, W], in order. A row with fewer begins with columns that are not valid: those of padding or of pruned tokens,
     # which run for nothing. Their K and V go to the spare slot, and their h is put back. So the last column is that of
     # each row's latest full-depth token.
@@ -148,7 +148,7 @@ class FullDepth(NamedTuple):
 
 def attention_metadata(
     ropes: Ropes, cache: KVCache, positions: Tensor, ends: Tensor, last_attended: Tensor | None = None
-) -> dict[int | None, AttentionMetadata]:
+) -> ByWindow:
     """How consecutive tokens attend to the cache, for each window that the layers have.
 
     Args:

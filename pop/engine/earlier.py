@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pop.engine.attention import AttentionMetadata, rows_of
+from pop.engine.attention import ByWindow, rows_of
 from pop.engine.cache import KVCache
 from pop.engine.chunks import ALL_KEYS, attention_metadata
 from pop.engine.selection import received
@@ -56,7 +56,7 @@ class Earlier(NamedTuple):
         return lambda *inputs: received(*inputs, k, is_attended)
 
 
-def attention_of(module, cache: KVCache, positions: Tensor) -> dict[int | None, AttentionMetadata]:
+def attention_of(module, cache: KVCache, positions: Tensor) -> ByWindow:
     """How text tokens at positions [B, W] of a cache without windows attend to it. max_seq_len stands for padding."""
     (rotary,) = to_device([positions], cache.device)
     attention = attention_metadata(module.rope(rotary), cache, positions, cache.lengths)

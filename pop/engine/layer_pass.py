@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pop.engine.attention import AttentionMetadata
+from pop.engine.attention import ByWindow
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Chunk, FullDepth
 from pop.engine.stages import Stages
@@ -76,7 +76,7 @@ class LayerPass:
             h = chunk.images.add_deepstack(h, inside[-1])
         return h, torch.stack(hidden).where(chunk.has_tokens[:, None], previous)
 
-    def run_layer(self, index: int, h: Tensor, attention: dict[int | None, AttentionMetadata]) -> Tensor:
+    def run_layer(self, index: int, h: Tensor, attention: ByWindow) -> Tensor:
         """One layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V go to the cache."""
         layer = self.module.layers[index]
         return self.stages.full_layer(layer, h, *self.slots[index], attention[layer.window])
