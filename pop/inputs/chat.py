@@ -81,7 +81,7 @@ class ChatFormat:
         self._marks = ControlMarks(self.tokenizer.special_tokens, texts)
         self._variables = {key: self._marks.put(text) for key, text in self._variables.items()}
         self._places = {kind: self._marks.put(text) for kind, text in self._places.items()}
-        self._template = jinja(template, self._marks.put)
+        self._template = jinja(self._marks.put(template))
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -49,18 +49,12 @@ def _now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
 
 
-def jinja(source: str, change: Callable[[str], str] = str) -> Template:
+def jinja(source: str) -> Template:
     """Return a template in Jinja as a function, with the settings of transformers.
-
-    Args:
-        source: The template.
-        change: Applied to each text and each string constant of the template.
 
     Raises MissingExtra without jinja2. Every exception that the template raises becomes an UnsupportedError.
     """
     sandbox = import_extra("jinja2.sandbox", "jinja2", "jinja")
-    from jinja2 import nodes
-
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -73,13 +67,7 @@ def jinja(source: str, change: Callable[[str], str] = str) -> Template:
 
     @functools.cache
     def compiled():
-        tree = environment.parse(source)
-        for node in tree.find_all((nodes.TemplateData, nodes.Const)):
-            (field,) = node.fields
-            value = getattr(node, field)
-            if isinstance(value, str):
-                setattr(node, field, change(value))
-        return environment.from_string(tree)
+        return environment.from_string(source)
 
     def run(**variables) -> str:
         try:
