@@ -178,6 +178,8 @@ class Model(Runner):
                 them. A system message may be the first of them, in place of `system`.
             enable_thinking, plan: As in `chat`.
         """
+        if not isinstance(messages, list | tuple | None):
+            raise InputError(f"messages is a {type(messages).__name__}; give a list of them, as `chat` takes it")
         if not isinstance(system, str | None):
             raise InputError(
                 f"system is {system!r:.80}, and must be text; give earlier messages as start_chat(messages=...)"

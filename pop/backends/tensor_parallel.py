@@ -199,9 +199,10 @@ class Part:
     def _shard(self, name: str, axis: int, count: int) -> Shard:
         """Which of `count` rows or columns of a parameter the rank has."""
         *_, kind, last = name.split(".")
+        width = count
         if last == "gate_up_proj":  # of each expert: gate's rows, then those of up
-            count //= 2
-        return Shard(axis, count, self.kv_rows if kind in OF_KV_HEADS else self._share(count))
+            width = count // 2
+        return Shard(axis, count, width, self.kv_rows if kind in OF_KV_HEADS else self._share(width))
 
     def _share(self, count: int) -> range:
         """The rank's share of `count`, which is divided as evenly as possible."""

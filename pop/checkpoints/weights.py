@@ -51,13 +51,14 @@ class Shard:
     """The part of a parameter that one of several processes holds (pop/backends/tensor_parallel.py)."""
 
     axis: int  # along which the parameter is cut. It counts from the end, where a single expert has the same axes
-    width: int  # the length along that axis, of each half of gate_up_proj
-    share: range  # of the width, which the part has
+    whole: int  # the length of the whole parameter along that axis
+    width: int  # the same, or half of it for gate_up_proj
+    share: range  # of each width, which the part has
 
     def whole_shape(self, part: tuple[int, ...]) -> list[int]:
         """Return the shape of the whole parameter, given that of the part."""
         shape = list(part)
-        shape[self.axis] = shape[self.axis] // len(self.share) * self.width
+        shape[self.axis] = self.whole
         return shape
 
     def of_whole(self, tensor: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class _Source:
 def _slices(
     sources: dict[str, _Source], targets: dict[str, tuple[Tensor, Shard | None]], step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what to copy, in slices of about `step` bytes: rows of a stored tensor, and rows of what it fills.
+    """Yield what to copy, in parts of about `step` bytes: of a stored tensor, and of what it fills.
 
     A page of a mapped file counts as resident memory until the file is unmapped. The file is therefore mapped anew when
     about `step` bytes of it have been read.
@@ -157,10 +158,11 @@ def _slices(
     touched = 0  # bytes
     for name, source in sources.items():
         target, shard = targets[name]
+        if not target.numel():  # of a process without a share
+            continue
         if shard is not None:
             target = shard.of_part(target)
-        rows = max(1, step // target[0].nbytes)
-        for first in range(0, len(target), rows):
+        for at in _places(target, step):
             if source.file != file or touched >= step:
                 file = source.file
                 tensors = _map(file)
@@ -168,9 +170,22 @@ def _slices(
             tensor = source.laid_out(tensors[source.name])
             if shard is not None:
                 tensor = shard.of_whole(tensor)
-            part = tensor[first : first + rows]
-            yield part, target[first : first + rows]
+            part = tensor[at]
+            yield part, target[at]
             touched += part.nbytes
+
+
+def _places(tensor: Tensor, step: int) -> Iterator[tuple]:
+    """Yield the places of parts that make up a tensor, as indices. A part has about `step` bytes."""
+    row_bytes = tensor[0].nbytes
+    if row_bytes > step and tensor.dim() > 1:
+        for index, row in enumerate(tensor):
+            for place in _places(row, step):
+                yield index, *place
+        return
+    rows = max(1, step // row_bytes)
+    for first in range(0, len(tensor), rows):
+        yield (slice(first, first + rows),)
 
 
 def _map(file: Path) -> dict[str, Tensor]:

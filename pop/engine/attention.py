@@ -51,9 +51,9 @@ class AttentionMetadata(NamedTuple):
 ByWindow = dict[int | None, AttentionMetadata]  # how tokens attend, by the layers' window
 
 
-def rows_of(index: Tensor) -> Tensor:
-    """Row numbers [B, 1]: table[rows_of(index), index] takes the places index [B, T] of the rows of a table."""
-    return torch.arange(len(index), device=index.device)[:, None]
+def rows_of(tensor: Tensor) -> Tensor:
+    """The row numbers [B, 1] of a tensor [B, ...]: table[rows_of(index), index] takes places [B, T] of its rows."""
+    return torch.arange(len(tensor), device=tensor.device)[:, None]
 
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:

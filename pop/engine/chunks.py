@@ -76,11 +76,12 @@ class Chunk(NamedTuple):
         positions = cache.lengths[:, None] + index
         ends = cache.lengths + bounds[1]
         images = prompts.images.at(index, valid)
+        ropes = module.rope(rotary)
         return cls(
             in_prompt=in_prompt,
             valid=valid,
             images=images,
-            attention=attention_metadata(module.rope(rotary), cache, positions, ends, images.last_attended(positions)),
+            attention=attention_metadata(ropes, cache, positions, ends, images.last_attended(positions)),
             ids=tokens.gather(1, columns),
             target=target,
             last=last,
@@ -149,7 +150,7 @@ class FullDepth(NamedTuple):
 def attention_metadata(
     ropes: Ropes, cache: KVCache, positions: Tensor, ends: Tensor, last_attended: Tensor | None = None
 ) -> ByWindow:
-    """How consecutive tokens attend to the cache, for each window that the layers have.
+    """How tokens attend to the cache, for each window that the layers have. Bands are those of consecutive tokens.
 
     Args:
         ropes: The tokens' rotary tables, on the device. The other tensors are on the CPU, or all on the device.

@@ -108,6 +108,8 @@ class PrunePlan:
         corrections = self.corrections
         if corrections is None:
             return
+        if not isinstance(corrections, Corrections):
+            raise PlanError(f"corrections is a {type(corrections).__name__}; pop.calibrate makes Corrections")
         if corrections.layers != self.layers:
             raise PlanError(
                 f"the plan prunes the layers {self.layers}, but its corrections are for {corrections.layers}; "

@@ -1,5 +1,6 @@
 """Loading weights: exact, strict about names and shapes, sparing with memory, and safe with broken files."""
 
+import contextlib
 import math
 import re
 import shutil
@@ -11,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.goldens import REFUSED
-from support.tiny import shard, tiny_config, write_checkpoint, write_index
+from support.tiny import shard, tiny_config, tiny_qwen3_moe_config, write_checkpoint, write_index, write_weights
 
 import pop
+from pop.backends.tensor_parallel import Part
 from pop.checkpoints import weights as checkpoint
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.weights import load_weights
 from pop.errors import CheckpointError, ConfigError, PopError
 from pop.models import build
-from pop.models.config import LlamaConfig
+from pop.models.config import ExpertsConfig, LlamaConfig
 
 INDEX = "model.safetensors.index.json"
 
@@ -118,6 +120,36 @@ def test_large_tensors_are_copied_in_slices(tmp_path):
     weights = stored(tmp_path)
     store(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     assert_same(load(tmp_path), weights)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_copies_its_part_in_slices(rank, tmp_path, monkeypatch):
+    """3 MB of embedding for each of two processes, and steps of 1 MiB."""
+    write_checkpoint(tmp_path, vocab_size=24_002, num_layers=1, hidden_size=64, tie_embeddings=True)
+    part = Part(read_config(tmp_path), rank, 2)
+    module = part.build()
+    copied = []
+    monkeypatch.setattr(checkpoint, "progress_bar", lambda *_: contextlib.nullcontext(copied.append))
+    load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=part.shards)
+    embedding = stored(tmp_path)["model.embed_tokens.weight"].chunk(2)[rank]
+    assert torch.equal(module.state_dict()["model.embed_tokens.weight"], embedding)
+    assert max(copied) <= 2**20 and sum(copied) == sum(weight.nbytes for weight in module.parameters())
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_a_process_may_have_no_share_of_the_experts(rank, tmp_path):
+    """Six processes share experts of width 3."""
+    config = tiny_qwen3_moe_config(num_heads=6, num_kv_heads=6, experts=ExpertsConfig(count=4, per_token=2, width=3))
+    write_weights(tmp_path, config, seed=0)
+    part = Part(config, rank, 6)
+    module = part.build()
+    load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=part.shards)
+    whole = stored(tmp_path)
+    for name, weight in module.state_dict().items():
+        if name.endswith("experts.down_proj"):
+            share = part.shards[name].share
+            assert torch.equal(weight, whole[name][..., share.start : share.stop])
+            assert len(share) in (0, 1)
 
 
 def test_progress_bar(tmp_path, monkeypatch, capsys):

@@ -100,6 +100,16 @@ def test_rows_that_leave_free_their_memory_and_a_later_prompt_selects_among_the_
     assert_close(found, expected[rows])
 
 
+def test_tokens_that_skipped_layers_are_forgotten_by_a_copy_of_a_shorter_row():
+    module = random_model(tiny_config(), seed=3)
+    tokens = torch.randint(module.config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(1))
+    _, longer = prefill(module, tokens, torch.tensor([20]), SELECTING)
+    _, shorter = prefill(module, tokens[:, :7], torch.tensor([7]), SELECTING)
+    assert (longer.skipped[:, 7:] >= 0).any()
+    longer.copy_from(shorter)
+    assert (longer.skipped[:, 7:] == -1).all()
+
+
 @given(cases(), st.integers(1, 3), st.sampled_from([1, 4, 1000]))
 def test_a_copied_row_continues_as_the_original(case, copies, other_chunk):
     """Into a cache of more rows, more slots and other rings, which held other tokens. A later prompt selects alike.

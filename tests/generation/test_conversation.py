@@ -220,7 +220,7 @@ def test_conversations_that_are_refused_at_once():
         ({"messages": [{"role": "nobody", "content": "Hi"}]}, "message 0 .*'nobody'"),
         ({"messages": ["Hi"]}, "message 0 "),
         ({"messages": [system], "system": "Be long."}, "message 1 .*'system'"),
-        ({"messages": "Hi"}, "message 0 "),
+        ({"messages": 3}, "messages"),
         ({"system": 3}, "system is 3, and must be text"),
         ({"system": [system]}, r"start_chat\(messages="),
         ({"system": "\ud800"}, "surrogate"),

@@ -89,6 +89,7 @@ def test_plans_with_corrections_are_equal_if_they_share_them():
         {"full_depth_first": 0},
         {"layers": (2,)},
         {"layers": (3, 4)},  # those of other layers
+        {"corrections": "corrections"},
     ],
 )
 def test_corrections_that_do_not_fit_their_plan_are_refused(fields):
