@@ -134,6 +134,12 @@ def test_the_lines_explained_are_the_references_in_order():
 
 
 @pytest.mark.parametrize("path", READMES)
+def test_no_table_is_interrupted(path):
+    """A blank line after a table's head would show the rows as text."""
+    assert not re.search(r"^\|[-:| ]+\|\n(?!\|)", READMES[path], re.M)
+
+
+@pytest.mark.parametrize("path", READMES)
 def test_every_link_leads_to_a_file(path):
     for link in re.findall(r"\]\(([^)]+)\)", READMES[path]):
         if link.startswith("https://"):

@@ -218,8 +218,8 @@ def conclusion(result: dict, has_gpu: bool) -> str:
 * time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
   predictions differ from the full model's on two windows of the built-in story: where its text continues, and where a
   passage of it is repeated; copied: the share of the passage's tokens that are predicted, where selection cannot help,
-  since the passage comes after the prompt; whole: these prompt tokens run all layers: the last ones and, from the layer
-  that selects them, those others that the last ones attend to most
+  since the prompt's last tokens select, before the passage comes; whole: these prompt tokens run all layers: the last
+  ones and, from the layer that selects them, those others that the last ones attend to most
 {GPU if has_gpu else ""}
 answers
 {answers}
