@@ -26,7 +26,7 @@ class Generation:
 
     @property
     def thoughts(self) -> str:
-        """What the model wrote before </think>; "" without thoughts."""
+        """What the model wrote before </think>, or all of it after <think> if it was cut there; "" without thoughts."""
         return split_thoughts(self.text)[0]
 
     @property

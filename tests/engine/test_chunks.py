@@ -111,7 +111,7 @@ def test_full_depth_rows_by_hand():
     assert second.attention[None].band[-1]  # a row that has ended does not make it inexact
 
 
-def test_the_example_in_the_docstring_of_attention_metadata():
+def test_the_example_in_the_docstring_of_the_record_of_attention():
     """A ring of six slots, a window of three, and a row that writes positions 6 and 7."""
     module = random_model(tiny_gemma3_config(windows=(3,)))
     cache = new_cache(module, 1, chunk=4)

@@ -126,6 +126,8 @@ def test_thoughts_are_apart_from_the_answer():
         ("Yes.", "", "Yes."),
         ("<think>\n\n</think>\n\nYes.", "", "Yes."),
         ("", "", ""),
+        ("<think>\nHm. Is it", "Hm. Is it", ""),  # cut
+        ("Write <think> first.", "", "Write <think> first."),
     ):
         generation = Generation(text, [1], 1, 0.0, 0.0, "stop")
         assert (generation.thoughts, generation.answer) == (thoughts, answer)

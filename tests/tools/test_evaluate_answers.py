@@ -51,6 +51,13 @@ def test_the_changes_are_those_of_the_reference_and_of_score(model, tmp_path):
     assert found.lost == pytest.approx(scores[0] - scores[1], abs=1e-4)
     assert found.full * len(answer.tokens) == pytest.approx(scores[0], abs=1e-4)
     assert found.change * len(answer.tokens) == pytest.approx(scores[1] - scores[0], abs=1e-4)
+    lost = (rows["full"] - rows["plan"]).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+    assert found.most == pytest.approx(lost.max().item(), abs=1e-4)
+    assert lost[found.place] == pytest.approx(lost.max().item(), abs=1e-4)
+    assert answers.words_at(model, answer, 0) == f"{model.tokenizer.decode(answer.tokens[:1])!r} after ''"
+    end = len(answer.tokens) - 2
+    before = model.tokenizer.decode(answer.tokens[:end])
+    assert before and answers.words_at(model, answer, end).endswith(f"'.' after {before!r}")
 
 
 def test_a_long_answer_counts_with_its_first_tokens(model, tmp_path):
@@ -71,22 +78,29 @@ def test_short_prompts_and_unusable_lines_are_counted(tmp_path, capsys):
     assert "--worst is 0" in capsys.readouterr().err
     assert answers.main([*words, "1"]) == 0
     told = capsys.readouterr().out
-    assert len(re.findall(r"line \d \([0-9.]+ nats", told)) <= 1
-    assert "6 answers. Those that lose most: " in told
+    assert len(re.findall(r"line \d: [0-9.]+ nats, and [0-9.]+ at '", told)) == 1
+    assert "6 answers. Those that lose most:\n" in told
     assert "1 prompts are too short" in told
     assert "1 lines cannot be used. The first: " in told and "log.jsonl, line 7: " in told
 
 
 def test_the_table_has_means_and_names_the_largest_losses():
     lost = (0.5, -0.2, 3.0, 1.25)
-    rows = [answers.Change(-2.0, -0.01 * n, 0.1 * n, 0.3, 0.75, nats) for n, nats in enumerate(lost)]
-    assert answers.report({"line 1": rows[1]}, most=3).endswith("1 answers. Those that lose most: none loses anything")
-    told = answers.report({f"line {n}": row for n, row in enumerate(rows)}, most=3)
+    rows = [answers.Change(-2.0, -0.01 * n, 0.1 * n, 0.3, 0.75, nats, nats / 2, 0) for n, nats in enumerate(lost)]
+    words = {f"line {n}": f"'{n}' after ''" for n in range(4)}
+    assert answers.report({"line 1": rows[1]}, words, most=3).endswith("1 answers. None loses anything.")
+    changes = {f"line {n}": row for n, row in enumerate(rows)}
+    told = answers.report(changes, words, most=3)
     figures = [re.split(r"  +", line.strip())[1] for line in told.splitlines()[1:6]]
     assert figures == ["-2.000", "-0.0150", "0.1500", "0.3000", "75.0%"]
-    assert told.endswith("4 answers. Those that lose most: line 2 (3.0 nats); line 3 (1.2 nats); line 0 (0.5 nats)")
-    told = answers.report({f"line {n}": row for n, row in enumerate(rows)}, most=1)
-    assert told.endswith("Those that lose most: line 2 (3.0 nats)")
+    named = [
+        "4 answers. Those that lose most:",
+        "line 2: 3.0 nats, and 1.5 at '2' after ''",
+        "line 3: 1.2 nats, and 0.6 at '3' after ''",
+        "line 0: 0.5 nats, and 0.2 at '0' after ''",
+    ]
+    assert told.splitlines()[-4:] == named
+    assert answers.report(changes, words, most=1).splitlines()[-2:] == named[:2]
 
 
 @pytest.mark.parametrize(

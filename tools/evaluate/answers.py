@@ -25,6 +25,7 @@ from tools.common import Countdown, exit_status, table
 from tools.evaluate.text import interval
 
 FULL_DEPTH = pop.PrunePlan.none()
+SHOWN = 12  # tokens before the one that loses most
 
 
 class Answer(NamedTuple):
@@ -36,7 +37,7 @@ class Answer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a plan changes in one answer. All but `lost` are means over its tokens."""
+    """What a plan changes in one answer. The first five are means over its tokens."""
 
     full: float  # log-probability at full depth, in nats
     change: float  # the plan's log-probability, minus that
@@ -44,6 +45,8 @@ class Change(NamedTuple):
     first: float  # KL of the first token
     same: float  # the share of tokens whose likeliest token is the same
     lost: float  # nats that the whole answer loses
+    most: float  # nats that one of its tokens loses
+    place: int  # of that token
 
 
 def split(model, path: str, most: int) -> tuple[list[Answer], list[str]]:
@@ -89,13 +92,16 @@ def change(model, answer: Answer) -> Change:
     of_plan = by_plan.gather(1, tokens)[:, 0]
     kl = (full.exp() * (full - by_plan)).sum(-1).clamp(min=0)  # [C]; rounding can leave a sum just below zero
     same = (full.argmax(-1) == by_plan.argmax(-1)).double()
+    lost = of_full - of_plan
     return Change(
         full=float(of_full.mean()),
         change=float((of_plan - of_full).mean()),
         kl=float(kl.mean()),
         first=float(kl[0]),
         same=float(same.mean()),
-        lost=float((of_full - of_plan).sum()),
+        lost=float(lost.sum()),
+        most=float(lost.max()),
+        place=int(lost.argmax()),
     )
 
 
@@ -108,8 +114,17 @@ def _log_probs(model, answer: Answer, plan: pop.PrunePlan) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def report(changes: dict[str, Change], most: int) -> str:
-    """The table of a run, and the `most` answers that lose most. The keys say where an answer is."""
+def words_at(model, answer: Answer, place: int) -> str:
+    """A token of an answer, and what the answer says before it."""
+    before = model.tokenizer.decode(answer.tokens[max(0, place - SHOWN) : place])
+    return f"{model.tokenizer.decode(answer.tokens[place : place + 1])!r} after {before!r}"
+
+
+def report(changes: dict[str, Change], words: dict[str, str], most: int) -> str:
+    """The table of a run, and the `most` answers that lose most, with the `words` at which they do.
+
+    The keys say where an answer is.
+    """
     values = np.array([*changes.values()])
     columns = Change(*values.T)
     rows = [["mean over the answers", "", "95 % interval"]]
@@ -126,8 +141,11 @@ def report(changes: dict[str, Change], most: int) -> str:
         rows.append([name, form.format(figure["value"]), between])
     losing = [where for where in changes if changes[where].lost > 0]
     worst = sorted(losing, key=lambda where: changes[where].lost, reverse=True)[:most]
-    named = "; ".join(f"{where} ({changes[where].lost:.1f} nats)" for where in worst)
-    return f"{table(rows)}\n\n{len(changes)} answers. Those that lose most: {named or 'none loses anything'}"
+    lines = [f"{len(changes)} answers. {'Those that lose most:' if worst else 'None loses anything.'}"]
+    for where in worst:
+        one = changes[where]
+        lines.append(f"{where}: {one.lost:.1f} nats, and {one.most:.1f} at {words[where]}")
+    return "\n".join([table(rows), "", *lines])
 
 
 def run(args) -> str:
@@ -142,10 +160,13 @@ def run(args) -> str:
     answers, refused = split(model, args.file, most)
     pruned = [answer for answer in answers if model.plan.num_pruned(len(answer.prompt))]
     changes = {}
+    words = {}
     step = Countdown("answer", len(pruned))
     for answer in pruned:
         step()
-        changes[answer.where] = change(model, answer)
+        found = change(model, answer)
+        changes[answer.where] = found
+        words[answer.where] = words_at(model, answer, found.place)
     notes = []
     if len(pruned) < len(answers):
         notes.append(f"{len(answers) - len(pruned)} prompts are too short for the plan to prune, and left out.")
@@ -153,7 +174,7 @@ def run(args) -> str:
         notes.append(f"{len(refused)} lines cannot be used. The first: {refused[0]}")
     if not changes:
         raise InputError(" ".join(["no answer can be compared.", *notes]))
-    return "\n".join([report(changes, worst), *notes])
+    return "\n".join([report(changes, words, worst), *notes])
 
 
 def main(argv: list[str] | None = None) -> int:
