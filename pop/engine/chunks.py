@@ -111,8 +111,8 @@ class FullDepth(NamedTuple):
     ) -> FullDepth:
         """The tokens of a chunk that are at full depth in `prompts`, and those of a selection.
 
-        With a selection, the chunk has to be all of the prompts. If there are several chunks, forward.py puts the selected
-        tokens into `prompts.full_depth` instead.
+        With a selection, the chunk has to be all of the prompts. If there are several chunks, forward.py puts the
+        selected tokens into `prompts.full_depth` instead.
         """
         sizes = chunk.valid.sum(1)  # [B]
         is_full = prompts.full_depth.gather(1, chunk.in_prompt) & chunk.valid  # [B, C]
