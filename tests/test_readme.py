@@ -134,7 +134,7 @@ def test_the_lines_explained_are_the_references_in_order():
 
 
 @pytest.mark.parametrize("path", READMES)
-def test_no_table_is_interrupted(path):
+def test_the_head_of_a_table_has_rows(path):
     """A blank line after a table's head, or rows that were joined, would be shown as text."""
     assert not re.search(r"^\|[-:| ]+\|\n(?!\|)|\| \|-", READMES[path], re.M)
 

@@ -217,9 +217,9 @@ def conclusion(result: dict, has_gpu: bool) -> str:
     return f"""
 * time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
   predictions differ from the full model's on two windows of the built-in story: where its text continues, and where a
-  passage of it is repeated; copied: the share of the passage's tokens that are predicted, where selection cannot help,
-  since the prompt's last tokens select, before the passage comes; whole: these prompt tokens run all layers: the last
-  ones and, from the layer that selects them, those others that the last ones attend to most
+  passage of it is repeated; copied: the share of the passage's tokens that are predicted. Selection cannot help there,
+  because tokens are selected before the passage comes; whole: these prompt tokens run all layers: the last ones and,
+  from the layer that selects them, those others that the last ones attend to most
 {GPU if has_gpu else ""}
 answers
 {answers}

@@ -236,12 +236,13 @@ def end_of_thoughts(text: str) -> int:
 def split_thoughts(text: str) -> tuple[str, str]:
     """Return the thoughts and the answer of a text with <think>...</think>, whose first tag may be in the prompt.
 
-    A text that begins with <think> and has no </think> was cut in its thoughts.
+    A text that begins with <think> and has no </think> was cut in its thoughts. If that tag is in the prompt, they
+    cannot be told from an answer.
     """
     if "</think>" not in text:
         before, opened, thoughts = text.partition("<think>")
         was_cut = opened and not before.strip()
-        return (thoughts.lstrip("\n"), "") if was_cut else ("", text)
+        return (thoughts.strip("\n"), "") if was_cut else ("", text)
     thoughts, *_, answer = text.split("</think>")
     thoughts = thoughts.rstrip("\n").split("<think>")[-1]
     return thoughts.lstrip("\n"), answer.lstrip("\n")

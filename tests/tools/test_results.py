@@ -136,6 +136,8 @@ def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
     capsys.readouterr()
     again = tmp_path / "again.json"  # the first method, changed
     again.write_text(path.read_text().replace("[1, 0, 1, 1, 0, 1]", "[1, 1, 1, 1, 0, 1]"))
+    assert compare.main([str(path), "a", "z", "--other", str(again)]) == 2
+    assert "the other run lacks z; it has the methods a" in capsys.readouterr().err
     assert compare.main([str(path), "a", "a", "--other", str(again)]) == 0
     assert f"exact answers, share: -0.1667 [{low:+.4f}, {high:+.4f}]" in capsys.readouterr().out
     capsys.readouterr()

@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a plan changes in one answer. The first five are means over its tokens."""
+    """What a plan changes in one answer. `full`, `change`, `kl` and `same` are means over its tokens."""
 
     full: float  # log-probability at full depth, in nats
     change: float  # the plan's log-probability, minus that

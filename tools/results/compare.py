@@ -72,6 +72,9 @@ def _add_rows(result: dict, other: dict, method: str) -> str:
 
     Raises InputError if the runs differ in what the full model does.
     """
+    if method not in other.get("contenders", ()):
+        names = ", ".join(other.get("contenders", ()))
+        raise InputError(f"the other run lacks {method}; it has the methods {names}")
     name_here = f"{method} of the other run"  # the result may have a method of this name
     texts = [", ".join(sorted(run.get("text", {}))) or "none" for run in (result, other)]
     if texts[0] != texts[1]:
@@ -109,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         found = differences(args.file, args.first, args.second, args.other)
-        print(f"{args.first} minus {args.second}, with intervals of 95 %")
+        origin = f" of {args.other}" if args.other else ""
+        print(f"{args.first} minus {args.second}{origin}, with intervals of 95 %")
         for name, figure in found.items():
             ends = "too few for an interval"
             if figure["low"] is not None:

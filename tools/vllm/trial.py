@@ -39,8 +39,10 @@ LINES = 15  # of a log that shows why vLLM has failed
 
 def shape_of(folder: Path):
     """The config of a checkpoint. If its weights are quantised, it is that of the original ones."""
-    fields = read_json(folder / "config.json")
-    fields.pop("quantization_config", None)
+    path = folder / "config.json"
+    fields = read_json(path) if path.is_file() else {}
+    if fields.pop("quantization_config", None) is None:
+        return read_config(folder)
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         (copy / "config.json").write_text(json.dumps(fields), encoding="utf-8")
