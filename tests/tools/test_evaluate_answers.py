@@ -84,13 +84,12 @@ def test_short_prompts_and_unusable_lines_are_counted(tmp_path, capsys):
     assert "1 lines cannot be used. The first: " in told and "log.jsonl, line 7: " in told
 
 
-def test_the_table_has_means_and_names_the_largest_losses():
+def test_the_table_has_means_and_names_the_largest_losses(model):
     lost = (0.5, -0.2, 3.0, 1.25)
     rows = [answers.Change(-2.0, -0.01 * n, 0.1 * n, 0.3, 0.75, nats, nats / 2, 0) for n, nats in enumerate(lost)]
-    words = {f"line {n}": f"'{n}' after ''" for n in range(4)}
-    assert answers.report({"line 1": rows[1]}, words, most=3).endswith("1 answers. None loses anything.")
-    changes = {f"line {n}": row for n, row in enumerate(rows)}
-    told = answers.report(changes, words, most=3)
+    changes = [(answers.Answer(f"line {n}", [], model.encode(str(n), bos=False)), row) for n, row in enumerate(rows)]
+    assert answers.report(model, changes[1:2], most=3).endswith("1 answers. None loses anything.")
+    told = answers.report(model, changes, most=3)
     figures = [re.split(r"  +", line.strip())[1] for line in told.splitlines()[1:6]]
     assert figures == ["-2.000", "-0.0150", "0.1500", "0.3000", "75.0%"]
     named = [
@@ -100,7 +99,7 @@ def test_the_table_has_means_and_names_the_largest_losses():
         "line 0: 0.5 nats, and 0.2 at '0' after ''",
     ]
     assert told.splitlines()[-4:] == named
-    assert answers.report(changes, words, most=1).splitlines()[-2:] == named[:2]
+    assert answers.report(model, changes, most=1).splitlines()[-2:] == named[:2]
 
 
 @pytest.mark.parametrize(

@@ -120,12 +120,9 @@ def words_at(model, answer: Answer, place: int) -> str:
     return f"{model.tokenizer.decode(answer.tokens[place : place + 1])!r} after {before!r}"
 
 
-def report(changes: dict[str, Change], words: dict[str, str], most: int) -> str:
-    """The table of a run, and the `most` answers that lose most, with the `words` at which they do.
-
-    The keys say where an answer is.
-    """
-    values = np.array([*changes.values()])
+def report(model, changes: list[tuple[Answer, Change]], most: int) -> str:
+    """The table of a run, and the `most` answers that lose most, with the words at which they do."""
+    values = np.array([found for _, found in changes])
     columns = Change(*values.T)
     rows = [["mean over the answers", "", "95 % interval"]]
     for name, column, form in (
@@ -139,12 +136,12 @@ def report(changes: dict[str, Change], words: dict[str, str], most: int) -> str:
         ends = [figure["low"], figure["high"]]
         between = "" if None in ends else "[" + ", ".join(map(form.format, ends)) + "]"
         rows.append([name, form.format(figure["value"]), between])
-    losing = [where for where in changes if changes[where].lost > 0]
-    worst = sorted(losing, key=lambda where: changes[where].lost, reverse=True)[:most]
+    losing = [pair for pair in changes if pair[1].lost > 0]
+    worst = sorted(losing, key=lambda pair: pair[1].lost, reverse=True)[:most]
     lines = [f"{len(changes)} answers. {'Those that lose most:' if worst else 'None loses anything.'}"]
-    for where in worst:
-        one = changes[where]
-        lines.append(f"{where}: {one.lost:.1f} nats, and {one.most:.1f} at {words[where]}")
+    for answer, found in worst:
+        words = words_at(model, answer, found.place)
+        lines.append(f"{answer.where}: {found.lost:.1f} nats, and {found.most:.1f} at {words}")
     return "\n".join([table(rows), "", *lines])
 
 
@@ -159,14 +156,11 @@ def run(args) -> str:
         raise InputError("the plan prunes nothing; give another one with --prune")
     answers, refused = split(model, args.file, most)
     pruned = [answer for answer in answers if model.plan.num_pruned(len(answer.prompt))]
-    changes = {}
-    words = {}
+    changes = []
     step = Countdown("answer", len(pruned))
     for answer in pruned:
         step()
-        found = change(model, answer)
-        changes[answer.where] = found
-        words[answer.where] = words_at(model, answer, found.place)
+        changes.append((answer, change(model, answer)))
     notes = []
     if len(pruned) < len(answers):
         notes.append(f"{len(answers) - len(pruned)} prompts are too short for the plan to prune, and left out.")
@@ -174,7 +168,7 @@ def run(args) -> str:
         notes.append(f"{len(refused)} lines cannot be used. The first: {refused[0]}")
     if not changes:
         raise InputError(" ".join(["no answer can be compared.", *notes]))
-    return "\n".join([report(changes, words, worst), *notes])
+    return "\n".join([report(model, changes, worst), *notes])
 
 
 def main(argv: list[str] | None = None) -> int:
