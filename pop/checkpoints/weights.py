@@ -62,12 +62,13 @@ class Shard:
         return shape
 
     def of_whole(self, tensor: Tensor) -> Tensor:
-        """Return a view of what the part has of a tensor. It has the shape of `of_part`."""
-        halves = tensor.unflatten(self.axis, (-1, self.width))
+        """Return a view of what the part has of a whole tensor, in the shape of `of_part`."""
+        halves = tensor.unflatten(self.axis, (-1, self.width))  # [..., 1 or 2, width, ...]
         return halves.narrow(self.axis, self.share.start, len(self.share))
 
     def of_part(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(self.axis, (-1, len(self.share)))
+        """Return a view of the part, with its halves apart."""
+        return tensor.unflatten(self.axis, (-1, len(self.share)))  # [..., 1 or 2, share, ...]
 
 
 def load_weights(
