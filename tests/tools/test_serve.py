@@ -448,23 +448,47 @@ def test_the_first_plan_is_the_default_and_has_its_own_name_too(tmp_path, monkey
     monkeypatch.setattr("tools.serve.__main__.threading.Thread", Mock())
     monkeypatch.setattr("tools.serve.__main__.uvicorn", Mock())
     monkeypatch.setattr("tools.serve.__main__.Server", lambda *args: made.append(args) or Mock())
-    assert main([str(folder), "--port", "0", "--prune", "0.2", "--prune", "1,3"]) == 0
+    saved = pop.PrunePlan((2,))
+    saved.save(tmp_path / "my.plan")
+    assert main([str(folder), "--port", "0", *offered("0.2", "1,3", tmp_path / "my.plan")]) == 0
     engine, *_, plans = made.pop()
     assert engine.model.plan.layers == (4,)
-    assert plans == {"0.2": None, "1,3": pop.PrunePlan((1, 3))}
-    assert warmed.call_args.args[1:] == ([plans["1,3"]],)
+    assert plans == {"1,3": pop.PrunePlan((1, 3)), "my": saved, "0.2": None}
+    assert warmed.call_args.args[1:] == ([plans["1,3"], plans["my"]],)
     assert "skips 1 of 5 layers" in capsys.readouterr().err
-
-    for words, said in ((["none", "default"], "--prune default first"), (["none"], "--cache-mb is -7")):
-        options = [option for word in words for option in ("--prune", word)]
-        assert main([str(folder), "--port", "0", *options, *["--cache-mb", "-7"][: 2 * (len(words) == 1)]]) == 2
-        assert said in capsys.readouterr().err
 
     shipped = pop.PrunePlan((2, 3), name="shipped.plan")
     monkeypatch.setattr(pop, "load", lambda *args, prune, **options: load(*args, prune=shipped, **options))
     assert main([str(folder), "--port", "0"]) == 0
-    assert made.pop()[-1] == {"default": None, "shipped": None}
+    assert made.pop()[-1] == {"shipped": None}
     assert "requests that name no plan" not in capsys.readouterr().err  # `load` says it
+
+
+def offered(*plans) -> list[str]:
+    """The options of the command line that offer plans."""
+    return [word for plan in plans for word in ("--prune", str(plan))]
+
+
+def test_two_plans_of_one_name_are_refused(tmp_path, capsys):
+    """Requests could not say which of them they mean."""
+    folder = write_chat_checkpoint(tmp_path / "chat")
+    (tmp_path / "other").mkdir()
+    files = [tmp_path / "my.plan", tmp_path / "other" / "my.plan", tmp_path / "none.plan"]
+    for file in files:
+        pop.PrunePlan((2,)).save(file)
+    for plans in (("0.2", *files[:2]), ("0.2", files[2])):
+        assert main([str(folder), "--port", "0", *offered(*plans)]) == 2
+        assert "rename the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [(offered("none", "default"), "--prune default first"), (["--cache-mb", "-7"], "--cache-mb is -7")],
+)
+def test_options_are_checked_before_the_model_is_loaded(options, said, tmp_path, capsys):
+    folder = write_chat_checkpoint(tmp_path / "chat")
+    assert main([str(folder), "--port", "0", *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_while_the_model_loads_is_refused(tmp_path, monkeypatch, capsys):

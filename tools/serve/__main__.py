@@ -53,17 +53,15 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     if "default" in others:
         raise InputError("give --prune default first, since default is what requests without a plan take")
     config = read_config(find_folder(args.model))
-    chosen = [name for name in others if name != "none"]
-    plans = {default: None} | {name: pop.PrunePlan.of(name, config.num_layers) for name in chosen}
+    plans = plans_for_requests([value for value in others if value != "none"], config.num_layers)
     model = pop.load(
         args.model, prune=default, dtype=DTYPES.get(args.dtype), **{name: getattr(args, name) for name in loading}
     )
     model.need_tokenizer("the server")
     for plan in plans.values():
         model.resolve(plan)  # refuses one of another model
-    if default == "default" and model.plan.name:
-        plans[model.plan.name.removesuffix(".plan")] = None  # the default by its own name
-    model.warmup(min(args.batch, 2), [plan for plan in plans.values() if plan is not None])
+    model.warmup(min(args.batch, 2), [*plans.values()])
+    plans.setdefault(name_of(model.plan, default), None)  # the default by its own name
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
     threading.Thread(target=work, args=(engine,), daemon=True).start()
@@ -85,6 +83,23 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     if default != "default":  # otherwise `load` has said it
         print(f"requests that name no plan take the model's: {model!r}", file=sys.stderr)
     uvicorn.Server(config).run([listener])
+
+
+def plans_for_requests(values: list[str], num_layers: int) -> dict[str, pop.PrunePlan]:
+    """The plans that values of --prune stand for, by the names that requests give."""
+    plans = {}
+    for value in values:
+        plan = pop.PrunePlan.of(value, num_layers)
+        name = name_of(plan, value)
+        if name in plans or name in ("default", "none"):
+            raise InputError(f"--prune {value}: requests call it {name!r}, and so another plan; rename the file")
+        plans[name] = plan
+    return plans
+
+
+def name_of(plan: pop.PrunePlan, value: str) -> str:
+    """What requests call a plan: a file's name without its folder and .plan, or else the value of --prune."""
+    return plan.name.removesuffix(".plan") or value
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -109,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="a name that `pop models` lists, or a folder")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
-    plans = "as in pop.load: default, none, a share, a plan's path or name; repeat it to name plans for requests, of "
-    plans += "which the first one is the default"
+    plans = "as in pop.load: default, none, a share, a plan's path or name; repeat it to offer several to requests, "
+    plans += "which call a file by its name; the first one is the default"
     parser.add_argument("--prune", action="append", help=plans)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")
