@@ -151,7 +151,8 @@ class PrunePlan:
             return cls.load(prune).check(num_layers)
         no_file = ""
         if isinstance(prune, (str, os.PathLike)):
-            near = get_close_matches(str(prune), [*SHARES, "default", *_shipped()], n=1)
+            names = [name for name in (*SHARES, "default", *_shipped()) if name != prune]
+            near = get_close_matches(str(prune), names, n=1)
             no_file = ", which names no file" + (f" (a near name is {near[0]!r})" if near else "")
         raise PlanError(
             f"the plan is {prune!r:.200}{no_file}; it must be 'third', 'none', a share of the layers (0.5, or 1.0 for "
