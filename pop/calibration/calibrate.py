@@ -38,7 +38,7 @@ from pop.calibration.texts import (
     tokens_needed,
     total_size,
 )
-from pop.engine.modes import own_dtypes_and_devices
+from pop.engine.modes import engine_modes
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.model import check_model
 from pop.pruning.plan import PrunePlan
@@ -54,9 +54,7 @@ SAMPLED = 64  # about how many numbers of each weight identify a run's model
 logger = logging.getLogger(__name__)
 
 
-@own_dtypes_and_devices()
-@torch.inference_mode(False)  # whatever the caller's mode is
-@torch.no_grad()
+@engine_modes()
 def calibrate(
     model,
     texts: Sequence[str | Sequence[int]] | None = None,

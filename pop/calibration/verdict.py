@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pop.calibration.questions import KINDS, Question, Writer, make_questions, quotations
 from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, as_list, default_texts, parted
-from pop.engine.modes import own_dtypes_and_devices
+from pop.engine.modes import engine_modes
 from pop.errors import InputError, check_count, some
 from pop.generation.sampling import check_finite
 from pop.model import check_model
@@ -114,7 +114,7 @@ class Verdict:
         return np.concatenate([*self.exact.values()])
 
 
-@own_dtypes_and_devices()
+@engine_modes()
 def check(
     model,
     plan: PrunePlan,
@@ -149,7 +149,7 @@ def check(
     total = sum(length * (len(windows) + len(asked)) for length, windows, asked in work)
     loss = {}
     exact = {}
-    with torch.no_grad(), progress_bar("checking", total, "tokens", progress) as step:
+    with progress_bar("checking", total, "tokens", progress) as step:
         for length, windows, asked in work:
             differences = []
             for window in windows:
