@@ -17,7 +17,6 @@ the one that changes C s least on the text. README.md in this folder derives it.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +27,11 @@ from pop.calibration.texts import Window, batches, total_size
 from pop.engine.compile import SMALLEST
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
-from pop.pruning.corrections import Corrections
+from pop.pruning.corrections import Corrections, GroupCorrections
 from pop.pruning.plan import PrunePlan
 from pop.runner import padded
 
 RIDGE = 1e-2  # lambda, unless held-out windows choose it
-
-
-class Solution(NamedTuple):
-    """The corrections of a group of n layers, in float64."""
-
-    weight: Tensor  # U [n, 2, K * E, R]
-    shared: Tensor  # P [R, 2 * D]
-    update: Tensor | None  # A [D, R], if kept layers follow
 
 
 class Sums:
@@ -107,8 +98,8 @@ def fitted(
         del sums  # they are large
 
 
-def solve(model, sums: Sums, rank: int, ridge: float) -> Solution:
-    """Solve the normal equations of a group, and reduce the solution to the rank.
+def solve(model, sums: Sums, rank: int, ridge: float) -> GroupCorrections:
+    """Solve the normal equations of a group, and reduce the solution to the rank. It is in float64.
 
     Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average. So
     the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
@@ -131,7 +122,7 @@ def solve(model, sums: Sums, rank: int, ridge: float) -> Solution:
     rows = [part @ basis for part in parts()]
     weight = torch.stack([_of_all_heads(model, row) for row in rows[: len(sums.layers)]])
     shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
-    return Solution(weight, shared, rows[-1] if sums.has_update else None)
+    return GroupCorrections(shared, weight, rows[-1] if sums.has_update else None)
 
 
 def _largest_directions(model, sums: Sums, parts: Iterator[Tensor], rank: int) -> Tensor:
@@ -139,7 +130,7 @@ def _largest_directions(model, sums: Sums, parts: Iterator[Tensor], rank: int) -
     squares = torch.zeros_like(sums.xx, dtype=sums.xy.dtype)
     for number, part in enumerate(parts):
         if number < len(sums.layers):
-            part = _of_all_heads(model, part).flatten(0, 1)
+            part = _of_all_heads(model, part)
         part = part.to(squares.dtype)
         squares.addmm_(part.T, part)
         del part  # what follows takes much memory
@@ -148,14 +139,15 @@ def _largest_directions(model, sums: Sums, parts: Iterator[Tensor], rank: int) -
 
 
 def _of_all_heads(model, rows: Tensor) -> Tensor:
-    """Rows for K and V of a layer [2 * K * E, M], with the heads of all processes: [2, K * E, M]."""
-    rows = rows.unflatten(0, (2, -1))
-    return rows if model.part is None else model.part.gather_heads(rows[None])[0]
+    """Rows for K and V of a layer [2 * K * E, M] -> the same for the heads of all processes."""
+    if model.part is None:
+        return rows
+    return model.part.gather_heads(rows.unflatten(0, (2, -1))[None])[0].flatten(0, 1)
 
 
-def _corrections(model, plan: PrunePlan, solutions: list[Solution]) -> Corrections:
+def _corrections(model, plan: PrunePlan, solutions: list[GroupCorrections]) -> Corrections:
     """The corrections of a plan's first groups."""
-    weight = torch.cat([solution.weight for solution in solutions])
+    weight = torch.cat([solution.weight for solution in solutions]).unflatten(1, (2, -1))  # [n, 2, K * E, R]
     tensors = {"weight": weight, "shared": torch.stack([solution.shared for solution in solutions])}
     updates = [solution.update for solution in solutions if solution.update is not None]
     if updates:
