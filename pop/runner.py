@@ -79,7 +79,7 @@ class Runner:
             compile=compiles,
             required=compile is True,
             progress=progress,
-            add_up=module.sum_over_processes if part else None,
+            is_shared=part is not None,
         )
 
     @property

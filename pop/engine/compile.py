@@ -58,7 +58,7 @@ class ReadyStages:
         compile: Whether to compile them.
         required: Whether a failure raises UnsupportedError. Otherwise a warning is logged, and the model runs eagerly.
         progress: Whether to print a line before the first compilation.
-        add_up: Sums a tensor over the processes that share the model, so that all of them compile or none does.
+        is_shared: Whether several processes share the model, so that all of them compile or none does.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class ReadyStages:
         compile: bool = False,
         required: bool = False,
         progress: bool = False,
-        add_up=None,
+        is_shared: bool = False,
     ):
         self.module = module
         self.replay = replay
         self.replayed_tokens = replayed_tokens
         self.required = required
         self.progress = progress
-        self.add_up = add_up
+        self.is_shared = is_shared
         self._kinds = Kinds()
         self._stages = stages.EAGER
         self._compiled: dict[str, _CompiledStage] = {}  # empty also once compiling has failed
@@ -138,7 +138,7 @@ class ReadyStages:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, about half a minute the first time", file=sys.stderr, flush=True)
         try:
-            if self.add_up is not None and not self._warm:
+            if self.is_shared and not self._warm:
                 self._check_compilers()
             # "fast" lets the C++ compiler fuse x * y + z. In older versions of torch the flag is a bool, here True.
             flag = "cpp.enable_floating_point_contract_flag"
@@ -163,7 +163,7 @@ class ReadyStages:
         except Exception as error:
             reason = error
             failures = failures + 1
-        if self.add_up(failures).any():
+        if self.module.sum_over_processes(failures).any():
             raise reason
 
     @engine_modes()
