@@ -37,6 +37,7 @@ class Prompts(NamedTuple):
     # Whether sizes go up in steps, with padding, so that prompts of all lengths have few sizes. Only for one chunk of
     # text in an empty cache.
     has_stepped_sizes: bool = False
+    boundary: bool = True  # whether each prompt is whole. If not, more of it follows in a later call
 
 
 class Selection(NamedTuple):

@@ -52,11 +52,11 @@ def prefill(
     is_replayable = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
     # Replayed passes are to have few sizes, so these go up in steps.
     has_stepped_sizes = is_replayable and images is TEXT and not cache.lengths.any()
-    prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes)
+    prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes, boundary)
     call = Call(module, cache, plan, stages, chunk_size, replays=has_stepped_sizes)
     last = 0.0  # then [B, D], each row's h after the last layer, at its last token so far
     # A prompt that goes on selects nothing: its last token, which decides, comes later.
-    for chunk, h in call.chunks(prompts, boundary):
+    for chunk, h in call.chunks(prompts):
         last = chunk.latest(h).where(chunk.has_tokens[:, None], last)  # all begin in the first
     logits = stages.head(module, last[:, None])[:, 0]  # [B, 1, D] as in decode, so one compiled head serves both
     call.commit(lengths, images.rope_offset(lengths))
@@ -102,7 +102,7 @@ class Call:
         cache.skipped.copy_(self.skipped)
         cache.intact = True
 
-    def chunks(self, prompts: Prompts, boundary: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
+    def chunks(self, prompts: Prompts) -> Iterator[tuple[Chunk, Tensor]]:
         """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
 
         A plan that selects tokens needs the last token's state at the selecting layer. So all chunks run up to that
@@ -117,11 +117,11 @@ class Call:
 
         chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, self.chunk_size))
         if self.plan.selects:
-            earlier = Earlier.of(cache, self.plan.selects_at, boundary)
+            earlier = Earlier.of(cache, self.plan.selects_at, prompts.boundary)
             if not prompts.full_depth.all() or earlier.others.any():
                 chunks = list(chunks)
                 entering = self.run_to_selecting_layer(prompts, chunks)
-                selection = self.select_tokens(prompts, entering, earlier, boundary)
+                selection = self.select_tokens(prompts, entering, earlier)
                 yield from self.run_from_selecting_layer(prompts, chunks, entering, selection)
                 return
         for chunk in chunks:
@@ -146,10 +146,10 @@ class Call:
             )
         return entering
 
-    def select_tokens(self, prompts: Prompts, entering: Tensor, earlier: Earlier, boundary: bool) -> Selection:
+    def select_tokens(self, prompts: Prompts, entering: Tensor, earlier: Earlier) -> Selection:
         """Choose among the N earlier and the T new tokens. Returns the chosen new ones.
 
-        It also keeps states for later prompts, and runs the chosen earlier tokens again. Without a `boundary`,
+        It also keeps states for later prompts, and runs the chosen earlier tokens again. Without a boundary,
         it chooses none, and only keeps states.
         """
         cache = self.cache
@@ -161,7 +161,9 @@ class Call:
         rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
 
         others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)  # [B, N + T]
-        counts = torch.tensor([plan.num_selected(number) if boundary else 0 for number in others.sum(1).tolist()])
+        counts = torch.tensor(
+            [plan.num_selected(number) if prompts.boundary else 0 for number in others.sum(1).tolist()]
+        )
         # Scores of earlier tokens are not compiled, because N differs with each call.
         received = earlier.received(cache, plan.selects_at) if N else self.stages.received
         inputs = entering, rotary, prompts.lengths, others, counts, received
