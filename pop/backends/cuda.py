@@ -22,7 +22,7 @@ from torch.nn import attention as implementations
 
 from pop.backends.span_attention import span_attention, warn_of
 from pop.engine import attention as engine
-from pop.engine.attention import UNBOUNDED, AttentionMetadata
+from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band
 from pop.models import layers
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ chosen_flash = getattr(implementations, "current_flash_attention_impl", lambda: 
 
 def cache_attention(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float) -> Tensor:
     """Like pop.engine.attention.cache_attention."""
-    return attend_cache(q, keys, values, *metadata[2:], scale)  # all fields after rope and slots
+    return attend_cache(q, keys, values, metadata.spans, metadata.held, metadata.key_slots, metadata.band, scale)
 
 
 @torch.library.custom_op("pop::cuda_cache_attention", mutates_args=())
@@ -64,8 +64,10 @@ def attend_cache(
 ) -> Tensor:  # fmt: skip
     """It is a custom operator because compiled code must not depend on the numbers in a band."""
     metadata = AttentionMetadata((), None, spans, held, key_slots, band)
-    if band is not None and band[3] and is_supported(q):
-        own, before, *_ = band.tolist()
+    is_exact = False
+    if band is not None:
+        own, before, _, is_exact = Band(*band.tolist())
+    if is_exact and is_supported(q):
         k, v = engine.read(keys, values, metadata)
         attended = slice(max(0, own - before), own + q.shape[1])
         return fused_attention(q, k[:, attended], v[:, attended], scale, before).flatten(2)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band, ByWindow, rows_of
 from pop.engine.cache import KVCache
@@ -140,10 +139,12 @@ class FullDepth(NamedTuple):
         rows = rows_of(columns)
         attention = {}
         for window, of_all in chunk.attention.items():
-            rope, slots, spans = tree_map(lambda table: table[rows, columns], of_all[:3])
-            slots = slots.where(valid, cache.slots(window))
-            attention[window] = AttentionMetadata(rope, slots, spans)
-            if W > 1:  # one token a row needs only spans, as in decode
+            rope = tuple(table[rows, columns] for table in of_all.rope)
+            slots = of_all.slots[rows, columns].where(valid, cache.slots(window))
+            spans = of_all.spans[rows, columns]
+            if W == 1:  # one token a row needs only spans, as in decode
+                attention[window] = AttentionMetadata(rope, slots, spans)
+            else:
                 # These tokens are not consecutive. So they attend to all keys of the chunk, and spans mask the others.
                 attention[window] = of_all._replace(rope=rope, slots=slots, spans=spans, band=torch.tensor(ALL_KEYS))
         return cls(plan, attention, columns, valid, last_is_full)

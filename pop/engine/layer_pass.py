@@ -115,12 +115,12 @@ class LayerPass:
             passed = corrections.updated(h, z, layer.multiply)
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
-            rope, slots, *_ = chunk.attention[layer.window]
+            at = chunk.attention[layer.window]
             keys, values = self.slots[index]
             if z is None:
-                self.stages.pruned_layer(layer, h, rope, slots, keys, values)
+                self.stages.pruned_layer(layer, h, at.rope, at.slots, keys, values)
             else:
-                self.stages.corrected_layer(layer, h, z, corrections.weight[number], rope, slots, keys, values)
+                self.stages.corrected_layer(layer, h, z, corrections.weight[number], at.rope, at.slots, keys, values)
         return passed
 
 
