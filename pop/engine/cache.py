@@ -189,8 +189,9 @@ class KVCache:
                 latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
                 target[:, latest % slots] = source[:, latest % other_slots]
         B = self.batch_size
-        self.lengths = other.lengths.repeat(B)  # first, since move_to clears `skipped` where a row becomes shorter
-        self.move_to((self.lengths, other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
+        self.lengths = other.lengths.repeat(B)
+        self.previous_hidden = other.previous_hidden.repeat(1, B, 1)
+        self.rope_offsets = other.rope_offsets.repeat(B)
 
     @torch.inference_mode(False)  # as above
     def keep_rows(self, rows: Tensor) -> None:
@@ -202,8 +203,9 @@ class KVCache:
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)
         self.entered = self.entered[device_rows]
         self.skipped = self.skipped[device_rows]
-        self.lengths = self.lengths[rows]  # now, since move_to compares them with the new ones
-        self.move_to((self.lengths, self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
+        self.lengths = self.lengths[rows]
+        self.previous_hidden = self.previous_hidden[:, device_rows]
+        self.rope_offsets = self.rope_offsets[rows]
         self.passes = {}
 
     def __getstate__(self) -> dict:
