@@ -64,11 +64,11 @@ class Conversation:
             message: Text, or a list of parts as in `Model.chat`.
             options: Those of `Model.generate`, whose errors are raised. The plan is the conversation's.
         """
-        return self._next_turn(message, options, began=time.perf_counter()).generate()
+        return self._next_turn(message, options).generate()
 
     def stream(self, message, **options: Unpack[Options]) -> Stream:
         """Like `send`, but yields pieces, as `Model.stream`. The turn counts once the last one has been read."""
-        return self._next_turn(message, options, began=time.perf_counter()).stream()
+        return self._next_turn(message, options).stream()
 
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos that it shows."""
@@ -78,8 +78,9 @@ class Conversation:
         messages = [*self._state.messages, {"role": "user", "content": content}]
         return self._format.prompt(messages, enable_thinking=self.enable_thinking)
 
-    def _next_turn(self, message, options: dict, *, began: float) -> Batch:
+    def _next_turn(self, message, options: dict) -> Batch:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
+        began = time.perf_counter()
         params = sampling_params(options, self.model.sampling)
         content = _copied(message)
         prompt, media = self._prompt(content)

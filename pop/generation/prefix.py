@@ -91,13 +91,14 @@ class Prefix:
                 messages: the text of the user's next message, or a list of such texts.
             images, videos, options: As in `Model.generate`, for the rest. The plan is the prefix's.
         """
-        return self._batch(rest, images, videos, options, began=time.perf_counter()).generate()
+        return self._batch(rest, images, videos, options).generate()
 
     def stream(self, rest, *, images=None, videos=None, **options: Unpack[Options]) -> Stream:
         """Like `generate` for one rest, but yields the answer in pieces, as `Model.stream` does."""
-        return self._batch(rest, images, videos, options, began=time.perf_counter()).stream()
+        return self._batch(rest, images, videos, options).stream()
 
-    def _batch(self, rest, images, videos, options: dict, *, began: float) -> Batch:
+    def _batch(self, rest, images, videos, options: dict) -> Batch:
+        began = time.perf_counter()
         params = sampling_params(options, self.model.sampling)
         if self.messages is None:
             rests, media, is_list = self.model.encode_batch(rest, images, videos, bos=False)
