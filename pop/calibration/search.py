@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pop.calibration.held_out import Judge, repeated_passage
+from pop.calibration.held_out import LONGEST_PASSAGE, Judge, repeated_passage
 from pop.calibration.importance import importance
 from pop.calibration.lookup import selecting_scores
 from pop.calibration.refit import fitted
@@ -35,7 +35,8 @@ TAILS = (1.0, 0.8, 0.6)  # of the pruned layers, the shares that are the deepest
 SAMPLES = 16  # texts, and repeated passages, on which gates are measured
 SAMPLE = 192  # tokens of each
 RESPONSE = 48  # tokens of it that count
-LONGEST_CUE = 16  # the most tokens of a repeated passage's cue
+CUES_IN_REPEATED = 4  # a quarter of a repeated passage is its cue
+LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
 FEW = 12_000  # tokens from which a set of layers is fitted to be compared
 LONGEST_WINDOW = 512  # the most tokens of a window of these
@@ -105,7 +106,7 @@ def _samples(model, windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
         cut = len(text) - min(RESPONSE, len(text) // 3)
         plain.append((text[:cut], text[cut:]))
         passage = repeated_passage(text[:cut], [], rng)
-        cue = max(1, len(passage) // 4)
+        cue = max(1, len(passage) // CUES_IN_REPEATED)
         repeated.append((text[:cut] + passage[:cue], passage[cue:]))
     return plain, repeated
 
