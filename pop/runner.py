@@ -259,7 +259,7 @@ class Runner:
         return self.__dict__ | {"_stages": None}
 
     def __setstate__(self, state: dict) -> None:
-        """A copy runs eagerly."""
+        """A copy is not compiled. On a GPU, it still records its decode steps and repeats them."""
         self.__dict__ |= state
         self._stages = ReadyStages(self.module, replay_of(self.module))
 
