@@ -154,7 +154,10 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
 
 
 def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: int) -> None:
-    """Raise CacheMemoryError if the device lacks the memory for the weights and a prompt of `num_tokens`."""
+    """Raise CacheMemoryError if the device lacks the memory for the weights and a prompt of `num_tokens`.
+
+    A chunk of a longer prompt takes no more for activations, unless the plan selects tokens (`pop.engine.prefill`).
+    """
     weights = sum(map(torch.Tensor.numel, module.parameters())) * dtype.itemsize
     cache = KVCache.size_in_bytes(module.config, 1, num_tokens, dtype)
     activations = 5 * module.config.intermediate_size * num_tokens * dtype.itemsize  # about

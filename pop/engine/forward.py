@@ -41,7 +41,8 @@ def prefill(
         cache: Of B rows, with room for the prompts.
         lengths: The prompts' lengths [B], int64 on the CPU.
         plan: Its corrections are on the module's device, in its dtype.
-        chunk_size: Tokens of a row that run at once, at most cache.chunk_size. Bounds the memory for activations.
+        chunk_size: Tokens of a row that run at once, at most cache.chunk_size. Bounds the memory for activations. But a
+            plan that selects tokens keeps h of all T tokens, and one layer's keys and scores of all of them.
         stages: The functions to call, eager or compiled.
         images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
         boundary: False if more of the same prompts follows in a later call. The logits are then meaningless, and the
