@@ -34,10 +34,9 @@ class KVCache:
 
     The others are for selection by later prompts, for images, for steps that are replayed, and for prefills that fail:
 
-    skipped: For each slot, the selecting layer of the plan whose pruned layers its token has skipped, if later prompts
-        may select this token (earlier.py): [B, S + 1] int16. It is -1 if the token has run every layer, if none may
-        select it, and from a row's length on, since a decode step does not write it. Until `hold_states`, it has only
-        the spare slot.
+    skipped: For each slot, the layer at which a later prompt may select its token, because the token skipped pruned
+        layers after it (earlier.py): [B, S + 1] int16. -1: it may not. From a row's length on, all are -1, since a
+        decode step does not write them. Until `hold_states`, there is only the spare slot.
     entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     passes: The decode step, and the passes of prompts, that are replayed on this cache's tensors, by class.
@@ -106,7 +105,9 @@ class KVCache:
 
     @torch.inference_mode(False)  # as above
     def hold_states(self) -> None:
-        """Make room for `entered` and `skipped`, if no layer has a window. The first plan that selects tokens does.
+        """Make room for `entered` and `skipped`, if no layer has a window.
+
+        The first prompt whose plan selects tokens calls this.
 
         Raises CacheMemoryError if the device lacks the memory.
         """

@@ -94,15 +94,17 @@ class Chunk(NamedTuple):
 
 
 class FullDepth(NamedTuple):
-    """The W tokens of each row of a chunk that run a plan's pruned layers. Without any, only `plan` has a meaning."""
+    """The W tokens of each row of a chunk that run a plan's pruned layers.
+
+    W is 0 if the chunk has no such tokens, and if none of its tokens is pruned. Then `attention` is empty.
+    """
 
     plan: PrunePlan  # without layers if no token of the chunk is pruned
     attention: ByWindow  # how the full-depth tokens attend
-    # [B, W], in order. A row with fewer begins with columns that are not valid: those of padding or of pruned tokens,
-    # which run for nothing. Their K and V go to the spare slot, and their h is put back. So the last column is that of
-    # each row's latest full-depth token.
+    # [B, W], in order. Shorter rows are padded on the left with other columns, whose results are discarded: K
+    # and V go to the spare slot, and h is put back. So the last column is that of each row's latest full-depth token.
     columns: Tensor
-    valid: Tensor  # [B, W] bool
+    valid: Tensor  # [B, W] bool, false for this padding
     last_is_full: Tensor  # [B, 1] bool, whether a row's last token in the chunk is one of them, the last
 
     @classmethod

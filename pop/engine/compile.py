@@ -116,7 +116,10 @@ class ReadyStages:
             self._stages = self._stages._replace(replay=self.replay, replayed_tokens=self.replayed_tokens)
 
     def _warm_up_once(self, several: bool, plan: PrunePlan) -> None:
-        """Compile what one row or several need, unless it is there: for all plans, or what one plan adds to that."""
+        """Compile the graphs for one row, or for several, that are not compiled yet.
+
+        PrunePlan.none() stands for the graphs that all plans need. Another plan may need more.
+        """
         # Code is compiled for the rank of corrections, if there are any, and for a selection. A plain plan has neither.
         rank = plan.corrections and plan.corrections.rank
         forms = {("rank", rank), ("selects", plan.selects)}

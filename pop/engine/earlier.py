@@ -4,8 +4,8 @@ A prompt selects the tokens that its end attends to. A later prompt about the sa
 cache keeps the state of each token that has skipped layers, as it entered the selecting layer. A later prompt selects
 among these tokens as well, and runs the selected ones from that layer on. Their new K and V replace the old ones.
 
-Only tokens are selected again whose rotary positions count tokens: text, but not after an image in Qwen3-VL. If a layer
-has a sliding window, none are, since the keys that they attend to may be gone.
+A token can be selected again only if its rotary position equals its index. After an image in Qwen3-VL, it does not. If
+a layer has a sliding window, no token can, because the keys that it attends to may be gone.
 Shape letters: pop/models/layers.py; N is the number of earlier tokens.
 """
 

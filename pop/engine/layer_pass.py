@@ -54,7 +54,8 @@ class LayerPass:
         """Run a chunk through some layers: h [B, C, D] -> h [B, C, D], and the states of its rows' latest tokens.
 
         Args:
-            layers: They hold pruned groups as a whole, because they are cut only at the selecting layer, a kept one.
+            layers: They cut no pruned group. A pass begins or ends inside a model only at the selecting layer, which
+                is kept.
             chunk: The tokens.
             full: Which of them run the pruned layers.
             h: Enters the first of the layers.
@@ -70,7 +71,8 @@ class LayerPass:
             if group.is_pruned:
                 h = self.run_pruned(chunk, full, h, group, previous, hidden)
             else:
-                for index in inside:  # not in a method, whose caller would keep the first h in memory
+                # Not in a method: while one runs, this frame would hold the h that it was called with.
+                for index in inside:
                     hidden[index] = chunk.latest(h)
                     h = self.run_layer(index, h, chunk.attention)
             h = chunk.images.add_deepstack(h, inside[-1])
