@@ -21,9 +21,8 @@ class Prefix:
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
     both. If the prefix is messages, a rest is the user's next message, and the answers are those of `model.chat`.
 
-    If the plan selects tokens, this holds without sliding windows and images, and for plans that keep no layer after
-    the pruned ones that follow the selecting layer, with a full_depth_last of at least 16. Otherwise the answers are
-    about those.
+    If the plan selects tokens, the answers can differ slightly. They are equal if there are no sliding windows and no
+    images, if no kept layer follows a pruned one after the selecting layer, and if full_depth_last is at least 16.
 
     The last full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. So is all of
     a prefix of fewer than full_depth_below tokens. If an image or a video would be cut, all of it is encoded with each

@@ -79,9 +79,9 @@ class Images:
         return torch.where(may_end, index + 1, begin[:, None]).amax(1)
 
     def at(self, index: Tensor, valid: Tensor | bool = True) -> Images:
-        """The part of the images at tokens `index` [B, C], int64 on the CPU, of the prompts and what follows them.
+        """The Images of the tokens `index` [B, C], int64 on the CPU. TEXT if none of them stands for an image.
 
-        Tokens that follow a prompt, and those that are not `valid` [B, C], are text. TEXT: all tokens are. `rotary`
+        Indices may go beyond a prompt. Those tokens are text, and so are tokens that are not `valid` [B, C]. `rotary`
         still takes indices in the prompts.
         """
         if self.feature_index is None:

@@ -76,7 +76,8 @@ class Corrections:
         layers: The indices of the layers, in order.
         weight: U [n, 2, K * E, R], for K and for V.
         shared: P [m, R, 2 * D].
-        update: A [g, D, R] of the g groups that kept layers follow, which are all but possibly the last. None: g is 0.
+        update: A [g, D, R], for each of the g groups that kept layers follow: all groups, or all but the last. None if
+            there is no such group.
         sketch: Of the layers that they were fitted to, [n, 2, J] float32 on the CPU (sketch.py).
 
     Raises:

@@ -53,6 +53,6 @@ def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def stepped(size: int) -> int:
-    """The next size from `size` on of those that go up in steps, four of them from each power of two to the next."""
+    """Round up to one of 1, 2, ..., 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four sizes for each doubling."""
     step = max(1, (1 << size.bit_length()) // 8)
     return -(-size // step) * step
