@@ -117,7 +117,7 @@ torch.library.define("pop::multiply_rows", "(Tensor x, Tensor weight) -> Tensor"
 def _multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear of x [rows, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W.
 
-    x is in weight's dtype, or was converted from it to float32, as the result is then.
+    x has weight's dtype, or is float32 with values that weight's dtype can hold. The result has x's dtype.
     """
     if weight.dtype in WIDENED and len(x) > MOST_ROWS:
         return _product_in_float32(x.float(), weight).to(x.dtype)

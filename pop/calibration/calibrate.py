@@ -76,8 +76,8 @@ def calibrate(
         model: A pop.Model.
         texts: Strings or lists of token ids that resemble the prompts to come. None takes built-in ones, but for the
             last fifth of each, which is left for `pop.check`. A wide model needs more.
-        plan: A PrunePlan, which says everything. Or another value that `PrunePlan.of` takes, such as "10,12,19-29".
-            It names the layers to prune, and the tokens at full depth are decided. None: decide both.
+        plan: A PrunePlan fixes the layers to prune and the full-depth tokens. Another value that `PrunePlan.of` takes,
+            such as "10,12,19-29", fixes only the layers, and the tokens are chosen. None: both are chosen.
         speedup: The speedup that the shapes must allow for a prompt of 2,048 tokens. It decides how many layers are
             pruned, unless `plan` does.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.

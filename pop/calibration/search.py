@@ -45,7 +45,7 @@ Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its res
 
 
 def check_speedup(model, speedup: float, rank: int) -> None:
-    """Raise InputError unless pruning all layers that are neither layer 0 nor before DeepStack's last one allows it."""
+    """Raise InputError if even the largest plan allows less. It keeps only layer 0 and the DeepStack layers."""
     if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
         raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
     num_layers = model.config.num_layers

@@ -131,8 +131,8 @@ def check(
         model: A pop.Model. Without a tokenizer, quotations are the only questions.
         plan: A PrunePlan, or another value of `prune` in `load`.
         texts: Strings or lists of token ids to which the plan was not fitted. None takes the last fifths of the
-            built-in texts and of Python's, which pop.calibrate(texts=None) leaves for this. For the loss, they also
-            follow texts that are shorter than a prompt. For questions, short texts are repeated.
+            built-in texts and of Python's, which pop.calibrate(texts=None) leaves for this. For the loss, these are
+            appended to texts that together are shorter than a prompt. For questions, short texts are repeated.
         lengths: Of the prompts, in tokens. Longer ones than the model's context allows are cut to it. Those that the
             plan does not prune are left out.
         questions: Of each kind at each length. Half as many are asked about prompts of more than 2,048 tokens.
