@@ -82,21 +82,30 @@ def test_models_and_engine_know_no_device_compiler_or_file():
     assert not wrong, f"make it a swap in backends/, or a parameter: {wrong}"
 
 
-FIRST = """
+IN_FORKS = """
 import os, sys, torch
-for name in sys.argv[1:]:
+for program in sys.argv[1:]:
     if os.fork() == 0:
-        exec(f"import pop.{name} as module, pop.api; assert module is pop.{name} is pop.api.{name}")
-        assert module.__spec__.name == module.__name__
+        exec(program)
         os._exit(0)
-    assert os.wait()[1] == 0, name
+    assert os.wait()[1] == 0, program
+"""
+BY_A_SHORT_NAME = """
+import pop.{0} as module, pop.api
+assert module is pop.{0} is pop.api.{0} and module.__spec__.name == module.__name__
 """
 
 
-def test_modules_that_other_code_imports():
-    """Also as the first thing of a program, or here of a fork, so that torch is imported once."""
-    names = ("cost", "parallel", "reference", "selection", "engine")
-    subprocess.run([sys.executable, "-c", FIRST, *names], check=True)
+def test_what_a_program_may_do_first():
+    """Each program is a fork, so that torch is imported once."""
+    programs = [BY_A_SHORT_NAME.format(name) for name in ("cost", "parallel", "reference", "selection", "engine")]
+    programs += [
+        "import pop; pop.backends, pop.runner.Runner",  # no names of the API
+        "import pop; names = {*dir(pop)}; assert {*pop.api.__all__, '__version__', '__doc__'} < names",
+        "from pop import *; load, cost.speedup_limit",
+        "import pop; assert not hasattr(pop, 'loaf')",
+    ]
+    subprocess.run([sys.executable, "-c", IN_FORKS, *programs], check=True)
 
 
 # What makes code dense.

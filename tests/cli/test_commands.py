@@ -18,7 +18,6 @@ from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop import api
 from pop.calibration import calibrate as calibrate_file
 from pop.checkpoints import registry
 from pop.cli import commands, main
@@ -73,24 +72,6 @@ def test_the_help_does_without_torch(words):
     program = "import sys; sys.modules['torch'] = None; import pop.cli; pop.cli.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "pop " in done.stdout
-
-
-def test_a_folder_of_the_package_may_be_named_first():
-    command = [sys.executable, "-c", "import pop; print(pop.backends.__name__, pop.runner.Runner.__name__)"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "pop.backends Runner\n"
-
-
-def test_all_names_of_the_library_are_there_without_an_import_of_their_files():
-    program = (
-        "import pop; print(pop.__version__, *sorted({*dir(pop)})); from pop import *; load, pop.cost.speedup_limit"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert {*api.__all__, "__doc__"} < {*done.stdout.split()}
-    with pytest.raises(AttributeError, match="loaf"):
-        pop.loaf  # noqa: B018
 
 
 def test_models_are_listed_with_where_they_are(run, tmp_path, monkeypatch):
