@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.cli.texts import CONVERSATION, calibration_texts, encoded, read_text
@@ -13,24 +12,20 @@ ASKED = [{"role": "user", "content": "What is the square of two?\u2028And of thr
 ANSWERED = [*ASKED, {"role": "assistant", "content": "Four and nine."}]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", num_layers=6)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return pop.load(folder, prune="0.5", compile=False)
+def write(folder, *conversations) -> str:
+    """Write a file with a line for each conversation, and return its path."""
+    path = folder / "chats.jsonl"
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in conversations]
+    path.write_text("".join(lines), encoding="utf-8-sig")
+    return str(path)
 
 
 @pytest.fixture
 def file(tmp_path):
     """Ten conversations, of which every other ends with an answer, with keys that logs have."""
-    path = tmp_path / "chats.jsonl"
     logged = [{**message, "refusal": None, "annotations": []} for message in ANSWERED]
-    lines = [{"model": "m", "messages": logged[: 1 + number % 2]} for number in range(10)]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8-sig")
-    return str(path)
+    conversations = [{"model": "m", "messages": logged[: 1 + number % 2]} for number in range(10)]
+    return write(tmp_path, *conversations)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +33,6 @@ def ids(model):
     """What the model gets of the ten."""
     write = model.chat_format().encode
     return [write(ASKED), write(ANSWERED, add_generation_prompt=False)] * 5
-
-
-def test_a_conversation_ends_where_an_answer_begins_or_with_one(file, model, ids):
-    assert encoded(model, read_text(file)) == ids
 
 
 def test_a_base_model_has_no_format_for_them(file, model):
@@ -55,44 +46,46 @@ def test_a_base_model_has_no_format_for_them(file, model):
 
 def test_conversations_that_cannot_be_used_are_left_out_with_a_note(tmp_path, model, ids, capsys):
     odd = [{"messages": [{"role": "developer", "content": "Hi"}]}, {"messages": [{"role": "user", "content": ""}]}]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in [odd[0], {"messages": ASKED}, odd[1]]))
-    assert encoded(model, read_text(str(path))) == ids[:1]
+    path = write(tmp_path, odd[0], {"messages": ASKED}, odd[1])
+    assert encoded(model, read_text(path)) == ids[:1]
     note = capsys.readouterr().err
     assert note.startswith(f"2 of 3 conversations cannot be used; the first is {path}, line 1: message 0 has the role")
 
 
 def test_an_empty_system_message_stays(tmp_path, model):
     messages = [{"role": "system", "content": ""}, *ASKED]
-    path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"messages": messages}))
-    assert encoded(model, read_text(str(path))) == [model.chat_format().encode(messages)]
-
-
-def test_one_conversation_judges_and_is_not_fitted(tmp_path, model, ids, monkeypatch, capsys):
-    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
-    path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"messages": ASKED}))
-    assert calibration_texts(model, {str(path): read_text(str(path))}) == (["x" * 800], ids[:1])
-    assert capsys.readouterr().err.startswith("0 of ")
+    path = write(tmp_path, {"messages": messages})
+    assert encoded(model, read_text(path)) == [model.chat_format().encode(messages)]
 
 
 def test_tools_are_written_as_the_chat_format_writes_them(tmp_path, model, monkeypatch):
     told = []
     monkeypatch.setattr(type(model.chat_format()), "encode", lambda _, **given: told.append(given) or [5])
     tools = [{"type": "function", "function": {"name": "f"}}]
-    path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"messages": ASKED, "tools": tools}))
-    assert encoded(model, read_text(str(path))) == [[5]]
+    path = write(tmp_path, {"messages": ASKED, "tools": tools})
+    assert encoded(model, read_text(path)) == [[5]]
     assert told == [{"messages": ASKED, "tools": tools, "add_generation_prompt": True}]
 
 
-def test_the_last_fifth_of_the_conversations_judges(file, model, ids, monkeypatch):
-    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
-    assert calibration_texts(model, {file: read_text(file)}) == (ids[:8], ids[8:])
+def test_one_conversation_judges_and_is_not_fitted(tmp_path, model, ids, monkeypatch, capsys):
+    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
+    path = write(tmp_path, {"messages": ASKED})
+    assert calibration_texts(model, {path: read_text(path)}) == (["x" * 800], ids[:1])
+    assert capsys.readouterr().err.startswith("0 of ")
 
 
-def test_calibrate_and_check_get_them(file, folder, ids, run, monkeypatch):
+def test_built_in_texts_make_up_the_rest_until_they_suffice(model, monkeypatch, capsys):
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 20)
+    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 100] * 20)
+    assert calibration_texts(model, {}) == (["x" * 80] * 20, None)
+    assert capsys.readouterr().err == ""
+    text = "Hello, world. " * 100
+    assert calibration_texts(model, {"a.txt": text}) == ([text[:1120], *["x" * 80] * 5], [text[1120:]])
+    assert "1,120 of 1,500 tokens are given" in capsys.readouterr().err
+
+
+def test_calibrate_and_check_get_what_ends_with_an_answer_or_where_one_begins(file, folder, ids, run, monkeypatch):
+    """The last fifth judges what is fitted to the others."""
     monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
     monkeypatch.setattr("pop.cli.commands.compared", lambda *_, **__: None)  # refuses texts this short
     got = []
