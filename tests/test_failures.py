@@ -8,7 +8,6 @@ import contextlib
 import errno
 import itertools
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -21,6 +20,7 @@ import pytest
 import torch
 from support import gguf_files
 from support.cases import random_corrections
+from support.disk import full_disk
 from support.hub_server import REPOSITORY, HubServer
 from support.nightly import NIGHTLY
 from support.tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, tiny_model, write_checkpoint
@@ -141,10 +141,7 @@ class Written:
 
 @pytest.mark.parametrize("make", [saved_plan, saved_scores, imported, written_at_random])
 def test_what_is_written_is_the_old_or_the_new(make, tmp_path):
-    """No other file is left there, except a hidden one whose removal has failed. Of a full disk, an error tells.
-
-    A limit to the size of files makes every library fail that writes, as a full disk does.
-    """
+    """No other file is left there, except a hidden one whose removal has failed. Of a full disk, an error tells."""
     written = Written(make, tmp_path)
     for place in failures(written.call):
         assert written.found() in (written.before, written.after), place
@@ -152,14 +149,9 @@ def test_what_is_written_is_the_old_or_the_new(make, tmp_path):
             assert path.name.startswith(".") and place[0].endswith("pop/system/files.py"), (path, place)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     written.put_back()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for most in (0, max(map(len, written.after.values())) // 2):
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-            with pytest.raises(pop.PopError, match="(cannot|could not) be (saved|written)"):
-                written.write(written.path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for room in (0, max(map(len, written.after.values())) // 2):
+        with full_disk(room), pytest.raises(pop.PopError, match="(cannot|could not) be (saved|written)"):
+            written.write(written.path)
         assert written.found() == written.before
         assert not written.others()
 
@@ -257,21 +249,23 @@ def test_after_a_failure_a_cache_works_or_is_refused(config, selects):
     for arguments in CALLS:
         expected.append(step(cache, arguments))
         lengths.append(int(cache.lengths[0]))
+
+    def assert_goes_on(cache, begin, place):
+        for number in range(begin, len(CALLS)):
+            torch.testing.assert_close(step(cache, CALLS[number]), expected[number], msg=str(place))
+
     for place in failures(call):
         if "cache" not in done:
             continue
         cache, held = done["cache"], int(done["cache"].lengths[0])
         assert held in lengths[done["number"] :][:2], place  # before the call or after it
-        rest = lengths.index(held)
         try:
-            for number in range(rest, len(CALLS)):
-                torch.testing.assert_close(step(cache, CALLS[number]), expected[number], msg=str(place))
+            assert_goes_on(cache, lengths.index(held), place)
         except pop.InputError as error:
             assert "reset" in str(error)
             refused += 1
             cache.reset()
-            for number in range(len(CALLS)):
-                torch.testing.assert_close(step(cache, CALLS[number]), expected[number], msg=str(place))
+            assert_goes_on(cache, 0, place)
         done.clear()
     overwrites = selects or config.windows.count(None) < len(config.windows)
     assert refused < POINTS // 2 if overwrites else not refused

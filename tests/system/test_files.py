@@ -1,11 +1,11 @@
 """Files and folders appear whole or not at all, also when two writers meet. See also test_failures.py."""
 
 import os
-import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.disk import full_disk
 
 from pop.errors import CheckpointError, PlanError
 from pop.system import files
@@ -83,13 +83,11 @@ def test_a_second_writer_waits(tmp_path, monkeypatch, first_fails):
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["file"]
 
 
-def test_a_file_is_written_through_a_link_and_the_old_one_is_kept_on_failure(tmp_path, monkeypatch):
+def test_a_file_is_written_through_a_link_and_the_old_one_is_kept_on_failure(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
-    with monkeypatch.context() as full_disk:
-        full_disk.setattr(files, "_sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(PlanError, match=r"the plan cannot be written to .*link \(No space left"):
-            write_whole(tmp_path / "link", "half", "the plan", PlanError)
+    with full_disk(room=2), pytest.raises(PlanError, match=r"the plan cannot be written to .*link \("):
+        write_whole(tmp_path / "link", "half", "the plan", PlanError)
     assert (tmp_path / "target").read_text() == "old" and names(tmp_path) == ["link", "target"]
     write_whole(tmp_path / "link", "new", "the plan", PlanError)
     assert os.path.islink(tmp_path / "link") and (tmp_path / "target").read_text() == "new"
@@ -110,14 +108,9 @@ def test_a_file_that_is_saved_over_keeps_its_mode(tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path):
-    """It still takes empty files. A limit to the size of files fails as it does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-        with pytest.raises(PlanError, match="the plan cannot be written"):
-            files.check_writable(tmp_path / "plan", "the plan", PlanError)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    """It still takes empty files."""
+    with full_disk(), pytest.raises(PlanError, match="the plan cannot be written"):
+        files.check_writable(tmp_path / "plan", "the plan", PlanError)
     files.check_writable(tmp_path / "plan", "the plan", PlanError)
     with pytest.raises(PlanError, match=r"the plan takes about 1,000,000,000,000,000,000 bytes, but .* free"):
         files.check_writable(tmp_path / "plan", "the plan", PlanError, size=10**18)
