@@ -6,11 +6,13 @@ Most tests also run on the CPU, so that they can fail on any machine. The models
 of 16, as fast kernels require.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import re
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -85,6 +87,16 @@ def random_tokens(*shape: int) -> torch.Tensor:
     return torch.randint(60, shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@contextlib.contextmanager
+def debugged_waits(mode: str) -> Iterator[None]:
+    """What waits for the GPU raises an error ("error") or warns ("warn")."""
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def assert_equal(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """To 1e-4 of the scale in float32, and to 4e-2 of the norm in bfloat16, where a CPU comes to 2.4e-2."""
     found = found.cpu()
@@ -134,13 +146,9 @@ def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device)
     plan = dataclasses.replace(plan, selecting_layer=2)
     for model.chunk_size in (64, CHUNK):
         cache = model.new_cache(2, 48)
-        waits = torch.cuda.set_sync_debug_mode if device.type == "cuda" and model.chunk_size == 64 else lambda _: None
-        with recorded_choices() as found:
-            waits("error")
-            try:
-                logits = model.prefill(tokens, cache, lengths=lengths, plan=plan)
-            finally:
-                waits("default")
+        waits_for_nothing = device.type == "cuda" and model.chunk_size == 64
+        with recorded_choices() as found, debugged_waits("error") if waits_for_nothing else contextlib.nullcontext():
+            logits = model.prefill(tokens, cache, lengths=lengths, plan=plan)
         for row, n in enumerate(lengths):
             selected = found[0][row, :n].cpu()
             by_position = reference.full_depth_tokens(n, n, plan)
@@ -335,16 +343,11 @@ def test_attention_of_one_token_at_real_sizes(E, G, dtype, device):
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
-def test_the_rows_of_a_batch_share_a_chunk_on_a_gpu(rows, device, monkeypatch):
+def test_the_rows_of_a_batch_share_a_chunk_on_a_gpu(rows, device, notes):
     """So that the memory for activations does not grow with the batch. A CPU runs a whole chunk of each row."""
     model, _ = make("llama", torch.bfloat16, device)
     model.chunk_size = 8192
-    sizes = []
-
-    def prefill(module, tokens, cache, lengths, plan, chunk_size, *rest):
-        sizes.append(chunk_size)
-
-    monkeypatch.setattr(engine, "prefill", prefill)
+    sizes = notes(engine, "prefill", lambda module, tokens, cache, lengths, plan, chunk_size, *_: chunk_size)
     model.prefill(random_tokens(rows, 5), model.new_cache(rows, 9))
     assert sizes == [8192 // rows if device.type == "cuda" else 8192]
 
@@ -420,12 +423,9 @@ def test_a_decode_step_waits_for_nothing(family):
     model.prefill(random_tokens(2, 20), cache)
     for _ in range(20):
         model.decode(tokens, cache)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with debugged_waits("error"):
         for _ in range(5):
             tokens = model.decode(tokens, cache).argmax(-1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
@@ -434,13 +434,9 @@ def test_generate_waits_once_a_token(temperature):
     model, _ = make("llama", torch.bfloat16, torch.device("cuda"))
     waits = {}
     for count in (20, 20, 40):  # the first warms up
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                model.generate([3, 5, 7], max_new_tokens=count, temperature=temperature, seed=0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with debugged_waits("warn"), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.generate([3, 5, 7], max_new_tokens=count, temperature=temperature, seed=0)
         waits[count] = sum("synchroniz" in str(warning.message) for warning in caught)
     assert waits[40] - waits[20] == 20
 
