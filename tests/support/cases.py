@@ -203,10 +203,10 @@ def prefill_with_choice(module, tokens, lengths, plan, chunk=1000, cache=None):
     return logits, cache, found[0] if found else torch.zeros(tokens.shape, dtype=torch.bool)
 
 
-def by_reference(module, tokens, plan, n, chosen, images=TEXT):
+def by_reference(module, tokens, plan, n, chosen):
     """The reference's logits [T, V], K and V for a prompt of n tokens [T], of which `chosen` [N] were selected."""
     full_depth = reference.full_depth_tokens(n, len(tokens), plan)
-    return with_chosen(module, tokens, full_depth, plan, chosen[:n], images)
+    return with_chosen(module, tokens, full_depth, plan, chosen[:n])
 
 
 def turns_by_reference(module, plan, turns, images=TEXT):

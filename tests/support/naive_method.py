@@ -81,12 +81,12 @@ def token_by_token(module, tokens, plans, ends=None, again=None):
     return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
 
 
-def selection_scores(layer, h, rope, begin=0, averaged=3, asking=16):
+def selection_scores(layer, h, rope, begin=0, asking=16):
     """What decides which of the tokens `begin` and later a plan selects, token by token: [N].
 
-    A token's score is the most attention that it, or on average the `averaged` tokens up to it, receive from any of the
-    last 16 tokens in any head, but only of the last `asking`, if those are fewer. Tokens before `begin` do not count in
-    the softmax, and lower the first averages.
+    A token receives the most attention that any of the last 16 tokens gives it in any head, but only of the last
+    `asking`, if those are fewer. Its score is the average of what it and the two tokens before it receive. Tokens
+    before `begin` do not count in the softmax, and lower the first averages.
 
     Args:
         layer: the selecting layer, which h [1, T, D] enters with a rotation.
@@ -98,7 +98,7 @@ def selection_scores(layer, h, rope, begin=0, averaged=3, asking=16):
             keys = k[0, begin : query + 1, head * k.shape[2] // q.shape[2]]
             weights = (keys @ q[0, query, head] * layer.scale).softmax(0)
             received[: len(keys)] = received[: len(keys)].maximum(weights)
-    averages = [sum(received[max(0, i - averaged + 1) : i + 1]) / averaged for i in range(len(received))]
+    averages = [sum(received[max(0, i - 2) : i + 1]) / 3 for i in range(len(received))]
     return torch.stack(averages).detach()
 
 

@@ -14,7 +14,7 @@ HEADERS = {"content-type": "application/json"}
 
 
 @contextlib.contextmanager
-def serving(model, name="tiny", key=None, port=0, plans=None, **options):
+def serving(model, key=None, plans=None, **options):
     """Serve a model in threads of this process. Yields the server and its address."""
     import uvicorn
 
@@ -23,8 +23,8 @@ def serving(model, name="tiny", key=None, port=0, plans=None, **options):
 
     engine = Engine(model, **{"most_rows": 4, "most_waiting": 16, "kept_bytes": 2**24, **options})
     threading.Thread(target=engine.run, daemon=True).start()
-    server = Server(engine, name, key, plans=plans)
-    config = uvicorn.Config(server.app, port=port, log_level="warning", lifespan="off")
+    server = Server(engine, "tiny", key, plans=plans)
+    config = uvicorn.Config(server.app, port=0, log_level="warning", lifespan="off")
     with config.bind_socket() as listener:
         listener.listen()
         http = uvicorn.Server(config)
@@ -53,9 +53,9 @@ def process(*words, **environment):
     assert status == 130, f"the server has ended with {status}"
 
 
-def until(condition, seconds=600.0):
+def until(condition):
     """Wait until the condition holds."""
-    ends = time.monotonic() + seconds
+    ends = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < ends, "it has not happened"
         time.sleep(0.01)
