@@ -28,7 +28,35 @@ from tools.evaluate.ruler import RULER
 PLAN = pop.PrunePlan((2, 3, 4))
 
 
-def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_path, monkeypatch):
+LAST_TWO_WHOLE = pop.PrunePlan((3, 4), full_depth_last=2)
+SELECTING = dataclasses.replace(LAST_TWO_WHOLE, full_depth_selected=0.1)
+DEEPEST = "plain pruning, the paper's method"
+LAST_TWO = "last 2 tokens at full depth"
+SELECTED = f"plain pruning, 10 % of the tokens selected, {LAST_TWO}"
+
+
+@pytest.mark.parametrize(
+    ("prune", "name", "plan", "method"),
+    [
+        ("third", "third", pop.PrunePlan((4,)), DEEPEST),
+        ("default", "default", pop.PrunePlan((4,)), DEEPEST),
+        ("2-4", "2-4", PLAN, DEEPEST),
+        ("1,3", "1,3", pop.PrunePlan((1, 3)), "plain pruning"),
+        ("0.4:2", "0.4 w=2", LAST_TWO_WHOLE, f"plain pruning, {LAST_TWO}"),
+        ("0.4:2:0.1", "0.4 w=2 s=0.1", SELECTING, SELECTED),
+        ("0.4:2:0.1:1", "0.4 w=2 s=0.1 at 1", dataclasses.replace(SELECTING, selecting_layer=1), SELECTED),
+        ("FOLDER/selected.json", "selected.json", SELECTING, SELECTED),
+        ("FOLDER/selected.json:2:0", "selected.json w=2 s=0", LAST_TWO_WHOLE, f"plain pruning, {LAST_TWO}"),
+    ],
+)
+def test_a_contender_is_what_its_option_says(prune, name, plan, method, tiny, tmp_path):
+    SELECTING.save(tmp_path / "selected.json")
+    full, made = selection.make_contenders(tiny, [prune.replace("FOLDER", str(tmp_path))], [])
+    assert (full.name, full.plan) == ("full", pop.PrunePlan.none())
+    assert (made.name, made.plan, made.method) == (name, plan, method)
+
+
+def test_plans_are_calibrated_on_the_texts_and_baselines_cut_their_fraction(tiny, monkeypatch):
     calls = []
 
     def calibrate(model, texts, plan, *, steps, seed):
@@ -36,56 +64,16 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_pat
         return dataclasses.replace(plan, full_depth_first=1)
 
     monkeypatch.setattr(pop, "calibrate", calibrate)
-    PLAN.save(tmp_path / "plan.json")
-    prunes = ["none", "third", "0.4:2", str(tmp_path / "plan.json"), "calibrated:0.4:3", "calibrated:third"]
-    made = selection.make_contenders(
-        tiny, prunes, ["shortgpt", "no-kv:0.4"], fraction=0.2, calibration=["text " * 9], seed=7
-    )
-    assert {contender.name: contender.plan for contender in made[:6]} == {
-        "full": pop.PrunePlan.none(),
-        "third": pop.PrunePlan((4,)),
-        "0.4 w=2": pop.PrunePlan((3, 4), full_depth_last=2),
-        "plan.json": PLAN,
-        "calibrated 0.4 w=3": pop.PrunePlan((3, 4), full_depth_last=3, full_depth_first=1),
-        "calibrated third": pop.PrunePlan((4,), full_depth_first=1),
-    }
+    options = {"fraction": 0.2, "calibration": ["text " * 9], "seed": 7}
+    prunes = ["none", "calibrated:0.4:3", "calibrated:third"]
+    _, first, second, *others = selection.make_contenders(tiny, prunes, ["shortgpt", "no-kv:0.4"], **options)
     plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
     assert calls == [(["text " * 9], plan, 7) for plan in plans]
-    _, chosen = selection.make_contenders(tiny, ["default"], [])
-    assert (chosen.name, chosen.plan) == ("default", tiny.plan)
-    selecting = pop.PrunePlan((3, 4), full_depth_last=2, full_depth_selected=0.1)
-    selecting.save(tmp_path / "selected.json")
-    for prune, name, plan in (
-        ("0.4:2:0.1", "0.4 w=2 s=0.1", selecting),
-        ("0.4:2:0.1:1", "0.4 w=2 s=0.1 at 1", dataclasses.replace(selecting, selecting_layer=1)),
-        (f"{tmp_path}/selected.json", "selected.json", selecting),
-        (f"{tmp_path}/selected.json:3:0", "selected.json w=3 s=0", pop.PrunePlan((3, 4), full_depth_last=3)),
-    ):
-        _, chosen = selection.make_contenders(tiny, [prune], [])
-        assert (chosen.name, chosen.plan) == (name, plan)
-    assert [contender.name for contender in made[6:]] == ["shortgpt", "no-kv 0.4"]
-    assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
-    assert [contender.method for contender in made[6:]] == ["ShortGPT, 20 %", "plain pruning without K and V, 40 %"]
-
-
-@pytest.mark.parametrize(
-    ("prune", "method"),
-    [
-        ("third", "plain pruning, the paper's method"),
-        ("2-4", "plain pruning, the paper's method"),
-        ("1,3", "plain pruning"),
-        ("third:2", "plain pruning, last 2 tokens at full depth"),
-    ],
-)
-def test_the_paper_s_method_prunes_the_deepest_layers(prune, method, tiny):
-    _, made = selection.make_contenders(tiny, [prune], [])
-    assert made.method == method
-
-
-def test_a_saved_plan_that_selects_is_not_the_paper_s_method(tiny, tmp_path):
-    pop.PrunePlan((3, 4), full_depth_first=1, full_depth_selected=0.5).save(tmp_path / "saved")
-    _, made = selection.make_contenders(tiny, [str(tmp_path / "saved")], [])
-    assert made.method == "plain pruning, 50 % of the tokens selected"
+    assert [first.plan, second.plan] == [dataclasses.replace(plan, full_depth_first=1) for plan in plans]
+    names = [contender.name for contender in (first, second, *others)]
+    assert names == ["calibrated 0.4 w=3", "calibrated third", "shortgpt", "no-kv 0.4"]
+    assert len(others[0].model.module.layers) == 4 and others[1].plan.layers == (3, 4)
+    assert [contender.method for contender in others] == ["ShortGPT, 20 %", "plain pruning without K and V, 40 %"]
 
 
 def test_files_of_one_name_are_told_apart():
@@ -240,24 +228,28 @@ RESULT = json.loads((GOLDENS / "evaluate" / "figures.json").read_bytes())
 
 
 def plotted(shares):
-    """Figures of the full model and of three contenders, with the shares of its answers that they retrieve."""
-    rows = [
-        ("full", figure(0), 1, "", 0),
-        ("two thirds", figure(1.5), 2.5, "plain", 3),
-        ("half", figure(0.05, 0.04, 0.07), 1.4, "plain", 2),
-        ("shortgpt 0.25", figure(1.1), 1.3, "ShortGPT, 25 %", 0),
+    """Figures of the full model and of other contenders, with the shares of its answers that they retrieve."""
+    rows = [  # name, KL, speedup and its limit, method, layers, and whether its code is its own
+        ("full", figure(0), 1, 1, "", 0, False),
+        ("two thirds", figure(1.5), 2.5, 3, "plain", 3, False),
+        ("half", figure(0.05, 0.04, 0.07), 1.4, 2, "plain", 2, False),
+        ("shortgpt 0.25", figure(1.1), 1.3, 1.4, "ShortGPT, 25 %", 0, False),
+        ("no-kv", figure(0.7), 0.9, 1.75, "mine", 0, True),
+        ("no-limit", figure(0.7), 0.9, None, "uncounted", 0, True),
     ]
-    losses = {name: {"kl": kl} for name, kl, *_ in rows}
     retrieved = {row[0]: {"share": share} for row, share in zip(rows, shares, strict=True)}
+    contenders = {}
+    for name, *_, method, layers, is_own in rows:
+        contenders[name] = {"method": method, "pruned_layers": layers, "is_own": is_own}
     return RESULT | {
-        "text": {"all": {"windows": 10, "rows": losses}},
+        "text": {"all": {"windows": 10, "rows": {name: {"kl": kl} for name, kl, *_ in rows}}},
         "retrieval": {"questions": 6, "rows": retrieved},
-        "ttft": {name: {"speedup": speedup} for name, _, speedup, *_ in rows},
-        "contenders": {name: {"method": method, "pruned_layers": layers} for name, *_, method, layers in rows},
+        "ttft": {name: {"speedup": speedup, "limit": limit} for name, _, speedup, limit, *_ in rows},
+        "contenders": contenders,
     }
 
 
-SHARES = (figure(1.0), figure(0.1), figure(0.5, 0.4, 0.6), figure(0.0))
+SHARES = (figure(1.0), figure(0.1), figure(0.5, 0.4, 0.6), figure(0.0), figure(0.3), figure(0.3))
 
 
 def test_the_report_has_each_figure_in_its_place():
@@ -273,7 +265,7 @@ def test_the_report_has_each_figure_in_its_place():
 
 
 def test_the_plot_joins_each_methods_points_and_leaves_out_the_full_model(monkeypatch):
-    """And it has the same bytes every time."""
+    """It has the same bytes every time. Code that is written to be read is at its limit, or left out without one."""
     axes = pytest.importorskip("matplotlib.axes").Axes
     drawn = evaluate_report.plot(plotted(SHARES), "svg")
     assert drawn == evaluate_report.plot(plotted(SHARES), "svg")
@@ -282,20 +274,12 @@ def test_the_plot_joins_each_methods_points_and_leaves_out_the_full_model(monkey
     monkeypatch.setattr(axes, "plot", lambda self, *args, label, **_: lines.append((label, *args)))
     monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)  # nothing has a label
     evaluate_report.plot(plotted(SHARES), "svg")
-    kl = [("plain", [1.4, 2.5], [0.05, 1.5]), ("ShortGPT, 25 %", [1.3], [1.1])]
-    assert lines == [*kl, ("plain", [1.4, 2.5], [0.5, 0.1]), ("ShortGPT, 25 %", [1.3], [0.0])]
+    own = "mine (at its limit)"
+    kl = [("plain", [1.4, 2.5], [0.05, 1.5]), ("ShortGPT, 25 %", [1.3], [1.1]), (own, [1.75], [0.7])]
+    assert lines == [*kl, ("plain", [1.4, 2.5], [0.5, 0.1]), ("ShortGPT, 25 %", [1.3], [0.0]), (own, [1.75], [0.3])]
     lines.clear()
-    evaluate_report.plot(plotted([None] * 4), "svg")  # the full model answers nothing
+    evaluate_report.plot(plotted([None] * 6), "svg")  # the full model answers nothing
     assert lines == kl
-
-
-def test_a_file_that_can_no_longer_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    """--json names a file that could be written before the run. After it, a folder has taken its place."""
-    path = tmp_path / "folder"
-    monkeypatch.setattr(evaluate, "run", lambda args: path.mkdir() or RESULT)
-    assert evaluate.main(["--json", str(path)]) == 2
-    assert str(path) in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [path] and not list(path.iterdir())
 
 
 def test_the_default_domains_are_the_texts_of_the_repository():

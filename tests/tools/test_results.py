@@ -1,5 +1,6 @@
 """tools/results: rows from figures, and a table that states what the other README.md files state."""
 
+import copy
 import hashlib
 import json
 import re
@@ -13,7 +14,6 @@ from support.readme import READMES
 import pop
 from pop.checkpoints.config_json import read_config
 from pop.pruning.cost import speedup_limit
-from tools.evaluate import report
 from tools.evaluate.retrieval import share_of
 from tools.evaluate.text import interval, read_domains
 from tools.results import compare, leaderboard
@@ -48,29 +48,21 @@ def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     windows = "" if left_out else "24 windows of text after 64 tokens, "
     times = "" if left_out else "TTFT after 64 tokens, "
     counts = f"{windows}180 questions about prompts of 512, 2,048 tokens, {times}seed 3"
-    machine = "A|B, 2 threads, torch 2.0, Python 3.11.0, pop 0.1.0"
+    machine = "A|B, 2 threads, torch 2.0, Python 3.11.0, pop 0.1.0 at 0123456-dirty"
     assert f"{machine}. {counts}. Intervals cover 95 %." in lines and FIGURES["command"] in lines
     assert lines[-2:] == [f"| the full model | {full} |", f"| half: calibrated | {half} |"]
 
 
-def test_code_that_is_written_to_be_read_has_no_speed(tmp_path, capsys, notes):
-    """In the figure, its method is at its limit, or left out if nothing counts its FLOPs."""
-    result = json.loads(json.dumps(FIGURES))
-    result["contenders"]["half"]["is_own"] = True
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(result))
-    assert main([str(path)]) == 0
+@pytest.fixture
+def figures():
+    return copy.deepcopy(FIGURES)
+
+
+def test_code_that_is_written_to_be_read_has_no_speed(figures, tmp_path, capsys):
+    figures["contenders"]["half"]["is_own"] = True
+    (tmp_path / "run.json").write_text(json.dumps(figures))
+    assert main([str(tmp_path / "run.json")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("| 200 | - | - |")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install matplotlib)")
-    for row in next(iter(result["text"].values()))["rows"].values():
-        row.setdefault("kl", {"value": 0.0, "low": 0.0, "high": 0.0})
-    drawn = notes(report, "_draw_line", lambda axes, method, points, number: [speedup for speedup, *_ in points])
-    for is_own, limit, speedups in ((False, None, [1.5]), (True, 1.75, [1.75]), (True, None, [])):
-        result["contenders"]["half"]["is_own"] = is_own
-        result["ttft"]["half"]["limit"] = limit
-        report.plot(result, "svg")
-        assert all(points == speedups for points in drawn) and bool(drawn) == bool(speedups)
-        drawn.clear()
 
 
 def test_a_stored_run_is_drawn_again(tmp_path, capsys):
@@ -93,110 +85,88 @@ def test_figures_without_a_table_are_refused(tmp_path, capsys):
         assert "run.json lacks figures" in capsys.readouterr().err
 
 
-def test_two_methods_of_a_run_are_compared_pair_by_pair(tmp_path, capsys):
+A, B = [1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 1]  # which of six answers are exact
+
+
+def run_of(exact: dict[str, list[int]], nll: float = 1.0) -> dict:
+    """A run of methods and the full model. Method a loses 0.01 nats more than the others, in each of eight windows."""
+    texts = {"full": {"by_window": {"nll": [nll]}}}
+    answers = {"full": {"by_question": {"log_prob": [-1.0] * 6}}}
+    for name, found in exact.items():
+        texts[name] = {"by_window": {"kl": [*np.linspace(0.1, 0.9, 8) + 0.01 * (name == "a")]}}
+        answers[name] = {"by_question": {"exact": found, "log_prob": [-1.0] * 6}}
+    return {"text": {"all": {"rows": texts}}, "retrieval": {"rows": answers}, "contenders": dict.fromkeys(exact)}
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, capsys):
+    """compared(words, **runs) writes the runs and compares. Returns the lines that are printed, or the error."""
+    monkeypatch.chdir(tmp_path)
+
+    def compared(words, status=0, **runs):
+        for name, run in runs.items():
+            Path(f"{name}.json").write_text(json.dumps(run))
+        assert compare.main(["run.json", *words.split()]) == status
+        out, err = capsys.readouterr()
+        return err if status else out.splitlines()
+
+    return compared
+
+
+def test_two_methods_of_a_run_are_compared_pair_by_pair(compared):
     """A method that is better in every window is surely better, although the windows differ more than the methods."""
-    path = tmp_path / "run.json"
-    losses = np.linspace(0.1, 0.9, 8)
-    rows = {name: {"by_window": {"kl": [*losses + more]}} for name, more in (("a", 0.01), ("b", 0.0))}
-    exact = {"a": [1, 0, 1, 1, 0, 1], "b": [1, 1, 1, 1, 0, 1]}
-    answers = {name: {"by_question": {"exact": found, "log_prob": [-1.0] * 6}} for name, found in exact.items()}
-    result = {"text": {"all": {"rows": rows}}, "retrieval": {"rows": answers}, "contenders": {"a": {}, "b": {}}}
-    path.write_text(json.dumps(result))
-    assert compare.main([str(path), "a", "b"]) == 0
-    everything, low, high = interval(np.array([0, -1, 0, 0, 0, 0])).values()
-    assert capsys.readouterr().out.splitlines() == [
+    _, low, high = interval(np.subtract(A, B)).values()
+    assert compared("a b", run=run_of({"a": A, "b": B})) == [
         "a minus b, with intervals of 95 %",
         "KL, all, nats: +0.0100 [+0.0100, +0.0100]",
         f"exact answers, share: -0.1667 [{low:+.4f}, {high:+.4f}]",
         "log-probability, nats: +0.0000 [+0.0000, +0.0000]",
     ]
-    for row in answers.values():
-        row["by_question"]["kind"] = ["codes 512", *["needle 512"] * 5]
-    path.write_text(json.dumps({"retrieval": result["retrieval"], "contenders": result["contenders"]}))
-    assert compare.main([str(path), "a", "b"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and everything == pytest.approx(-1 / 6)
-    assert "exact answers, codes 512, share: +0.0000 too few for an interval" in lines
-    assert any(line.startswith("exact answers, needle 512, share: -0.2000 [") for line in lines)
-    for row in answers.values():
-        row["by_question"]["kind"] = [*["needle 512"] * 4, "quotes-prose 512", "variables 512"]
-    path.write_text(json.dumps({"retrieval": result["retrieval"], "contenders": result["contenders"]}))
-    assert compare.main([str(path), "a", "b"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("exact answers, all of retrieval, share: -0.2000 [") for line in lines)
-    assert "exact answers, all of other tasks, share: +0.0000 too few for an interval" in lines
-    other = tmp_path / "other.json"
-    for own in (0.0, 0.5):  # of the full model in the other run
-        for file, name, moved in ((path, "a", 0.0), (other, "b", own)):
-            texts = {"all": {"rows": {name: rows[name], "full": {"by_window": {"nll": [1.0 + moved]}}}}}
-            asked = {"rows": {name: answers[name], "full": {"by_question": {"log_prob": [-1.0] * 6}}}}
-            file.write_text(json.dumps({"text": texts, "retrieval": asked, "contenders": {name: {}}}))
-        assert compare.main([str(path), "a", "b", "--other", str(other)]) == (2 if own else 0)
-        assert ("the full models of the two runs differ" in capsys.readouterr().err) == bool(own)
-    capsys.readouterr()
-    again = tmp_path / "again.json"  # the first method, changed
-    again.write_text(path.read_text().replace("[1, 0, 1, 1, 0, 1]", "[1, 1, 1, 1, 0, 1]"))
-    assert compare.main([str(path), "a", "z", "--other", str(again)]) == 2
-    assert "the other run lacks z; it has the methods a" in capsys.readouterr().err
-    assert compare.main([str(path), "a", "a", "--other", str(again)]) == 0
-    assert f"exact answers, share: -0.1667 [{low:+.4f}, {high:+.4f}]" in capsys.readouterr().out
-    capsys.readouterr()
-    other.write_text(json.dumps(json.loads(other.read_text()) | {"text": {"mine": {}}}))
-    assert compare.main([str(path), "a", "b", "--other", str(other)]) == 2
-    assert "and the other one mine" in capsys.readouterr().err
-    for name, changed in (("c", result), ("b", result | {"text": {"all": {"rows": {}}}})):
-        path.write_text(json.dumps(changed))
-        assert compare.main([str(path), "a", name]) == 2
-        assert "it has the methods a, b" in capsys.readouterr().err
 
 
-ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef-dirty", "kl": 0.0123}
-ROW |= {
-    "run": "r.json",
-    "texts": "alice",
-    "seed": 3,
-    "kept": [0.62, 0.49, 0.74],
-    "prompt_tokens": 512,
-    "questions": 180,
-    "question_tokens": 2048,
-}
-ROW |= {
-    "dtype": "float32",
-    "speedup_2048": 1.5,
-    "limit_2048": 1.61,
-    "kinds": {"codes": 0.876},
-    "retrieved": 0.5,
-    "lambada": None,
-}
+@pytest.mark.parametrize(
+    ("kinds", "few", "many", "count"),
+    [
+        (["codes 512", *["needle 512"] * 5], "codes 512", "needle 512", 8),
+        ([*["needle 512"] * 4, "quotes-prose 512", "variables 512"], "all of other tasks", "all of retrieval", 14),
+    ],
+)
+def test_answers_are_also_compared_by_kind_and_by_task(kinds, few, many, count, compared):
+    run = run_of({"a": A, "b": B})
+    for row in run["retrieval"]["rows"].values():
+        row["by_question"]["kind"] = kinds
+    lines = compared("a b", run=run)
+    assert f"exact answers, {few}, share: +0.0000 too few for an interval" in lines
+    assert any(line.startswith(f"exact answers, {many}, share: -0.2000 [") for line in lines)
+    assert len(lines) == count
 
 
-def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
-    paths = []
-    faster = {"limit_2048": 2, "speedup_2048": 2, "commit": None, "run": None}
-    for row in (ROW, ROW | {"plan": "faster"} | faster, {"model": "a", "plan": "b\n", "kinds": None}):
-        paths.append(str(tmp_path / f"{len(paths)}.json"))
-        Path(paths[-1]).write_text(json.dumps(row))
-    assert leaderboard.main(paths) == 0
-    figures = "| 0.012 | 512 | 88 % | 50 % | 62 % [49 %, 74 %] | two cores |"
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[:2] in ("##", "| ")]
-    assert [line for line in lines if not line.startswith(("| plan |", "| --- |"))] == [
-        "## m: alice, 180 questions of 2,048 tokens, seed 3, float32, Python not known",
-        f"| faster | 2.00x | 2.00x {figures} - | - |",
-        f"| p/q | 1.61x | 1.50x {figures} 0123456-dirty | [figures](runs/r.json) |",
-        "## a, measured in other ways",
-        "| b |",
-    ]
+def test_a_method_is_compared_with_that_of_another_run(compared):
+    _, low, high = interval(np.subtract(A, B)).values()
+    lines = compared("a a --other other.json", run=run_of({"a": A}), other=run_of({"a": B}))
+    assert f"exact answers, share: -0.1667 [{low:+.4f}, {high:+.4f}]" in lines
 
 
-def test_columns_that_say_nothing_of_a_plan_are_left_out():
-    """Those of the full model alone count if there is no other row."""
-    full = {"model": "m", "plan": "the full model", "kl": 0.0, "lambada": 0.3}
-    for rows, heads in (
-        ([full, {"model": "m", "plan": "p", "kl": 0.1}], "| plan | KL, nats |"),
-        ([full], "| LAMBADA |"),
-    ):
-        assert heads in leaderboard.page(rows)
-        assert ("LAMBADA" in leaderboard.page(rows)) == (len(rows) == 1)
+@pytest.mark.parametrize(
+    ("words", "other", "said"),
+    [
+        ("a c", {}, "it has the methods a, b"),
+        ("a z --other other.json", run_of({"a": A}), "the other run lacks z; it has the methods a"),
+        ("a b --other other.json", run_of({"b": B}, nll=1.5), "the full models of the two runs differ"),
+        ("a b --other other.json", run_of({"b": B}) | {"text": {"mine": {}}}, "and the other one mine"),
+        ("a b --other other.json", {"unfinished": ["text"]}, "other.json is unfinished: ['text']"),
+    ],
+)
+def test_methods_that_cannot_be_compared_are_refused(words, other, said, compared):
+    assert said in compared(words, status=2, run=run_of({"a": A, "b": B}), other=other)
+
+
+def test_columns_that_say_something_of_the_full_model_only_stay_if_there_is_no_other_row():
+    assert "| LAMBADA |" in leaderboard.page([{"model": "m", "plan": "the full model", "lambada": 0.3}])
+
+
+def test_a_name_cannot_break_the_table():
+    assert "| p/q r |" in leaderboard.page([{"model": "m", "plan": "p|q\nr"}])
 
 
 @pytest.mark.parametrize(
@@ -222,65 +192,67 @@ def test_columns_that_say_nothing_of_a_plan_are_left_out():
 )
 def test_a_row_that_is_wrong_is_refused(changed, says, tmp_path, capsys):
     path = tmp_path / "row.json"
-    path.write_text(json.dumps(ROW | changed))
+    path.write_text(json.dumps({"model": "m", "plan": "p"} | changed))
     assert leaderboard.main([str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and str(path) in err and err.count("\n") == 1
 
 
-def test_a_row_comes_from_the_figures_of_a_run(tmp_path, capsys):
+def row_of(figures: dict, tmp_path: Path) -> dict:
+    """The row of the method "half"."""
     path = tmp_path / "run.json"
-    kinds = {"codes 512": (10, 0.5), "quotes-prose 512": (10, 0.2), "quotes-code 512": (30, 0.6)}
-    result = json.loads(json.dumps(FIGURES)) | {"commit": "0123456-dirty"}
-    result["retrieval"]["rows"]["half"]["kinds"] = {
-        name: {"questions": count, "exact": exact, "log_prob": -1.0} for name, (count, exact) in kinds.items()
-    }
-    path.write_text(json.dumps(result))
-    assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 0
-    out = capsys.readouterr().out
-    row = json.loads(out)
-    assert (row["kl"], row["retrieved"], row["kept"]) == (0.05, 0.5, [0.51, 0.41, 0.61])
-    assert row["kinds"] == {"codes": 0.5, "quotes": 0.5}
-    assert (row["windows"], row["questions"], row["seed"], row["dtype"]) == (24, 180, 3, "float32")
-    assert row["texts"] == "a 0123456"
-    assert (row["question_tokens"], row["python"], row["run"]) == (512, result["machine"]["python"], "run.json")
-    assert row["speedup_2048"] is row["limit_2048"] is None  # it was measured for prompts of 64 tokens
-    for limit in (None, 1.61):  # nothing counts the FLOPs of some methods
-        result["ttft"]["half"]["limit"] = limit
-        path.write_text(json.dumps(result | {"tokens": {"prompt": 2048}}))
-        row = leaderboard.row_of(path, "half")
-        assert (row["speedup_2048"], row["limit_2048"]) == (1.5, limit)
-    few = json.loads(json.dumps(result | {"tokens": {"prompt": 2048}}))
-    few["ttft"]["half"]["low"] = None  # too few rounds for an interval
-    path.write_text(json.dumps(few))
-    assert leaderboard.row_of(path, "half")["speedup_2048"] is None
-    result["contenders"]["half"]["is_own"] = True  # its speed says nothing
-    path.write_text(json.dumps(result | {"tokens": {"prompt": 2048}}))
-    assert leaderboard.row_of(path, "half")["speedup_2048"] is None
-    path.with_name("row.json").write_text(out)
-    assert leaderboard.main([str(path.with_name("row.json"))]) == 0
-    assert "| half | 0.050 | 64 | 50 % |" in capsys.readouterr().out
-    result["retrieval"]["rows"]["half"]["share"] = {"value": 1.0, "low": None, "high": None}
-    path.write_text(json.dumps(result))
-    assert leaderboard.row_of(path, "half")["kept"] is None
-    for wrong, says in ((result, "it has full, half"), (result | {"text": {}}, "run.json lacks")):
-        path.write_text(json.dumps(wrong))
-        assert leaderboard.main(["--from", str(path), "--plan", "third"]) == 2
-        err = capsys.readouterr().err
-        assert says in err and err.count("it with tools.evaluate") == ("lacks" in says)  # one advice
-    cells = result["retrieval"]["rows"]["half"]["kinds"]
-    cells["codes 1024"] = cells["codes 512"]  # a second length
-    path.write_text(json.dumps(result))
-    assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 2
-    assert "codes 1024; measure with" in capsys.readouterr().err
-    result["retrieval"]["rows"]["half"]["kinds"] = {"variables 512": cells["codes 512"]}  # of ruler, and no other
-    path.write_text(json.dumps(result))
-    assert leaderboard.main(["--from", str(path), "--plan", "half"]) == 2
-    assert "has the questions variables 512; measure with" in capsys.readouterr().err
-    path.write_text(json.dumps(result | {"unfinished": ["retrieval"]}))
-    for command in (leaderboard.main, ["--from", str(path)]), (compare.main, [str(path), "full", "half"]):
-        assert command[0](command[1]) == 2
-        assert "unfinished: ['retrieval']" in capsys.readouterr().err
+    path.write_text(json.dumps(figures))
+    return leaderboard.row_of(path, "half")
+
+
+def test_a_row_that_is_printed_is_one_that_the_page_takes(tmp_path, capsys):
+    assert leaderboard.main(["--from", str(RESULTS / "runs" / "smollm2-135m.json"), "--plan", "third"]) == 0
+    path = tmp_path / "row.json"
+    path.write_text(capsys.readouterr().out)
+    assert leaderboard.main([str(path)]) == 0
+    assert "| third | 1.47x | 1.45x | 0.240 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "times", "is_own", "expected"),
+    [
+        (64, {}, False, (None, None)),
+        (2048, {}, False, (1.5, 1.61)),
+        (2048, {"limit": None}, False, (1.5, None)),  # nothing counts the FLOPs of some methods
+        (2048, {"low": None}, False, (None, 1.61)),  # too few rounds for an interval
+        (2048, {}, True, (None, 1.61)),  # the speed of code that is written to be read says nothing
+    ],
+)
+def test_a_row_has_the_speed_if_it_was_measured_for_2048_tokens(tokens, times, is_own, expected, figures, tmp_path):
+    figures["tokens"]["prompt"] = tokens
+    figures["ttft"]["half"] |= {"limit": 1.61} | times
+    figures["contenders"]["half"]["is_own"] = is_own
+    row = row_of(figures, tmp_path)
+    assert (row["speedup_2048"], row["limit_2048"]) == expected
+
+
+def test_a_share_without_an_interval_is_left_out(figures, tmp_path):
+    figures["retrieval"]["rows"]["half"]["share"] = {"value": 1.0, "low": None, "high": None}
+    assert row_of(figures, tmp_path)["kept"] is None
+
+
+@pytest.mark.parametrize(
+    "kinds", [["codes 512", "codes 1024"], ["variables 512"]], ids=["two lengths", "none of retrieval"]
+)
+def test_a_row_needs_questions_of_retrieval_and_of_one_length(kinds, figures, tmp_path):
+    figures["retrieval"]["rows"]["half"]["kinds"] = {kind: {"questions": 10, "exact": 0.5} for kind in kinds}
+    with pytest.raises(pop.InputError, match=f"has the questions {', '.join(kinds)}; measure with"):
+        row_of(figures, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({}, "it has full, half"), ({"text": {}}, "run.json lacks"), ({"unfinished": ["text"]}, "unfinished: ['text']")],
+)
+def test_a_run_that_makes_no_row_is_refused(changed, said, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps(FIGURES | changed))
+    assert leaderboard.main(["--from", str(tmp_path / "run.json"), "--plan", "third"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_texts_of_ones_own_are_named_by_their_hash():
@@ -296,9 +268,8 @@ def test_texts_of_ones_own_are_named_by_their_hash():
     assert both[0] != both[1] and all(len(name) == 9 for name in both)
 
 
-def test_a_row_leaves_other_kinds_of_questions_out(tmp_path):
+def test_a_row_leaves_other_kinds_of_questions_out(figures, tmp_path):
     """It is that of a run without them: by the same seed, the same questions are resampled."""
-    result = json.loads(json.dumps(FIGURES)) | {"commit": "0123456"}
     rng = np.random.default_rng(0)
     asked = ["codes 512"] * 9 + ["variables 512"] * 7 + ["needle 512"] * 8
     exact = {"full": rng.integers(2, size=24), "half": rng.integers(2, size=24)}
@@ -306,23 +277,28 @@ def test_a_row_leaves_other_kinds_of_questions_out(tmp_path):
     for is_asked in (np.ones(24, bool), np.array([kind != "variables 512" for kind in asked])):
         kinds = np.array(asked)[is_asked]
         for name, values in exact.items():
-            row = result["retrieval"]["rows"][name]
+            row = figures["retrieval"]["rows"][name]
             row["exact"] = values[is_asked].mean()
-            row["share"] = share_of(values[is_asked], exact["full"][is_asked], seed=result["seed"])
+            row["share"] = share_of(values[is_asked], exact["full"][is_asked], seed=figures["seed"])
             row["by_question"] = {"kind": kinds.tolist(), "exact": values[is_asked].tolist()}
             row["kinds"] = {
                 kind: {"questions": int((kinds == kind).sum()), "exact": values[is_asked][kinds == kind].mean()}
                 for kind in dict.fromkeys(kinds.tolist())
             }
-        result["retrieval"]["questions"] = len(kinds)
-        path = tmp_path / "run.json"
-        path.write_text(json.dumps(result))
-        found.append(leaderboard.row_of(path, "half"))
+        figures["retrieval"]["questions"] = len(kinds)
+        found.append(row_of(figures, tmp_path))
     assert found[0] == found[1]
     assert found[0]["questions"] == 17 and {*found[0]["kinds"]} == {"codes", "needle"}
 
 
 ENDS = ("value", "low", "high")  # of an interval
+
+
+def percent(share: float, form: str = ".0%") -> str:
+    """As the tables write it."""
+    return f"{share:{form}}".replace("%", " %")
+
+
 SPEEDUP = r"\d\.\d\dx( of \d\.\d\dx)?"  # measured, and its limit
 
 
@@ -388,6 +364,11 @@ def rows(path: str) -> list[list[str]]:
     return [row[1:] for row in table]
 
 
+def lost_and_gained(answers: dict, name: str) -> tuple[int, int]:
+    pairs = list(zip(answers["full"]["by_question"]["exact"], answers[name]["by_question"]["exact"], strict=True))
+    return pairs.count((1, 0)), pairs.count((0, 1))
+
+
 def test_the_tables_are_those_of_the_run():
     """The first table of tools/results, its kinds of questions, and README's rows of the same plans."""
     result = json.loads((RESULTS / "runs" / "smollm2-135m.json").read_bytes())
@@ -397,21 +378,19 @@ def test_the_tables_are_those_of_the_run():
     assert any(kinds == row[:-1] for row in results)
     for name in [*ttft]:
         shares = [cell["exact"] for cell in answers[name]["kinds"].values()]
-        assert [f"{share:.0%}".replace("%", " %") for share in [*shares, answers[name]["exact"]]] in results
+        assert [percent(share) for share in [*shares, answers[name]["exact"]]] in results
         if name == "full":
             continue
         speed = f"{ttft[name]['speedup']:.2f}x of {ttft[name]['limit']:.2f}x"
         kl = f"{text[name]['kl']['value']:.3f}"
-        kept = f"{answers[name]['share']['value']:.0%}".replace("%", " %")
-        change = f"{text[name]['perplexity_change']['value']:+.1%}".replace("%", " %")
-        same = f"{text[name]['same']['value']:.1%}".replace("%", " %")
+        kept = percent(answers[name]["share"]["value"])
+        change = percent(text[name]["perplexity_change"]["value"], "+.1%")
+        same = percent(text[name]["same"]["value"], ".1%")
         assert [speed, change, kl, same, f"{text[name]['kl_first']['value']:.3f}", kept] in results
         if name != "shortgpt 0.1":
             assert [speed, kl, kept] in rows("README.md")
-            pairs = list(
-                zip(answers["full"]["by_question"]["exact"], answers[name]["by_question"]["exact"], strict=True)
-            )
-            assert f": {pairs.count((1, 0))} lost, {pairs.count((0, 1))} gained |" in READMES["README.md"]
+            lost, gained = lost_and_gained(answers, name)
+            assert f": {lost} lost, {gained} gained |" in READMES["README.md"]
 
 
 @pytest.mark.parametrize(
@@ -429,13 +408,12 @@ def test_kl_and_answers_in_the_tables_are_those_of_the_run(run):
     text, answers = result["text"]["all"]["rows"], result["retrieval"]["rows"]
     results = rows("tools/results/README.md")
     for name in [*text][1:]:
-        pairs = list(zip(answers["full"]["by_question"]["exact"], answers[name]["by_question"]["exact"], strict=True))
-        kept = f"{answers[name]['share']['value']:.0%}".replace("%", " %")
-        changes = f"{pairs.count((1, 0))}, {pairs.count((0, 1))}"
+        kept = percent(answers[name]["share"]["value"])
+        changes = "{}, {}".format(*lost_and_gained(answers, name))
         wanted = {f"{text[name]['kl']['value']:.3f}", f"{text[name]['kl_first']['value']:.3f}", kept, changes}
         assert any(wanted <= {*row} for row in results), (name, wanted)
         if run.startswith("smollm2-135m-unseen"):
-            perplexity = f"{text[name]['perplexity_change']['value']:+.1%}".replace("%", " %")
+            perplexity = percent(text[name]["perplexity_change"]["value"], "+.1%")
             kl = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**text[name]["kl"])
             share = "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * answers[name]["share"][end] for end in ENDS))
             nats = "{value:.2f} [{low:.2f}, {high:.2f}]".format(**answers[name]["difference"])
