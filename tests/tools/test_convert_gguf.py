@@ -221,8 +221,6 @@ def test_refused_by_name(tmp_path, error, keys, changed, words):
         (lambda file: write_gguf(file, make_tensors(), LLAMA_KEYS, endianess=gguf.GGUFEndian.BIG), "big-endian"),
         (lambda file: file.touch(), "not a sound GGUF file"),
         (lambda file: file.write_text("no GGUF file at all"), "not a sound GGUF file"),
-        (lambda file: None, "neither a GGUF file"),
-        (lambda file: file.mkdir(), "neither a GGUF file"),
     ],
 )
 def test_other_files_are_refused(tmp_path, make, words):

@@ -198,18 +198,17 @@ def test_every_tensor_must_be_of_a_linear_layer(base, tmp_path, name, tensor, sa
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("content", "said"),
     [
-        ("adapter/adapter_config.json", None, "adapter_config.json"),
-        (WEIGHTS, None, "fetch it again"),
-        (WEIGHTS, "x", "fetch it again"),
-        (WEIGHTS, "version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+        (None, "fetch it again"),
+        ("x", "fetch it again"),
+        ("version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
     ],
 )
-def test_files_that_lack_or_are_broken(base, tmp_path, file, content, said):
-    (tmp_path / file).unlink()
+def test_weights_that_lack_or_are_broken(base, tmp_path, content, said):
+    (tmp_path / WEIGHTS).unlink()
     if content:
-        (tmp_path / file).write_text(content)
+        (tmp_path / WEIGHTS).write_text(content)
     with pytest.raises(PopError, match=said):
         merge(base, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
