@@ -125,10 +125,10 @@ def bpe_keys(pre="smollm", bos_id=262):
     }
 
 
-def many_tokens(arch="llama"):
+def many_tokens(arch="llama", count=300):
     """A model that embeds more tokens than the tokenizers of these tests have."""
     tensors = make_tensors(arch)
-    tensors["token_embd.weight"] = (np.zeros((300, WIDTH), np.float32), Q.F32)
+    tensors["token_embd.weight"] = (np.zeros((count, WIDTH), np.float32), Q.F32)
     return tensors
 
 

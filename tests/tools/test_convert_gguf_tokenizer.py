@@ -6,34 +6,42 @@ import pytest
 import sentencepiece
 import torch
 from support.gguf_files import BYTES, WORDS, bpe_keys, converted, many_tokens, sentencepiece_keys
+from support.text import GOLDENS, assert_golden, spec_of
 
 import pop
 
 
-@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
-def test_byte_level_bpe(tmp_path, pre):
+@pytest.mark.parametrize(("family", "pre"), [("smollm2", "smollm"), ("llama-3.1", "llama-bpe"), ("qwen3", "qwen2")])
+def test_byte_level_bpe_gives_the_ids_of_the_original(tmp_path, family, pre):
+    spec = spec_of(family)
+    tokens = {id: (token, 1) for token, id in spec["model"]["vocab"].items()}  # with their type
+    tokens |= {token["id"]: (token["content"], 3 if token["special"] else 4) for token in spec["added_tokens"]}
+    texts, types = zip(*(tokens[id] for id in range(len(tokens))), strict=True)
+    keys = {
+        "tokenizer.ggml.tokens": [*texts],
+        "tokenizer.ggml.token_type": [*types],
+        "tokenizer.ggml.merges": spec["model"]["merges"],
+        "tokenizer.ggml.eos_token_id": spec["added_tokens"][0]["id"],
+    }
+    bos_id = texts.index("<|begin_of_text|>") if family == "llama-3.1" else None
+    converted(tmp_path, many_tokens(count=len(tokens)), bpe_keys(pre, bos_id) | keys)
+    golden = json.loads((GOLDENS / family / "golden.json").read_bytes())
+    assert_golden(pop.load_tokenizer(tmp_path / "model"), golden)
+
+
+@pytest.mark.parametrize(("pre", "bos_id"), [("smollm", None), ("llama-bpe", 262)])
+def test_added_tokens_keep_their_roles(tmp_path, pre, bos_id):
+    """BPE's vocabulary ends with its last token, "in". The padding at the end of the file's list is left out."""
     converted(tmp_path, many_tokens(), bpe_keys(pre))
     tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
-    model = tokenizer["model"]
-    # In the vocabulary: BPE's tokens and what stands before them. The added tokens at the end are only added.
-    assert model["vocab"] == {token: id for id, token in enumerate(["<|end|>", *BYTES, *WORDS])}
-    assert model["merges"] == ["Ġ t", "h e", "Ġt he", "i n"]
-    assert (model["type"], model["ignore_merges"]) == ("BPE", pre == "llama-bpe")
+    assert tokenizer["model"]["vocab"] == {token: id for id, token in enumerate(["<|end|>", *BYTES, *WORDS])}
     added = [(token["id"], token["content"], token["special"]) for token in tokenizer["added_tokens"]]
     assert added == [(0, "<|end|>", True), (261, "<extra>", False), (262, "<|start|>", True)]
-    assert (tokenizer["decoder"]["type"], tokenizer["normalizer"]) == ("ByteLevel", None)
+    read = pop.load_tokenizer(tmp_path / "model")
+    assert (read.vocab_size, read.bos_id) == (263, bos_id)
+    assert read.template_variables == {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
-    assert (settings["bos_token"], settings["eos_token"]) == ("<|start|>", "<|end|>")
-    assert settings["chat_template"] == "{{ messages }}" and "pad_token" not in settings
-    splits, template = tokenizer["pre_tokenizer"]["pretokenizers"], tokenizer["post_processor"]
-    if pre == "smollm":
-        assert splits[0] == {"type": "Digits", "individual_digits": True}
-        assert {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}.items() <= splits[1].items()
-        assert (template, settings["add_bos_token"]) == (None, False)
-    else:
-        assert r"\p{N}{1,3}|" in splits[0]["pattern"]["Regex"]
-        assert template["single"][0] == {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
-        assert template["special_tokens"]["<|start|>"]["ids"] == [262]
+    assert settings["chat_template"] == "{{ messages }}" and settings["add_bos_token"] == bool(bos_id)
 
 
 def test_the_library_reads_what_it_writes(tmp_path):
@@ -49,8 +57,7 @@ def test_the_library_reads_what_it_writes(tmp_path):
 @pytest.mark.parametrize("dummy_prefix", [False, True])
 def test_sentencepiece(tmp_path, dummy_prefix):
     keys = sentencepiece_keys() | {"tokenizer.ggml.add_space_prefix": dummy_prefix}
-    gemma3 = {key: value for key, value in keys.items() if key.startswith("tokenizer")}
-    converted(tmp_path, many_tokens("gemma3"), gemma3, "gemma3")
+    converted(tmp_path, many_tokens("gemma3"), keys, "gemma3")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     ids = range(len(tokens))
@@ -71,10 +78,10 @@ def test_sentencepiece(tmp_path, dummy_prefix):
 
 def test_runs_of_blanks_are_pieces_again(tmp_path):
     """llama.cpp's converter writes a user-defined piece with blanks, where sentencepiece has a mark for each."""
-    keys = {key: value for key, value in sentencepiece_keys().items() if key.startswith("tokenizer")}
-    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "   ", "x y"]
-    keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], 4, 1]
-    keys["tokenizer.ggml.scores"] = [*keys["tokenizer.ggml.scores"], 0.0, 0.0]
+    keys = sentencepiece_keys()
+    keys["tokenizer.ggml.tokens"] += ["   ", "x y"]
+    keys["tokenizer.ggml.token_type"] += [4, 1]
+    keys["tokenizer.ggml.scores"] += [0.0, 0.0]
     converted(tmp_path, many_tokens("gemma3"), keys, "gemma3")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
     assert processor.encode("a   b", out_type=str) == ["a", "▁▁▁", "b"]
