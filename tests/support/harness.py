@@ -1,11 +1,22 @@
 """Stand-ins for lm-evaluation-harness, and the naive page of the method as its reference."""
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import torch
 from support.tiny_chat import CONTROL, HIDDEN, VISIBLE
 
 from pop.pruning import reference
+
+
+def stand_in(monkeypatch) -> dict[str, type]:
+    """Put empty modules in place of the harness. Returns the models that are registered with it, by name."""
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry", "lm_eval.__main__"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    registered = {}
+    sys.modules["lm_eval.api.model"].LM = object
+    sys.modules["lm_eval.api.registry"].register_model = lambda name: lambda model: registered.setdefault(name, model)
+    return registered
 
 
 def instances(*arguments):

@@ -52,6 +52,14 @@ def contenders(tiny):
     return [Contender("full", tiny, pop.PrunePlan.none()), Contender("pruned", tiny, plan)]
 
 
+@pytest.fixture
+def given_rates(monkeypatch):
+    """The rates of the machine in tools.bench and tools.gpu_report, given instead of measured."""
+    for module in ("tools.bench.measure", "tools.gpu_report.parts"):
+        monkeypatch.setattr(f"{module}.peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
+        monkeypatch.setattr(f"{module}.bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
+
+
 @pytest.fixture(scope="session")
 def seeing(tmp_path_factory):
     """A folder with the shape of a tiny Qwen3-VL: an image of 256 x 256 pixels has 64 tokens."""

@@ -21,12 +21,7 @@ from tools.bench import __main__ as bench
 from tools.bench import measure, processes, shapes
 from tools.bench.tower import vision_flops
 
-
-@pytest.fixture(autouse=True)
-def rates(monkeypatch):
-    """Rates of the machine, given instead of measured."""
-    monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
-    monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
+pytestmark = pytest.mark.usefixtures("given_rates")
 
 
 @pytest.fixture(scope="module")

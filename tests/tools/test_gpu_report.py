@@ -13,7 +13,6 @@ from support.tiny import write_checkpoint
 
 import pop
 from pop.backends import cuda_graph
-from tools.bench import measure
 from tools.bench.roofline import Machine, speedup_limit
 from tools.bench.subject import _read_shape
 from tools.common import ROOT
@@ -24,11 +23,8 @@ ON_GPUS = {"waits", "kernels", "tests", "memory", "fa3", "fp8", "pdl", "products
 
 
 @pytest.fixture
-def argv(tmp_path, monkeypatch):
-    """The options of a run on the CPU, with rates that are given instead of measured."""
-    for module in (measure, parts):
-        monkeypatch.setattr(module, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
-        monkeypatch.setattr(module, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
+def argv(tmp_path, monkeypatch, given_rates):
+    """The options of a run on the CPU."""
     monkeypatch.setattr(parts, "COLD", (5, 11))
     monkeypatch.setattr(parts, "POSITION", 20)
     monkeypatch.setattr(parts, "BATCHES", (3,))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import gguf_files, meta_files
 from support.adapters import write_adapter
+from support.harness import stand_in
 from support.readme import READMES, blocks
 from support.tiny import hf_config, random_model, tiny_config
 from support.tiny_chat import write_chat_checkpoint
@@ -66,7 +67,7 @@ def narrow(shape: dict) -> dict:
 
 
 @pytest.fixture
-def tiny_world(tmp_path, monkeypatch):
+def tiny_world(tmp_path, monkeypatch, given_rates):
     """A folder in which the models and files of the READMEs are tiny, and other libraries have stand-ins."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
@@ -90,25 +91,17 @@ def tiny_world(tmp_path, monkeypatch):
     monkeypatch.setattr(make_random, "_llama_config", lambda *_: hf_config(tiny_config()))
     for name, shape in shapes.SHAPES.items():
         monkeypatch.setitem(shapes.SHAPES, name, narrow(shape))
-    monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
-    monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
     monkeypatch.setattr(measure, "SLOTS", (64, 128))
     monkeypatch.setattr(kept_logits, "PASSAGE", 60)
     child = {"peak_bytes": 1, "formula_bytes": 1, "ratio": 1, "seconds": 1.0, "compiled": True}
     monkeypatch.setattr(bench, "in_child", lambda *_: child)
     for name in rivals.RIVALS:
         monkeypatch.setitem(rivals.RIVALS, name, lambda model, fields, gguf: [] if os.path.isfile(gguf) else None)
-    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry", "lm_eval.__main__"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["lm_eval.api.model"].LM = object
-    sys.modules["lm_eval.api.registry"].register_model = lambda name: lambda model: HARNESS.setdefault(name, model)
-    sys.modules["lm_eval.__main__"].cli_evaluate = harness
+    registered = stand_in(monkeypatch)
+    sys.modules["lm_eval.__main__"].cli_evaluate = lambda: harness(registered)
 
 
-HARNESS = {}
-
-
-def harness():
+def harness(registered):
     """Do with the arguments what the harness does, as far as the model is concerned."""
     parser = argparse.ArgumentParser()
     for option in ("--model", "--model_args", "--tasks", "--batch_size"):
@@ -118,7 +111,7 @@ def harness():
         parser.add_argument(option, action="store_true")
     args = parser.parse_args()
     options = dict(pair.split("=") for pair in args.model_args.split(","))
-    adapter = HARNESS[args.model].create_from_arg_obj(options, {"batch_size": args.batch_size})
+    adapter = registered[args.model].create_from_arg_obj(options, {"batch_size": args.batch_size})
     print("the harness has", len(adapter.generate_until([types.SimpleNamespace(args=("Hi", {"max_gen_toks": 2}))])))
 
 
