@@ -1,6 +1,5 @@
 """Rounds, and the figures that tools/bench makes of given times; other libraries as stand-ins."""
 
-import itertools
 import sys
 import types
 from unittest.mock import Mock, call
@@ -37,32 +36,23 @@ def test_rounds_alternate_and_the_first_is_not_recorded():
 
 def test_figures_follow_from_the_times(model, monkeypatch):
     """Times, peak and bandwidth as given, one round slower than the others by a factor: every figure by hand."""
-    factors = [1.0, 4.0, 1.0, 2.0]  # how much slower each of the four rounds is, the first untimed
-    now = {"factor": None}
-    original = rounds.run_rounds
 
-    def run_rounds(turns, runs, what):
-        count = itertools.count()
+    def turn(calls=1, **figures):
+        """It is called so many times in each of the four rounds, of which the first is not timed."""
+        slower = iter([factor for factor in (1.0, 4.0, 1.0, 2.0) for _ in range(calls)])
 
-        def slowed(turn):
-            def run():
-                now["factor"] = factors[next(count) // len(turns)]
-                return turn()
+        def figures_of_this_round():
+            factor = next(slower)
+            return {name: value / factor if "per_s" in name else value * factor for name, value in figures.items()}
 
-            return run
-
-        return original({key: slowed(turn) for key, turn in turns.items()}, runs, what)
-
-    def turn(**seconds):
-        return lambda: {name: value * now["factor"] for name, value in seconds.items()}
+        return figures_of_this_round
 
     def pop_turn(model, prompt, cache, plan, steps, images):
         return turn(ttft_s=(3.0 if plan.layers else 4.0) * len(prompt), step_s=0.1)
 
-    monkeypatch.setattr(measure, "run_rounds", run_rounds)
     monkeypatch.setattr(measure, "pop_turn", pop_turn)
-    monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9 / now["factor"]})
-    monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e6 / now["factor"]})
+    monkeypatch.setattr(measure, "peak_turn", lambda *_: turn(calls=2, flops_per_s=1e9))  # for both lengths
+    monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: turn(calls=2, bytes_per_s=1e6))
     monkeypatch.setattr(measure, "attention_turn", lambda _, n: turn(attention_s=n * n / 100))
     slower = lambda prompt, _: turn(ttft_s=6.0 * len(prompt), step_s=0.3)  # noqa: E731
     rival = types.SimpleNamespace(name="rival", turn=slower)
