@@ -46,16 +46,16 @@ def assert_predicts(contender, logits: torch.Tensor) -> None:
     torch.testing.assert_close(found, logits[N - 1 : -1], rtol=1e-4, atol=1e-4)
 
 
-def block_inputs(model, tokens, bases=None) -> list[torch.Tensor]:
+def block_inputs(module, tokens, bases=None) -> list[torch.Tensor]:
     """The states [T, D] that enter each attention and each MLP, and those that leave the last.
 
     With bases, h is projected onto one before each of these blocks. The states are those before the projection.
     """
-    bases = bases or [torch.eye(model.config.hidden_size)] * 2 * model.config.num_layers
-    h = model.module.embed(tokens[None])
-    rope = model.module.rope(torch.arange(len(tokens))[None])
+    bases = bases or [torch.eye(module.config.hidden_size)] * 2 * module.config.num_layers
+    h = module.embed(tokens[None])
+    rope = module.rope(torch.arange(len(tokens))[None])
     entered = []
-    for index, layer in enumerate(model.module.layers):
+    for index, layer in enumerate(module.layers):
         entered.append(h[0])
         h = h @ bases[2 * index] @ bases[2 * index].T
         q, k, v = layer.queries_keys_values(h, rope[layer.window])
@@ -68,7 +68,7 @@ def block_inputs(model, tokens, bases=None) -> list[torch.Tensor]:
 
 def entered_by_windows(model, bases=None):
     """The states of block_inputs, of all windows together."""
-    return [torch.cat(parts) for parts in zip(*(block_inputs(model, w, bases) for w in WINDOWS), strict=True)]
+    return [torch.cat(parts) for parts in zip(*(block_inputs(model.module, w, bases) for w in WINDOWS), strict=True)]
 
 
 def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
@@ -84,6 +84,15 @@ def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
         updated = layer(h[None], rope[layer.window], lambda *_: attended[None])[0]  # noqa: B023
         h = torch.where(skips(index)[:, None], h, updated)
     return module.head(h)
+
+
+ITSELF = torch.eye(len(TOKENS), dtype=torch.bool)  # so that the rows of tokens that skip a layer, unused, are finite
+
+
+def causal(window: int | None) -> torch.Tensor:
+    """[T, T] bool: which token attends to which."""
+    distance = torch.arange(len(TOKENS))[:, None] - torch.arange(len(TOKENS))
+    return (distance >= 0) & (distance < (window or len(TOKENS)))
 
 
 def test_an_answer_is_the_references():
@@ -148,7 +157,7 @@ def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
     full = model.logits(TOKENS[None])[0]
     assert_predicts(slicegpt(model, 0.0, WINDOWS), full)
     contender = slicegpt(model, 0.25, WINDOWS)
-    naive = model.module.head(block_inputs(model, TOKENS, principal_bases(model, 23, WINDOWS))[-1])
+    naive = model.module.head(block_inputs(model.module, TOKENS, principal_bases(model, 23, WINDOWS))[-1])
     assert_predicts(contender, naive)
     assert (naive - full)[N - 1 : -1].abs().max() > 0.1
     assert contender.flops(64) is None  # cost.py counts layers, not widths
@@ -187,11 +196,8 @@ def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_fir
     position = torch.arange(len(TOKENS))
     without = (position < N - 1) & (position >= kind.first)
 
-    def visible(layer):  # a token always attends itself: the row of one that skips the layer is not used
-        window = model.module.layers[layer].window or len(TOKENS)
-        causal = (position[:, None] >= position) & (position[:, None] - position < window)
-        hidden = without if layer in layers else torch.zeros(len(TOKENS), dtype=torch.bool)
-        return causal & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
+    def visible(layer):
+        return causal(model.module.layers[layer].window) & ~(without & (layer in layers)) | ITSELF
 
     naive = naive_forward(model.module, TOKENS, lambda layer: without & (layer in layers), visible)
     assert_predicts(contender, naive)
@@ -202,12 +208,8 @@ def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_fir
 
 def received(module, layer: int) -> torch.Tensor:
     """What each token but the last eight gets from these in a layer of the full model, by K/V heads: [K, N - 8]."""
-    h = module.embed(torch.tensor([PROMPT]))
+    h = block_inputs(module, TOKENS[:N])[2 * layer][None]
     rope = module.rope(torch.arange(N)[None])
-    for before in module.layers[:layer]:
-        q, k, v = before.queries_keys_values(h, rope[before.window])
-        h = h + before.attention_update(causal_attention(q, k, v, before.scale, before.window))
-        h = h + before.mlp_update(h)
     q, k, _ = module.layers[layer].queries_keys_values(h, rope[module.layers[layer].window])
     rows = []
     for head in range(k.shape[2]):
@@ -230,12 +232,6 @@ def with_most(received: torch.Tensor, count: int) -> torch.Tensor:
     return is_kept
 
 
-def causal(window: int | None) -> torch.Tensor:
-    """[T, T] bool."""
-    distance = torch.arange(len(TOKENS))[:, None] - torch.arange(len(TOKENS))
-    return (distance >= 0) & (distance < (window or len(TOKENS)))
-
-
 @pytest.mark.parametrize(("make", "first"), [(tiny_model, 3), (tiny_windows, 4)])
 def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(make, first):
     """Of 5 layers, those from `first` on. Layer 2 selects. With windows, layer 3 has one."""
@@ -249,16 +245,9 @@ def test_fastkv_runs_its_deepest_layers_for_the_tokens_that_a_layer_selects(make
     absent = torch.cat((~selected, torch.zeros(len(CONTINUATION), dtype=torch.bool)))
 
     def visible(layer):
-        hidden = absent if layer >= first else torch.zeros_like(absent)
-        return causal(layers[layer].window) & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
+        return causal(layers[layer].window) & ~(absent & (layer >= first)) | ITSELF
 
     assert_predicts(contender, naive_forward(model.module, TOKENS, lambda layer: absent & (layer >= first), visible))
-
-
-@pytest.mark.parametrize("share", [0, -0.1, 1.1])
-def test_fastkvs_layers_see_a_part_of_the_prompt(share):
-    with pytest.raises(pop.InputError, match=f"share is {share}"):
-        attended.fastkv(tiny_model(), 0.4, share=share)
 
 
 def test_snapkv_drops_what_the_prompts_end_does_not_attend_to_for_each_head(model):
@@ -289,19 +278,23 @@ def test_the_flops_of_fastkv_are_those_of_two_models():
     assert attended.snapkv(model, 0.4).flops(100) == flops[0]
 
 
-def test_methods_that_keep_tokens_refuse_what_they_cannot_cut():
-    model = tiny_model()
-    for fraction in (0.0, 1.0):
-        with pytest.raises(pop.InputError, match=f"fraction is {fraction}"):
-            attended.fastkv(model, fraction)
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        *((attended.fastkv, {"fraction": value}, f"fraction is {value}") for value in (0.0, 1.0)),
+        *((attended.fastkv, {"fraction": 0.4, "share": value}, f"share is {value}") for value in (0, -0.1, 1.1)),
+        *((attended.snapkv, {"fraction": value}, f"fraction is {value}") for value in (-0.5, 1.0, 1.5, float("nan"))),
+        *((method, {"fraction": 0.4}, "more than 8 tokens") for method in (attended.fastkv, attended.snapkv)),
+    ],
+)
+def test_methods_that_keep_tokens_refuse_what_they_cannot_cut(method, options, said):
+    with pytest.raises(pop.InputError, match=said):
+        method(tiny_model(), **options).logits(PROMPT[:8], [1])
+
+
+def test_fastkv_selects_in_a_layer_without_a_window():
     with pytest.raises(pop.InputError, match="without a window"):
         attended.fastkv(tiny_windows(), 0.7)
-    for fraction in (-0.5, 1.0, 1.5, float("nan")):
-        with pytest.raises(pop.InputError, match=f"fraction is {fraction}"):
-            attended.snapkv(model, fraction)
-    for make in (attended.fastkv, attended.snapkv):
-        with pytest.raises(pop.InputError, match="more than 8 tokens"):
-            make(model, 0.4).logits(PROMPT[:8], [1])
 
 
 def test_without_boundary_handling_the_whole_prompt_is_pruned(model):
