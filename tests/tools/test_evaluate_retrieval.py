@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from itertools import compress
 
 import numpy as np
 import pytest
@@ -102,41 +103,52 @@ def test_keys_of_unequal_lengths_leave_room_for_the_question(tiny):
         asked(writer, multikey, length=600)
 
 
-def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
-    assert [multikey, multivalue, multiquery, variables, common, frequent] == RULER, "each kind needs a test here"
+def answer_of(kind: str, prompt: str) -> str:
+    """The answer to a question of ruler, read from its prompt."""
+    if kind.startswith("multi"):
+        found = re.findall(r"secret number of (\w+) is (\d{5})\.", prompt)
+        names = re.search(r"secret numbers? of (.+)\?", prompt)[1].split(", ")
+        return " " + ", ".join(number for name in names for key, number in found if key == name)
+    if kind == "variables":
+        given = {value: name for name, value in re.findall(r"VAR (\w+) = (\w+)", prompt)}
+        chain = [given[re.search(r"have the value (\d+)\?", prompt)[1]]]
+        while chain[-1] in given:
+            chain.append(given[chain[-1]])
+        return " " + ", ".join(chain)
+    words = Counter(re.findall(r" ([A-Z][a-z]{5}[lnrs])\b", prompt.split("\nQuestion")[0]))
+    (best, count), (_, second) = words.most_common(2)
+    assert count > second
+    return f" {best}"
+
+
+ITEMS = {multikey: 1, multivalue: VALUES, multiquery: VALUES, variables: 1 + HOPS, common: 1, frequent: 1}
+
+
+@pytest.mark.parametrize("make", RULER, ids=lambda make: make.__name__)
+def test_the_prompt_decides_the_answer_to_a_question_of_ruler(make, writer):
+    assert [*ITEMS] == RULER, "each kind needs an answer here"
+    for prompt, answer, question in asked(writer, make):
+        assert answer == answer_of(make.__name__, prompt)
+        assert answer.count(",") + 1 == ITEMS[make]
+        counted = question.counted or [True] * len(question.answer)
+        assert writer.model.tokenizer.decode([*compress(question.answer, counted)]) == answer.replace(",", "")
+
+
+def test_a_prompt_of_keys_holds_little_else_and_asks_for_keys_at_all_depths(writer):
     places = []
-    for prompt, answer, _ in asked(writer, multikey):
-        found = dict(re.findall(r"The secret number of (\w+) is (\d{5})\.", prompt))
+    for prompt, *_ in asked(writer, multikey):
+        keys = re.findall(r"The secret number of (\w+) is \d", prompt)
         key = re.search(r"What is the secret number of (\w+)", prompt)[1]
-        assert f" {found[key]}" == answer and len(found) > 5
-        assert prompt.count("hay") < 20  # little but needles
-        places.append(list(found).index(key) / (len(found) - 1))
+        assert len(keys) > 5 and prompt.count("hay") < 20
+        places.append(keys.index(key) / (len(keys) - 1))
     assert places == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.1)
-    for make in (multivalue, multiquery, variables):
-        places = [
-            re.search(r"secret number|VAR ", prompt).start() / len(prompt) for prompt, *_ in asked(writer, make, 2000)
-        ]
-        assert min(places) < 0.3 and len(set(places)) == 4
-    for make in (multivalue, multiquery):
-        for prompt, answer, question in asked(writer, make):
-            found = re.findall(r"secret number of (\w+) is (\d{5})\.", prompt)
-            names = re.search(r"What are the secret numbers of (.+)\?", prompt)[1].split(", ")
-            assert answer == " " + ", ".join(number for name in names for key, number in found if key == name)
-            assert len(found) == VALUES == answer.count(",") + 1
-            counted = [t for t, counts in zip(question.answer, question.counted, strict=True) if counts]
-            assert writer.model.tokenizer.decode(counted) == answer.replace(",", "")
-    for prompt, answer, _ in asked(writer, variables):
-        value = re.search(r"have the value (\d+)\?", prompt)[1]
-        found = dict(re.findall(r"VAR (\w+) = (\w+)", prompt))
-        chain = [next(name for name, given in found.items() if given == value)]
-        while len(chain) <= HOPS:
-            chain.append(next(name for name, given in found.items() if given == chain[-1]))
-        assert answer == " " + ", ".join(chain)
-    for make in (common, frequent):
-        for prompt, answer, _ in asked(writer, make):
-            words = Counter(re.findall(r" ([A-Z][a-z]{5}[lnrs])\b", prompt.split("\nQuestion")[0]))
-            (best, count), (_, second) = words.most_common(2)
-            assert f" {best}" == answer and count > second
+
+
+@pytest.mark.parametrize("make", [multivalue, multiquery, variables], ids=lambda make: make.__name__)
+def test_the_facts_of_a_question_lie_at_random_depths(make, writer):
+    prompts = [prompt for prompt, *_ in asked(writer, make, length=2000)]
+    places = [re.search(r"secret number|VAR ", prompt).start() / len(prompt) for prompt in prompts]
+    assert min(places) < 0.3 and len(set(places)) == 4
 
 
 def test_the_seed_decides_and_short_prompts_are_refused(tiny, writer):
