@@ -9,70 +9,47 @@ from support.tiny_images import both_ways
 from pop import engine
 from pop.engine import attention
 from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_tokens
-from pop.engine.stages import full_layer
 from pop.models.images import TEXT
-from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
 
-def prompts_of(cache, lengths, plan):
+def prompts_of(cache, lengths, plan=NONE, images=TEXT):
     """Prompts of zeros."""
+    lengths = torch.tensor(lengths)
     tokens = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
-    return Prompts(tokens, lengths, TEXT, full_depth_tokens(cache, lengths, plan, True))
+    return Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, True))
 
 
-def test_text_prompts_keep_to_causal_attention_without_a_mask():
-    """Only a chunk that holds an image with look-ahead leaves the fast path."""
-    module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
+def chunks_of(module, cache, prompts, size=1000):
+    return [Chunk.of(module, cache, prompts, bounds) for bounds in chunk_bounds(prompts, size)]
 
-    def watched(layer, h, keys, values, at):
-        masked.append(not at.band[-1])
-        return full_layer(layer, h, keys, values, at)
 
-    stages = engine.Stages(full_layer=watched)
-    tokens, lengths = torch.arange(8)[None], torch.tensor([8])
-    for numbers, expected in (([-1] * 8, [False]), ([-1, -1, 0, 1, 2, 3, -1, -1], [True])):
-        images = both_ways(torch.zeros(1, 4, 30), torch.tensor([numbers]))
-        engine.prefill(module, tokens, new_cache(module, 1), lengths, NONE, 1000, stages, images)
-        assert masked == expected
-        masked.clear()
+@pytest.mark.parametrize(
+    ("held", "image", "is_exact"),
+    [([5, 5], False, True), ([3, 5], False, False), ([0, 0], True, False)],
+    ids=["text", "rows that begin apart", "an image with look-ahead"],
+)
+def test_only_a_band_that_is_exact_needs_no_mask(held, image, is_exact):
+    module = random_model(tiny_gemma3_config(windows=(None,)))
+    cache = new_cache(module, 2)
+    cache.lengths[:] = torch.tensor(held)
+    numbers = torch.tensor([[-1, 0, 1, 2, 3, -1]] * 2 if image else [[-1] * 6] * 2)
+    prompts = prompts_of(cache, [6, 6], images=both_ways(torch.zeros(1, 4, 30), numbers))
+    (chunk,) = chunks_of(module, cache, prompts)
+    assert bool(chunk.attention[None].band[-1]) == is_exact
 
 
 def test_padding_attends_to_tokens_of_its_row():
     """Even far behind a short row with a window, so that no softmax is empty."""
     module = random_model(tiny_gemma3_config(windows=(3, None)))
     cache = new_cache(module, 2)
-    lengths = torch.tensor([9, 2])
-    prompts = prompts_of(cache, lengths, NONE)
-    (bounds,) = chunk_bounds(prompts, 1000)
-    for at in Chunk.of(module, cache, prompts, bounds).attention.values():
+    lengths = [9, 2]
+    (chunk,) = chunks_of(module, cache, prompts_of(cache, lengths))
+    for at in chunk.attention.values():
         first, last = at.spans.unbind(-1)  # [B, C] each
         assert (first >= 0).all()
         assert (first <= last).all()
-        assert (last < lengths[:, None]).all()
-
-
-def test_a_ring_that_has_wrapped_holds_the_tokens_that_a_chunk_attends_to():
-    """A layer with a window reuses slots. Each chunk reads the keys of earlier ones by position."""
-    module = random_model(tiny_gemma3_config(windows=(5, None, 5, 5)))
-    plan = PrunePlan((2, 3), full_depth_last=3)
-    tokens = torch.arange(30) % module.config.vocab_size
-    cache = new_cache(module, 1, chunk=8)
-    assert cache.keys[0].shape[1] - 1 < len(tokens)  # fewer slots than tokens
-    logits, _ = prefill(module, tokens[None], torch.tensor([30]), plan, chunk=8, cache=cache)
-    expected = reference.prefill(module, tokens, plan)
-    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("lengths", "is_exact"), [([5, 5], True), ([3, 5], False)])
-def test_a_band_is_exact_only_if_its_rows_begin_together(lengths, is_exact):
-    module = random_model(tiny_config())
-    cache = new_cache(module, 2)
-    cache.lengths[:] = torch.tensor(lengths)
-    prompts = prompts_of(cache, torch.tensor([4, 4]), NONE)
-    (bounds,) = chunk_bounds(prompts, 1000)
-    at = Chunk.of(module, cache, prompts, bounds).attention[None]
-    assert bool(at.band[-1]) == is_exact
+        assert (last < torch.tensor(lengths)[:, None]).all()
 
 
 def test_a_prompt_that_goes_on_is_not_short():
@@ -84,31 +61,30 @@ def test_a_prompt_that_goes_on_is_not_short():
         assert found.int().tolist() == expected
 
 
-def test_full_depth_rows_by_hand():
+def test_full_depth_tokens_by_hand():
     """Two rows of 7 and 4 tokens in chunks of 5, one first and two last tokens of each at full depth."""
     module, plan = random_model(tiny_config()), PrunePlan((2,), full_depth_last=2, full_depth_first=1)
     cache = new_cache(module, 2)
-    prompts = prompts_of(cache, torch.tensor([7, 4]), plan)
-    first, second = (Chunk.of(module, cache, prompts, bounds) for bounds in chunk_bounds(prompts, 5))
+    prompts = prompts_of(cache, [7, 4], plan)
+    first, second = chunks_of(module, cache, prompts, 5)
     full = FullDepth.of(cache, first, prompts, plan)
     columns = [row[valid].tolist() for row, valid in zip(full.columns, full.valid, strict=True)]
     assert columns == [[0], [0, 2, 3]]
-    assert full.valid.tolist() == [[False, False, True], [True, True, True]]
-    assert first.target.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 7]]
-    assert (first.last.tolist(), full.last_is_full.tolist()) == ([4, 3], [[False], [True]])
-    assert full.attention[None].slots.tolist()[1] == [0, 2, 3]
     spare = cache.slots(None)  # takes the columns that are not valid
-    assert full.attention[None].slots.tolist()[0] == [spare, spare, 0]
-    # One token of a row attends by slots. So compiled models need no other graph for it, and GPUs no other kernel.
-    boundary = PrunePlan((2,))
-    both = prompts_of(cache, torch.tensor([7, 4]), boundary)
-    (whole,) = (Chunk.of(module, cache, both, bounds) for bounds in chunk_bounds(both, 7))
-    assert FullDepth.of(cache, whole, both, boundary).attention[None].held is None
+    assert full.attention[None].slots.tolist() == [[spare, spare, 0], [0, 2, 3]]
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
     full = FullDepth.of(cache, second, prompts, plan)
     assert full.plan == NONE and full.columns.shape == (2, 0)
-    assert second.target[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
     assert second.attention[None].band[-1]  # a row that has ended does not make it inexact
+
+
+def test_one_full_depth_token_a_row_attends_by_slots():
+    """So compiled models need no other graph for it, and GPUs no other kernel."""
+    module, plan = random_model(tiny_config()), PrunePlan((2,))
+    cache = new_cache(module, 2)
+    prompts = prompts_of(cache, [7, 4], plan)
+    (chunk,) = chunks_of(module, cache, prompts)
+    assert FullDepth.of(cache, chunk, prompts, plan).attention[None].held is None
 
 
 def test_the_example_in_the_docstring_of_the_record_of_attention():
@@ -117,9 +93,8 @@ def test_the_example_in_the_docstring_of_the_record_of_attention():
     cache = new_cache(module, 1, chunk=4)
     assert cache.slots(3) == 6
     cache.lengths[:] = 6
-    lengths = torch.tensor([2])
-    prompts = prompts_of(cache, lengths, NONE)
-    at = Chunk.of(module, cache, prompts, (torch.tensor([0]), lengths)).attention[3]
+    (chunk,) = chunks_of(module, cache, prompts_of(cache, [2]))
+    at = chunk.attention[3]
     assert at.slots.tolist() == [[0, 1]]
     assert at.key_slots.tolist() == [[4, 5, 0, 1]]
     assert at.held.tolist() == [[4, 5, 6, 7]]
