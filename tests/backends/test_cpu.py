@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import assert_close, new_cache, random_corrections
+from support.cases import assert_close, new_cache, randn, random_corrections
 from support.compiler import requires_compiler
 from support.naive_method import attention
 from support.nightly import NIGHTLY
@@ -24,10 +24,6 @@ from pop import engine
 from pop.backends import cpu
 from pop.engine.attention import decode_attention
 from pop.models import layers
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 20), (1, 70), (4,), ()])
@@ -60,7 +56,7 @@ COMPILED = list(product([(8, 24), (7, 24), (8, 12_290), (8, 4099)], [torch.float
 @pytest.mark.parametrize(("size", "dtype"), COMPILED if NIGHTLY else COMPILED[1:6:2])
 def test_a_compiled_product_with_one_token_is_the_product(size, dtype):
     height, width = size
-    x, weight = normal(1, 1, width).to(dtype), normal(height, width, seed=1).to(dtype)
+    x, weight = randn(1, 1, width).to(dtype), randn(height, width, seed=1).to(dtype)
     with torch.no_grad():
         out = torch.compile(cpu.linear, fullgraph=True)(x, weight)
     wanted = x.double() @ weight.double().T
@@ -136,7 +132,7 @@ def slow_products(monkeypatch):
 def test_a_few_rows_are_multiplied_as_in_float64(dtype, rows, height, data):
     """Where a matrix ends within a tile, and a row within a part of it. Nothing around the output is written."""
     width = data.draw(st.sampled_from([32, 96, 1024, 1056, 2592]))
-    x, weight, memory = normal(rows, width), normal(height, width, seed=1), torch.full((rows + 2, height), torch.nan)
+    x, weight, memory = randn(rows, width), randn(height, width, seed=1), torch.full((rows + 2, height), torch.nan)
     x, weight, memory = (tensor.to(dtype) for tensor in (x, weight, memory))
     cpu.multiply_rows_call(memory[1:-1], x, weight)()
     assert memory[[0, -1]].isnan().all()
@@ -151,7 +147,7 @@ def test_weights_that_want_gradients_or_are_of_another_class_get_torchs_product(
             called.append(function)
             return super().__torch_function__(function, *args, **options)
 
-    x, weight = normal(2, 1, 64), normal(5, 64)
+    x, weight = randn(2, 1, 64), randn(5, 64)
     trained = weight.clone().requires_grad_()
     cpu.linear(x, trained).sum().backward()
     assert_close(trained.grad, x.sum((0, 1)).expand(5, -1))
@@ -177,7 +173,7 @@ def test_fused_attention_is_attention(kind, heads, dtype):
     """Of keys in order, and of keys that lie anywhere, of which some are empty slots."""
     H, K, E = heads
     (own, N, before, after, is_exact), B, T, scale = KINDS[kind], 2, 300, 2 * E**-0.5
-    q, k, v = normal(B, T, H, E), normal(B, N, K, E, seed=1), normal(B, N + 1, K, E, seed=2)[:, 1:]
+    q, k, v = randn(B, T, H, E), randn(B, N, K, E, seed=1), randn(B, N + 1, K, E, seed=2)[:, 1:]
     q, k, v = (x.to(dtype) for x in (q, k, v))
     drawn, key, mine = torch.Generator().manual_seed(3), torch.arange(N), own + torch.arange(T)
     first, last = (mine - before).expand(B, -1), (mine + after).expand(B, -1)
@@ -204,7 +200,7 @@ def test_any_sizes_and_strides_are_attended(dtype, B, T, filled, K, G, data):
     """Views whose numbers or rows lie apart, or begin at an odd place."""
     E, N, seed = data.draw(st.sampled_from([2, 8, 72])), T + filled, data.draw(st.integers(0, 9))
     wide = data.draw(st.integers(0, 3))
-    q, k, v = (normal(B, n, h, E + wide, seed=seed).to(dtype)[..., wide:] for n, h in ((T, K * G), (N, K), (N, K)))
+    q, k, v = (randn(B, n, h, E + wide, seed=seed).to(dtype)[..., wide:] for n, h in ((T, K * G), (N, K), (N, K)))
     if data.draw(st.booleans()):
         k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     mine = filled + torch.arange(T).expand(B, T)
@@ -219,7 +215,7 @@ def test_any_sizes_and_strides_are_attended(dtype, B, T, filled, K, G, data):
 @on_both_kernels
 def test_any_scores_are_attended_as_in_torch(dtype):
     """Scores of +-10,000, of +-1e10, only large negative ones, and infinite ones, whose result is NaN."""
-    q, k, v = (normal(1, 60, 2, 64, seed=seed).to(dtype) for seed in range(3))
+    q, k, v = (randn(1, 60, 2, 64, seed=seed).to(dtype) for seed in range(3))
     own = torch.arange(60)[None]
     spans, mask = torch.stack((0 * own, own), dim=-1), torch.ones(1, 60, 60).tril().bool()
     for x, y, scale in ((q, k, 500.0), (q, k, 5e8), (-1e18 * q.abs(), 1e18 * k.abs(), 1.0)):
@@ -234,7 +230,7 @@ def test_any_scores_are_attended_as_in_torch(dtype):
 @on_both_kernels
 def test_keys_that_are_not_attended_count_for_nothing(dtype):
     """A later token's V may be huge. A query that attends no key gets zeros."""
-    q, k, v = (normal(1, 60, 2, 64, seed=seed).to(dtype) for seed in range(3))
+    q, k, v = (randn(1, 60, 2, 64, seed=seed).to(dtype) for seed in range(3))
     v[0, 31] = 1e38
     own = torch.arange(60)[None]
     spans = torch.stack((0 * own, own), dim=-1)
@@ -257,7 +253,7 @@ def test_one_token_attends_the_slots_of_its_span(dtype, B, S, K, G, data):
     last = torch.tensor(data.draw(st.lists(st.integers(0, 2 * S), min_size=B, max_size=B)))
     first = last - torch.tensor(data.draw(st.lists(st.integers(0, S - 1), min_size=B, max_size=B)))
     spans = torch.stack((first.clamp(min=0), last), dim=-1)[:, None].int()
-    q, (keys, values) = normal(B, 1, K * G, E), (normal(B, K, S + 1, E, seed=seed).transpose(1, 2) for seed in (1, 2))
+    q, (keys, values) = randn(B, 1, K * G, E), (randn(B, K, S + 1, E, seed=seed).transpose(1, 2) for seed in (1, 2))
     q, keys, values = (x.to(dtype) for x in (q, keys, values))
     wanted = decode_attention(q.double(), keys.double(), values.double(), spans, 2 * E**-0.5)
     for b in range(B):
@@ -275,21 +271,21 @@ def test_what_the_kernel_does_not_take_attends_as_well(monkeypatch, dtype, E, la
     """Other dtypes, odd heads, and anything where nothing compiles. Rings may be filled once, twice or never."""
     monkeypatch.setattr(cpu, "_kernel", lambda: None)
     spans = torch.tensor([[[0, 2]], [[max(0, last - 6), last]]], dtype=torch.int32)
-    q, (keys, values) = normal(2, 1, 4, E).to(dtype), (normal(2, 13, 2, E, seed=seed).to(dtype) for seed in (1, 2))
+    q, (keys, values) = randn(2, 1, 4, E).to(dtype), (randn(2, 13, 2, E, seed=seed).to(dtype) for seed in (1, 2))
     wanted = decode_attention(q.double(), keys.double(), values.double(), spans, 0.4)
     assert (cpu.decode_attention(q, keys, values, spans, 0.4).double() - wanted).abs().max() < 3e-3
 
 
 @requires_compiler
 def test_the_kernels_refuse_what_would_lead_them_to_other_memory():
-    x, weight = normal(3, 64), normal(5, 64)
+    x, weight = randn(3, 64), randn(5, 64)
     assert cpu.multiply_rows_call(torch.empty(3, 5), x, weight)
-    others = [(normal(cpu.FEW_ROWS + 1, 64), weight), (x[:0], weight), (x, normal(5, 96)), (x.bfloat16(), weight)]
-    others += [(normal(64, 3).T, weight), (x, normal(64, 5).T), (normal(3, 24), normal(5, 24))]
+    others = [(randn(cpu.FEW_ROWS + 1, 64), weight), (x[:0], weight), (x, randn(5, 96)), (x.bfloat16(), weight)]
+    others += [(randn(64, 3).T, weight), (x, randn(64, 5).T), (randn(3, 24), randn(5, 24))]
     others += [(x.half(), weight.half())]
     for tensors in others:
         assert cpu.multiply_rows_call(torch.empty(len(tensors[0]), 5), *tensors) is None
-    q, keys, spans = normal(2, 1, 4, 8), normal(2, 13, 2, 8, seed=1), torch.zeros(2, 1, 2, dtype=torch.int32)
+    q, keys, spans = randn(2, 1, 4, 8), randn(2, 13, 2, 8, seed=1), torch.zeros(2, 1, 2, dtype=torch.int32)
     good = torch.empty(2, 1, 32), q, keys, keys, spans, 0.4
     assert cpu.decode_attention_call(*good)
     others = {1: (q[:1], q.repeat(1, 2, 1, 1), q[:, :, :3], q[..., :6], q.double()), 2: (keys[:, 1:], keys[..., ::2])}
@@ -315,7 +311,7 @@ def test_without_a_compiler_torchs_attention_runs(monkeypatch):
     monkeypatch.setattr(CppCodeCache, "load_async", fail)
     assert cpu._kernel.__wrapped__() is None
     monkeypatch.setattr(cpu, "_kernel", lambda: None)
-    q, k, v = (normal(2, 7, 2, 8, seed=seed) for seed in range(3))
+    q, k, v = (randn(2, 7, 2, 8, seed=seed) for seed in range(3))
     looked_at = torch.tensor([0, 3, 3, 3, 4, 5, 6]).expand(2, -1)
     for options in ((3,), (None,), (5, looked_at)):
         assert_close(cpu.causal_attention(q, k, v, 0.3, *options), layers.causal_attention(q, k, v, 0.3, *options))
@@ -333,7 +329,7 @@ def test_the_plain_pass_has_fused_attention(monkeypatch, config):
     with torch.no_grad():
         assert_close(copy.deepcopy(module)(tokens), wanted)
     assert len(calls) == config.num_layers
-    q, k, v = normal(1, 7, 2, 8).requires_grad_(), normal(1, 7, 2, 8, seed=1), normal(1, 7, 2, 8, seed=2)
+    q, k, v = randn(1, 7, 2, 8).requires_grad_(), randn(1, 7, 2, 8, seed=1), randn(1, 7, 2, 8, seed=2)
     wanted = layers.causal_attention(q, k, v, 0.3, 3)
     assert_close(cpu.causal_attention(q, k, v, 0.3, 3), wanted)
     last_attended = torch.tensor([[0, 3, 3, 3, 4, 5, 6]])

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import assert_close, new_cache
+from support.cases import assert_close, new_cache, randn
 from support.tiny import random_model, tiny_gemma3_config
 from torch.nn import attention as implementations
 
@@ -22,10 +22,6 @@ from pop.pruning.plan import PrunePlan
 
 _registry = getattr(implementations, "_registry", None)
 requires_registry = pytest.mark.skipif(_registry is None, reason="this torch has one implementation of flash attention")
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def by_definition(q, k, v, scale, seen, bias=None):

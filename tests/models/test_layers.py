@@ -3,15 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cases import randn
 from support.naive_method import attention
 from support.torch_calls import calls_of
 
 from pop.models.config import RopeConfig
 from pop.models.layers import RMSNorm, causal_attention, masked_attention, rope_frequencies, rope_tables
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_norm_statistics_are_float32_whatever_the_weights_are():

@@ -35,6 +35,10 @@ FAMILIES = {
 }
 
 
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def assert_close(actual, expected, where=""):
     """To 1e-4 of the scale of the expected values, the bound of the whole suite for float32. An error says `where`."""
     assert actual.shape == expected.shape
