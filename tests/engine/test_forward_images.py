@@ -21,6 +21,7 @@ from support.cases import (
     new_cache,
     plans,
     qwen3_vl_config,
+    randn,
     recorded_choices,
     stack_layers,
     with_chosen,
@@ -32,6 +33,8 @@ from support.tiny_images import both_ways
 from pop import engine
 from pop.backends import accelerate
 from pop.models.images import Images
+from pop.models.qwen3_vl import image_positions
+from pop.models.vision.qwen3_vl import Grid
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
@@ -147,49 +150,23 @@ def test_a_first_full_depth_token_sees_the_rest_of_its_image():
     tokens, lengths = torch.arange(30)[None], torch.tensor([30])
     numbers = torch.full((1, 30), -1)
     numbers[0, 1:5] = torch.arange(4)
-    images = both_ways(torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(1)), numbers)
+    images = both_ways(randn(1, 4, 30, seed=1), numbers)
     plan = PrunePlan(layers=(1,), full_depth_first=2)
     logits = engine.prefill(module, tokens, new_cache(module, 1), lengths, plan, 1000, images=images)
-    expected, _ = reference.forward(module, tokens[0], reference.full_depth_tokens(30, 30, plan), plan, images)
-    assert_close(logits[0], expected[-1])
+    assert_close(logits[0], reference.prefill(module, tokens[0], plan, images))
 
 
-def test_a_selecting_plan_takes_tokens_that_are_padded_further_than_the_longest_prompt():
-    module = random_model(tiny_gemma3_config(), seed=6)
-    tokens = torch.arange(30)[None]
-    numbers = torch.full((1, 33), -1)
-    numbers[0, 1:5] = torch.arange(4)
-    features = torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(1))
-    plan = PrunePlan(layers=(module.config.num_layers - 1,), full_depth_selected=0.3)
-    padded = torch.nn.functional.pad(tokens, (0, 3))
-    images = both_ways(features, numbers)
-    logits = engine.prefill(module, padded, new_cache(module, 1), torch.tensor([30]), plan, 1000, images=images)
-    expected = reference.prefill(module, tokens[0], plan, both_ways(features, numbers[:, :30]))
-    assert_close(logits[0], expected)
-
-
-def test_a_later_prompt_continues_at_the_rotary_position_after_an_image():
-    """Its tokens have no position that counts tokens, so none of them is kept to be selected again."""
+def test_tokens_after_an_image_are_not_kept_to_be_selected_again():
+    """In Qwen3-VL, their rotary positions do not count tokens."""
     module = random_model(tiny_qwen3_vl_config(), seed=3)
-    tokens = torch.arange(24)[None]  # 4 of text, an image of 8, 4 of text; then a prompt of 8
-    numbers = torch.full((1, 24), -1)
-    numbers[0, 4:12] = torch.arange(8)
-    positions = torch.arange(24).expand(3, 1, 24).clone()
-    positions[:, :, 4:12] = 4 + torch.tensor([[0] * 8, [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3] * 2])[:, None]
-    positions[:, :, 12:] -= 4  # the image's longer side has 4 tokens
-    whole = Images(torch.randn(8, 30, generator=torch.Generator().manual_seed(1)), numbers, rope_positions=positions)
-    first = dataclasses.replace(whole, feature_index=numbers[:, :16], rope_positions=positions[:, :, :16])
-
-    cache = new_cache(module, 1)
-    engine.prefill(module, tokens[:, :16], cache, torch.tensor([16]), NONE, 5, images=first)
-    logits = engine.prefill(module, tokens[:, 16:], cache, torch.tensor([8]), NONE, 5)
-    expected, _ = reference.forward(module, tokens[0], torch.ones(24, dtype=torch.bool), NONE, whole)
-    assert_close(logits[0], expected[-1])
-
     last = len(module.layers) - 1
     plan = PrunePlan((last,), full_depth_selected=0.3, selecting_layer=last - 1)
+    numbers = torch.full((1, 16), -1)
+    numbers[0, 4:12] = torch.arange(8)
+    positions = image_positions(16, [(range(4, 12), Grid(1, 4, 8))], merge_size=2)[:, None]
+    images = Images(randn(8, 30, seed=1), numbers, rope_positions=positions)
     cache = new_cache(module, 1)
-    engine.prefill(module, tokens[:, :16], cache, torch.tensor([16]), plan, 5, images=first)
-    engine.prefill(module, tokens[:, 16:], cache, torch.tensor([8]), plan, 5)
+    engine.prefill(module, torch.arange(16)[None], cache, torch.tensor([16]), plan, 5, images=images)
+    engine.prefill(module, torch.arange(16, 24)[None], cache, torch.tensor([8]), plan, 5)
     is_kept = cache.skipped[0] >= 0
-    assert is_kept[:5].all() and not is_kept[5:].any()  # the image's first token still has it
+    assert is_kept[:5].all() and not is_kept[5:].any()  # the image's first token is where it would be as text
