@@ -18,10 +18,12 @@ from pop.engine.layer_pass import ReplayedPasses
 from pop.engine.stages import Stages
 from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
-from pop.system.memory import stepped
 
 REPLAYED = Stages(replay=Replay, replayed_tokens=1000)
 PLAN = PrunePlan((1, 2), full_depth_last=3)
+SELECTING = PrunePlan((1, 2), full_depth_selected=0.5)
+# These differ in their corrections only.
+CALIBRATED = [PrunePlan((1, 2), 2, 1, random_corrections(tiny_config(), (1, 2), seed)) for seed in (1, 2)]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -65,33 +67,26 @@ def test_replayed_prompts_are_prefill(case, shortened, room, more):
     assert all(torch.equal(now, then) for now, then in handed_out)
 
 
-def test_one_pass_serves_all_lengths_of_a_step():
+@pytest.mark.parametrize(
+    ("prompts", "slots", "count"),
+    [
+        ([(65, PLAN), (80, PLAN), (70, PLAN)], 200, 1),
+        ([(80, PLAN), (81, PLAN)], 200, 2),
+        ([(70, SELECTING), (72, SELECTING)], 72, 2),
+        ([(9, plan) for plan in (PLAN, PrunePlan((0, 2), full_depth_last=3), *CALIBRATED, PLAN, *CALIBRATED)], 64, 4),
+    ],
+    ids=["65 to 80 tokens run as 80", "81 tokens do not", "two phases of a plan that selects", "one for each plan"],
+)
+def test_prompts_of_near_lengths_and_one_plan_share_a_pass(prompts, slots, count):
+    """Of 70 tokens, the plan that selects runs 35 at full depth, and of 72 tokens 36."""
     module = random_model(tiny_config())
-    cache = new_cache(module, 1, 200)
-    for num_tokens in (65, 80, 70):  # run as 80 tokens
-        cache.reset()
-        prefill(module, num_tokens, cache)
-    passes = len(cache.passes[ReplayedPasses].kept)
-    assert passes == 1, (
-        f"{passes} passes were kept for lengths that are run as 80 tokens, so some size follows a length"
-    )
-    cache.reset()
-    prefill(module, 81, cache)
-    passes = len(cache.passes[ReplayedPasses].kept)
-    assert passes == 2
-
-
-def test_as_few_passes_serve_a_plan_that_selects():
-    """One for each phase: of 70 tokens, 35 run at full depth, and of 72 tokens 36."""
-    module = random_model(tiny_config())
-    plan = PrunePlan((1, 2), full_depth_selected=0.5)
-    cache, other = new_cache(module, 1, 72), new_cache(module, 1, 72)
-    for num_tokens in (70, 72):
+    cache, other = (new_cache(module, 1, slots) for _ in range(2))
+    for num_tokens, plan in prompts:
         cache.reset()
         other.reset()
         expected = prefill(module, num_tokens, other, plan, Stages())
         torch.testing.assert_close(prefill(module, num_tokens, cache, plan), expected, **CLOSE)
-    assert len(cache.passes[ReplayedPasses].kept) == 2
+    assert len(cache.passes[ReplayedPasses].kept) == count
 
 
 def test_a_chunk_has_as_many_columns_as_tokens_at_full_depth():
@@ -123,19 +118,6 @@ def test_a_cache_keeps_passes_of_the_latest_sizes(monkeypatch):
     h = [fixed[2] for fixed, _ in cache.passes[ReplayedPasses].kept.values()]
     assert [x.shape[1] for x in h] == [5, 7]
     assert others == [None, made[0], made[1]]  # each shares the memory of one before
-
-
-def test_a_pass_has_one_plan():
-    """Plans differ in their layers, or in their corrections of the same layers."""
-    module = random_model(tiny_config())
-    cache, other = new_cache(module, 1), new_cache(module, 1)
-    calibrated = [PrunePlan((1, 2), 2, 1, random_corrections(module.config, (1, 2), seed)) for seed in (1, 2)]
-    for plan in (PLAN, PrunePlan((0, 2), full_depth_last=3), *calibrated, PLAN, *calibrated):
-        cache.reset()
-        other.reset()
-        expected = prefill(module, 9, other, plan, Stages())
-        torch.testing.assert_close(prefill(module, 9, cache, plan), expected, **CLOSE)
-    assert len(cache.passes[ReplayedPasses].kept) == 4
 
 
 @pytest.mark.parametrize(
@@ -182,8 +164,3 @@ def test_a_step_and_passes_serve_one_cache_as_long_as_its_tensors_stay():
     assert kept(REPLAYED._replace(replayed_tokens=999)).isdisjoint(first)
     cache.keep_rows(torch.tensor([1]))
     assert cache.passes == {}
-
-
-def test_sizes_go_up_in_four_steps_to_twice_the_size():
-    assert [stepped(size) for size in (0, 1, 7, 8, 9, 64, 65, 500, 513)] == [0, 1, 7, 8, 10, 64, 80, 512, 640]
-    assert all(size <= stepped(size) <= 1.25 * size for size in range(5000))
