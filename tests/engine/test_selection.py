@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from support.cases import (
     NONE,
-    assert_close,
     batches,
     cases,
     new_cache,
@@ -103,19 +102,6 @@ def test_a_question_at_full_depth_selects_as_well():
         assert (cache.skipped >= 0).sum() == 11 - expected
 
 
-@pytest.mark.parametrize("selecting_layer", [0, 3])
-def test_with_a_window_only_the_tokens_of_a_prompt_compete(selecting_layer):
-    """The keys that an earlier token attends to may be gone."""
-    config = tiny_gemma3_config()
-    module = random_model(config, seed=3)
-    layers = (config.num_layers - 2, config.num_layers - 1)
-    plan = PrunePlan(layers, full_depth_selected=0.5, selecting_layer=min(selecting_layer, layers[0] - 1))
-    cache = new_cache(module, 1)
-    prefill(module, torch.arange(20)[None], torch.tensor([20]), plan, cache=cache)
-    _, _, chosen = prefill_with_choice(module, torch.arange(30, 42)[None], torch.tensor([12]), plan, cache=cache)
-    assert chosen.shape == (1, 12) and chosen.sum() == 5
-
-
 def test_rotary_positions_of_images_count():
     """Qwen3-VL: the scores take the positions of patches, and the states with their features."""
     module, plan = random_model(tiny_qwen3_vl_config(), seed=2), PrunePlan((3, 4), full_depth_selected=0.25)
@@ -155,20 +141,3 @@ def test_a_row_that_overflows_leaves_the_other_rows_choice_alone():
     logits, _, chosen = prefill_with_choice(module, tokens, lengths, plan)
     assert torch.equal(chosen[1], expected[1]) and chosen.sum(1).tolist() == expected.sum(1).tolist()
     assert logits.isfinite().all(1).tolist() == [False, True]
-
-
-def test_rows_of_different_lengths_count_their_own_earlier_tokens():
-    """What stands before the beginning of a shorter row is no token of it."""
-    module = random_model(tiny_config(), seed=3)
-    plan = PrunePlan((3, 4), 5, full_depth_selected=0.4, selecting_layer=1)
-    first = (7 * torch.arange(60) % 50).view(2, 30)
-    later = (11 * torch.arange(14) % 50).view(2, 7)
-    lengths = torch.tensor([30, 12])
-    cache = new_cache(module, 2)
-    prefill(module, first, lengths, plan, cache=cache)
-    together, _ = prefill(module, later, torch.tensor([7, 7]), plan, cache=cache)
-    for row, n in enumerate(lengths.tolist()):
-        alone = new_cache(module, 1)
-        prefill(module, first[row : row + 1, :n], torch.tensor([n]), plan, cache=alone)
-        expected, _ = prefill(module, later[row : row + 1], torch.tensor([7]), plan, cache=alone)
-        assert_close(together[row], expected[0])
