@@ -48,14 +48,13 @@ def test_recorded_steps_are_decode(case, data):
     module, plan, tokens, lengths, chunk_size = case
     assume(getattr(module.config, "experts", None) is None)  # whose loop reads numbers
     slots = int(lengths.max()) + data.draw(st.integers(1, 12), "room")
-    caches, stages = (
-        [new_cache(module, len(tokens), slots, chunk=chunk_size) for _ in range(2)],
-        (Stages(), RECORDED),
-    )
+    caches = [new_cache(module, len(tokens), slots, chunk=chunk_size) for _ in range(2)]
+    stages = (Stages(), RECORDED)
     for cache, of_cache in zip(caches, stages, strict=True):
         logits = engine.prefill(module, tokens, cache, lengths, plan, chunk_size, of_cache)
         cache.rope_offsets = torch.arange(len(tokens))  # as after images
-    handed_out, rewind = [(logits, logits.clone())], min(chunk_size, 3)
+    handed_out = [(logits, logits.clone())]
+    rewind = min(chunk_size, 3)
     random = torch.Generator().manual_seed(0)
     snapshots = []
     for number in range(8):

@@ -245,9 +245,10 @@ def test_a_token_that_overflows_harms_no_other_row_and_no_later_use_of_the_cache
 
 
 def test_a_failed_call_adds_no_tokens():
+    """That the cache works again after failures anywhere: tests/test_failures.py."""
     module = random_model(tiny_config(), seed=3)
     _, cache = prefill(module, torch.tensor([[1, 2, 3]]), torch.tensor([3]), NONE)
-    head, module.head = module.head, lambda h: 1 / 0
+    module.head = lambda h: 1 / 0
     for call in (
         lambda: prefill(module, torch.tensor([[4]]), torch.tensor([1]), NONE, cache=cache),
         lambda: engine.decode(module, torch.tensor([4]), cache),
@@ -255,10 +256,7 @@ def test_a_failed_call_adds_no_tokens():
     ):
         with pytest.raises(ZeroDivisionError):
             call()
-    module.head = head
-    assert cache.lengths.tolist() == [3]
-    expected, _ = prefill(module, torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]), NONE)
-    assert_close(engine.decode(module, torch.tensor([4]), cache), expected)
+        assert cache.lengths.tolist() == [3]
 
 
 def test_states_are_freed_as_soon_as_the_next_ones_exist():
