@@ -119,24 +119,16 @@ def test_cpus_keep_the_loop():
 
 
 @pytest.mark.parametrize("width", [14, 15, 30])
-def test_the_layout_of_square_matrices_is_that_of_the_others(tmp_path, width):
-    """gate and up together, or down, are square."""
-    config = tiny_qwen3_moe_config(hidden_size=30, experts=ExpertsConfig(count=7, per_token=3, width=width))
-    write_weights(tmp_path, config, seed=3)
-    before = load_file(tmp_path / "model.safetensors")
-    for layout in (dict, experts_transposed):
-        saved = dict(before)
-        layout(saved)
-        save_file({name: tensor.contiguous() for name, tensor in saved.items()}, tmp_path / "model.safetensors")
-        module = Part(config, 0, 1).build()
-        load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False)
-        assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [(dict, 1), (dict, 3), (experts_one_by_one, 3), (experts_transposed, 1), (experts_transposed, 2)],
+)
+def test_each_process_reads_its_part_of_any_layout(tmp_path, layout, size, width):
+    """Of each expert, every process has a share of gate, of up and of down. One process has all.
 
-
-@pytest.mark.parametrize(("layout", "size"), [(dict, 1), (dict, 3), (experts_one_by_one, 3), (experts_transposed, 2)])
-def test_each_process_reads_its_part_of_any_layout(tmp_path, layout, size):
-    """Of each expert, every process has a share of gate, of up and of down. One process has all."""
-    config = tiny_qwen3_moe_config(num_kv_heads=6)
+    If experts are 15 or 30 wide, gate and up together, or down, are square, so shapes do not tell the layout.
+    """
+    config = tiny_qwen3_moe_config(num_kv_heads=6, experts=ExpertsConfig(count=7, per_token=3, width=width))
     write_weights(tmp_path, config, seed=3)
     before = load_file(tmp_path / "model.safetensors")
     saved = dict(before)
@@ -147,11 +139,11 @@ def test_each_process_reads_its_part_of_any_layout(tmp_path, layout, size):
         module = part.build()
         load_weights(tmp_path, module, shards=part.shards, dtype=torch.float32, device="cpu", progress=False)
         found = dict(module.named_parameters())
-        begin, end = rank * 14 // size, (rank + 1) * 14 // size
+        begin, end = rank * width // size, (rank + 1) * width // size
         for layer in range(config.num_layers):
             name = f"model.layers.{layer}.mlp.experts"
             whole = before[f"{name}.gate_up_proj"]
-            expected = torch.cat([whole[:, begin:end], whole[:, 14 + begin : 14 + end]], 1)
+            expected = torch.cat([whole[:, begin:end], whole[:, width + begin : width + end]], 1)
             assert torch.equal(found[f"{name}.gate_up_proj"], expected)
             assert torch.equal(found[f"{name}.down_proj"], before[f"{name}.down_proj"][..., begin:end])
         assert torch.equal(found["model.layers.2.mlp.gate.weight"], before["model.layers.2.mlp.gate.weight"])
