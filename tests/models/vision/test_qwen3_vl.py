@@ -34,14 +34,6 @@ def test_features_are_the_references(towers, name, case):
             assert error(layer, expected) < TOLERANCE
 
 
-def test_bfloat16_stays_in_it():
-    case, golden = Qwen3VLCase("qwen3_vl/untied", "two-images"), Golden("qwen3_vl/untied")
-    tower = random_model(golden.config, golden.seed).bfloat16().model.visual
-    features, deepstack = tower(case.patches["image"].bfloat16(), case.grids["image"])
-    assert {part.dtype for part in (features, *deepstack)} == {torch.bfloat16}
-    assert error(features, case.features["image"]) < 0.1  # about 20 roundings of 2 ** -9
-
-
 def test_attention_costs_the_sum_of_the_squares(tower):
     """No mask, and no scores between images: frame pairs of one size are a batch."""
     grids = [Grid(3, 4, 6), Grid(1, 6, 4), Grid(1, 2, 2)]
