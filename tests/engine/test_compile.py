@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import batches, plans, random_corrections
+from support.cases import assert_close, batches, plans, randn, random_corrections
 from support.compiler import requires_compiler, requires_new_torch
 from support.nightly import NIGHTLY
 from support.tiny import (
@@ -22,6 +22,7 @@ from support.tiny import (
     tiny_config,
     tiny_gemma3_config,
     tiny_gemma3_vl_config,
+    tiny_model,
     tiny_qwen3_vl_config,
 )
 from support.tiny_images import both_ways, random_bytes
@@ -94,8 +95,7 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
             logits += [model.decode(tokens[:, 0], cache) for _ in range(4)]  # the third one is repeated work
             logits.append(model.prefill(tokens[:, :3], cache, plan=plan))  # the next turn of a conversation
             results.append(torch.stack(logits))
-    error = (results[0] - results[1]).abs().max() / results[1].std()
-    assert error < 1e-4
+    assert_close(*results)
 
 
 @requires_compiler
@@ -110,7 +110,7 @@ def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
             for part in (*cache.keys, *cache.values):
                 part[:, :4500] = torch.randn(part[:, :4500].shape, generator=drawn)
             logits.append(model.decode([5] * rows, cache))
-        assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
+        assert_close(*logits)
 
 
 @requires_compiler
@@ -121,8 +121,7 @@ def test_a_long_prompt_whose_tokens_are_selected_needs_no_new_graph(pair, nothin
     last = compiled.config.num_layers - 1
     plan = pop.PrunePlan((last,), full_depth_selected=0.01, selecting_layer=last - 1)
     tokens = torch.randint(60, (1, length), generator=torch.Generator().manual_seed(0))
-    ours, expected = (model.prefill(tokens, model.new_cache(1, 5000), plan=plan) for model in (compiled, eager))
-    assert (ours - expected).abs().max() < 1e-4 * expected.std()
+    assert_close(*(model.prefill(tokens, model.new_cache(1, 5000), plan=plan) for model in (compiled, eager)))
 
 
 @requires_compiler
@@ -157,19 +156,18 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
         tokens, lengths = torch.arange(rows * 20).view(rows, 20), torch.full((rows,), 20)
         numbers = torch.full((rows, 20), -1)
         numbers[:, 3:9], numbers[-1, 12:18] = torch.arange(6), torch.arange(6, 12)
-        features, *deepstack = torch.randn(3, 12, 30, generator=torch.Generator().manual_seed(1))
+        features, *deepstack = randn(3, 12, 30, seed=1)
         if compiled.config.family == "gemma3":
             images = both_ways(features.view(2, 6, 30), numbers)
         else:
             positions = torch.randint(30, (3, rows, 20), generator=torch.Generator().manual_seed(2))
             images = Images(features, numbers, rope_positions=positions, deepstack=tuple(deepstack))
-        logits = []
+        results = []
         for model in (compiled, eager):
             cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)
-            logits.append(engine.prefill(model.module, tokens, cache, lengths, plan, 16, stages, images))
-            logits.append(model.decode([5] * rows, cache))
-        for ours, expected in zip(logits[:2], logits[2:], strict=True):
-            assert (ours - expected).abs().max() < 1e-4 * expected.std()
+            logits = engine.prefill(model.module, tokens, cache, lengths, plan, 16, stages, images)
+            results.append(torch.stack([logits, model.decode([5] * rows, cache)]))
+        assert_close(*results)
 
 
 @requires_new_torch
@@ -202,8 +200,7 @@ def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch
         tokens = [5, *chain.from_iterable(pieces), 6]
         with no_compiling():
             ours = compiled.prefill([tokens], compiled.new_cache(), images=images[:count])
-        expected = eager.prefill([tokens], eager.new_cache(), images=images[:count])
-        assert (ours - expected).abs().max() < 1e-4 * expected.std()
+        assert_close(ours, eager.prefill([tokens], eager.new_cache(), images=images[:count]))
     assert towers
 
 
@@ -231,8 +228,7 @@ def test_a_compiled_model_can_be_copied(pair):
 
 
 def test_tiny_models_run_eagerly_by_default():
-    module = random_model(tiny_config(), seed=1)
-    assert not pop.Model(module, module.config).compiled
+    assert not tiny_model(tiny_config()).compiled
 
 
 def test_where_nothing_compiles_auto_logs_it_once_and_true_is_refused(monkeypatch, caplog):
