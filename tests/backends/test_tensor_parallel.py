@@ -300,14 +300,17 @@ def test_a_rank_that_fails_ends_the_others(how, folder, tmp_path):
     assert time.time() - float(re.search(r"failed at (\S+)", said)[1]) < 20
 
 
-def test_the_norm_of_keys_is_cut_as_the_keys_are():
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_norm_of_keys_is_cut_as_the_keys_are(size):
     """Four ranks hold two copies of each of OLMo-2's two K/V heads, so two of them hold the same half of the norm."""
+    config = tiny_olmo2_config(num_heads=4, num_kv_heads=2)
     cut = []
-    for rank in range(4):
-        part = Part(tiny_olmo2_config(num_heads=4, num_kv_heads=2), rank, 4)
+    for rank in range(size):
+        part = Part(config, rank, size)
         part.build()
-        keys, norm = (part.shards[f"model.layers.0.self_attn.{name}.weight"].share for name in ("k_proj", "k_norm"))
-        assert norm == keys
+        attention = "model.layers.0.self_attn."
+        keys = part.shards[f"{attention}k_proj.weight"].share
+        assert part.shards[f"{attention}k_norm.weight"].share == keys
         cut.append(keys)
     assert len(set(cut)) == 2
 
