@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.cases import models, plans, recorded_choices
 from support.naive_fit import naive_gradients
 from support.plans import contents
-from support.texts import of_mean, windows_of
+from support.texts import MadeUp, windows_of
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_model
 
 import pop
@@ -49,16 +49,6 @@ PLAN = PrunePlan((1, 3, 4), full_depth_last=2, full_depth_selected=0.1)
 def closed(model):
     """The closed form."""
     return calibrate(model, TEXTS, PLAN, progress=False, steps=0)
-
-
-class MadeUp:
-    """A judge with given losses, one for each plan that it sees."""
-
-    def __init__(self, *losses):
-        self.made_up = iter(losses)
-
-    def losses(self, plan):
-        return of_mean(next(self.made_up))
 
 
 @st.composite
@@ -125,23 +115,15 @@ def test_distillation_lowers_the_loss_on_held_out_text(monkeypatch):
     assert torch.equal(distilled.corrections.sketch, model.sketch[list(distilled.layers)])
 
 
-def test_the_best_of_eight_checks_is_taken(model, closed, monkeypatch):
-    """The made-up losses fall up to the third check and rise after it."""
-    checked, steps = [], []
-
-    def progress(count, note=""):
-        steps.append(count)
-
-    def made_up(self, plan):
-        checked.append((plan, sum(steps)))
-        return of_mean((9, 8, 7, 5, 6, 7, 8, 9, 10)[len(checked) - 1])
-
-    monkeypatch.setattr(Judge, "losses", made_up)
-    found = distill(model, closed, windows_of(TEXTS), Judge(model, []), 12, progress=progress)
-    plans, done = zip(*checked, strict=True)
-    assert done == (0, 0, 2, 3, 5, 6, 8, 9, 11)  # after as many reported steps, and another one
-    assert contents(plans[0]) == contents(closed)
-    assert contents(found) == contents(plans[3]) != contents(plans[4])
+def test_the_best_of_eight_checks_is_taken(model, closed):
+    """The losses fall up to the third check and rise after it."""
+    judge = MadeUp(9, 8, 7, 5, 6, 7, 8, 9, 10)
+    checked = []
+    found = distill(model, closed, windows_of(TEXTS), judge, 12, keep=lambda best, done: checked.append(done))
+    assert checked == [1, 3, 4, 6, 7, 9, 10, 12]
+    first, _, _, third, fourth, *_ = map(contents, judge.seen)
+    assert first == contents(closed)
+    assert contents(found) == third != fourth
 
 
 @pytest.mark.parametrize(("steps", "inference", "tolerance"), [(0, False, 0), (0, True, 0), (2, True, 1e-6)])
@@ -161,21 +143,15 @@ def test_a_trainable_model_stays_as_it_is_whatever_the_callers_modes_are(model, 
         assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, True, torch.float32)
 
 
-def test_bfloat16_models_keep_float32_corrections_only_while_distilling(monkeypatch):
+def test_bfloat16_models_keep_float32_corrections_only_while_distilling(notes):
     """The rates are those of the schedule, and passes run in bfloat16 where the processor is fast at it."""
     half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
-    start, rates, dtypes = calibrate(half, TEXTS, PLAN, progress=False, steps=0).corrections.weight.float(), [], set()
-    step = distillation._step
-
-    def recorded(adam, loss, share):
-        step(adam, loss, share)
-        rates.append(adam.param_groups[0]["lr"])
-        dtypes.update(tensor.dtype for group in adam.param_groups for tensor in group["params"])
-
-    monkeypatch.setattr(distillation, "_step", recorded)
+    start = calibrate(half, TEXTS, PLAN, progress=False, steps=0).corrections.weight.float()
+    groups = notes(torch.optim.Adam, "step", lambda adam: [dict(group) for group in adam.param_groups])
     plan = calibrate(half, TEXTS, PLAN, steps=3, progress=False)
     assert plan.corrections.weight.dtype == torch.bfloat16
-    assert dtypes == {torch.float32}
+    assert {tensor.dtype for step in groups for group in step for tensor in group["params"]} == {torch.float32}
+    rates = [step[0]["lr"] for step in groups]
     assert rates == pytest.approx([learning_rate(start) * schedule(number, 3) for number in range(3)])
 
 
@@ -196,23 +172,22 @@ def test_a_run_continues_from_the_best_plan_so_far(model, closed, notes):
     """The other steps follow. The plan stays the best if no check is better."""
     windows, kept, counted = windows_of(TEXTS), [], []
 
+    def interrupt(*now):
+        kept.append(now)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
     def progress(count, note=""):
         counted.append(count)
-
-    def interrupt(count, note=""):
-        counted.append(count)
-        if sum(counted) == 5:
-            raise KeyboardInterrupt
 
     def continued(begin, *losses):
         return contents(distill(model, best, windows, MadeUp(*losses), 16, begin=begin, progress=progress))
 
     with pytest.raises(KeyboardInterrupt):
-        distill(model, closed, windows, MadeUp(9, 7, 8), 16, keep=lambda *now: kept.append(now), progress=interrupt)
+        distill(model, closed, windows, MadeUp(9, 7, 8), 16, keep=interrupt)
     (best, first), (again, second) = kept
     assert (first, second) == (2, 4)
     assert contents(closed) != contents(best) == contents(again)
-    counted.clear()
     numbers = notes(distillation, "exercise", lambda model, windows, number, rng: number)
     assert continued(4, 7, *[6] * 6) != contents(best)
     assert numbers == [*range(4, 16)] and counted == [4] + [1] * 12
@@ -246,10 +221,10 @@ def test_all_that_decides_a_run_tells_it_from_others(model):
     "write",
     [
         lambda path: path.write_bytes(b"no plan"),
-        lambda path: path.write_text("[" * 10**5),
         lambda path: PLAN.save(path),
         lambda path: dataclasses.replace(PLAN, about={"run": "a hash", "steps": 1}).save(path),
     ],
+    ids=["no plan", "a plan that no run has kept", "a plan of another run"],
 )
 def test_a_file_that_is_no_progress_of_the_run_is_refused(model, tmp_path, write, monkeypatch):
     monkeypatch.setattr(calibrate_file, "fitted", None)  # before the work

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.cases import models
 from support.naive_fit import assert_fit, fitted, naive_fit, whole_projections
 from support.plans import contents
-from support.texts import of_mean, random_texts, windows_of
+from support.texts import MadeUp, random_texts, windows_of
 from support.tiny import random_model, tiny_config, tiny_model
 
 import pop
@@ -79,20 +79,18 @@ def test_windows_cover_the_texts_and_each_begins_like_its_text():
     assert text_windows(model, [text, bare], None, None, 100) == windows_of([text, bare])
 
 
-@pytest.mark.parametrize(("winner", "layers"), [(RIDGES[1], (3, 4)), (RIDGES[-1], (3, 4)), (1.0, (2, 3))])
-def test_the_best_lambda_is_found(model, winner, layers, notes, monkeypatch):
-    """The held-out losses are made up: lower near the winner. With an update of h, lambda is fixed."""
-    ridges, made = notes(refit, "solve", lambda *args: args[-1]), {}
-
-    def losses(self, plan):
-        made.setdefault(ridges[-1], plan.corrections)
-        (ridge,) = [ridge for ridge, corrections in made.items() if corrections is plan.corrections]
-        return of_mean(abs(math.log(ridge / winner)))
-
-    monkeypatch.setattr(Judge, "losses", losses)
+@pytest.mark.parametrize(
+    ("layers", "candidates", "winner"), [((3, 4), RIDGES, 1), ((3, 4), RIDGES, 4), ((2, 3), (1e-2,), 0)]
+)
+def test_the_best_lambda_is_found(model, layers, candidates, winner, notes, monkeypatch):
+    """With an update of h, lambda is fixed."""
+    ridges = notes(refit, "solve", lambda *args: args[-1])
+    losses = [float(number != winner) for number in range(len(candidates))]
+    judge = MadeUp(*losses, 0.0)  # the last one is for the plan's record
+    monkeypatch.setattr(calibrate_file, "Judge", lambda *_: judge)
     result = calibrate(model, TEXTS, PrunePlan(layers), progress=False, steps=0)
-    assert result.corrections is made[winner if layers == (3, 4) else 1e-2]
-    assert ridges == (list(RIDGES) if layers == (3, 4) else [1e-2])
+    assert ridges == [*candidates]
+    assert result.corrections is judge.seen[winner].corrections
 
 
 def test_sums_are_freed_before_those_of_the_next_group(model, monkeypatch):

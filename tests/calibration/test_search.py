@@ -1,20 +1,18 @@
 """What calibration decides: sets of layers of a speedup, and the tokens at full depth. The judge is made up."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import random_corrections
-from support.texts import random_texts, windows_of
+from support.texts import MadeUp, random_texts, windows_of
 from support.tiny import tiny_config, tiny_model, tiny_qwen3_vl_config
 
 import pop
 from pop import PrunePlan
 from pop.calibration import search
-from pop.calibration.held_out import Judge
 from pop.calibration.search import FULL_DEPTH_SHARE, LAST, PROMPT, layers_apart, with_full_depth
 
 RANK = 15
@@ -72,23 +70,15 @@ def limit(model, plan):
 def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, winner, monkeypatch):
     """The first set is the deepest layers. In the others, the layers apart are those that are needed least."""
     needed = torch.rand(14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    judged, counted = [], []
-
-    class MadeUp(Judge):
-        def __init__(self):
-            pass
-
-        def losses(self, plan):
-            judged.append(plan)
-            return SimpleNamespace(mean=float(len(judged) - 1 != winner))
-
+    judge = MadeUp(*(float(number != winner) for number in range(len(search.TAILS))))
+    counted = []
     monkeypatch.setattr(search, "fitted", lambda model, few, plan, rank: [plan])
     monkeypatch.setattr(search, "_needed", lambda model, samples: needed)
     monkeypatch.setattr(search, "_lookup_scores", lambda model, samples: needed)
-    found = search.search(deep, windows, MadeUp(), 1.5, RANK, counted.append)
-    assert found == judged[winner] and counted == [1] * len(search.TAILS)
-    assert judged[0].layers == tuple(range(14 - len(judged[0].layers), 14))
-    for plan, share in zip(judged, search.TAILS, strict=True):
+    found = search.search(deep, windows, judge, 1.5, RANK, counted.append)
+    assert found == judge.seen[winner] and counted == [1] * len(search.TAILS)
+    assert judge.seen[0].layers == tuple(range(14 - len(judge.seen[0].layers), 14))
+    for plan, share in zip(judge.seen, search.TAILS, strict=True):
         count = len(plan.layers)
         assert plan.layers == layers_apart(needed, count, round(share * count))
         assert limit(deep, plan) >= 1.5 and plan.corrections is None
