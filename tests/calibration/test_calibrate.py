@@ -1,6 +1,5 @@
 """`pop.calibrate` as a whole: what it decides, what it says and checks before the work, and unfinished work."""
 
-import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -47,6 +46,7 @@ def test_the_layers_are_those_that_are_given(model):
     plan = calibrate(model, TEXTS, "1,3", steps=0, progress=False)
     assert plan.layers == (1, 3) and plan.corrections is not None
     assert plan.selecting_layer in (0, 2) and plan.full_depth_last == round(0.1 * 512)
+    assert plan.full_depth_below == search.SHORT
     given = calibrate(model, TEXTS, PrunePlan((1, 3), full_depth_last=7), steps=0, progress=False)
     assert (given.full_depth_last, given.full_depth_selected, given.selecting_layer) == (7, 0, None)
 
@@ -57,7 +57,6 @@ def test_short_prompts_are_pruned_while_a_plan_is_fitted_and_judged(model):
     assert contents(dataclasses.replace(short, full_depth_below=0)) == contents(pruning)
     assert short.about == pruning.about
     assert short.full_depth_below == 1000
-    assert calibrate(model, TEXTS, "1,3", steps=0, progress=False).full_depth_below == search.SHORT
 
 
 @pytest.mark.parametrize("plan", ["none", PrunePlan.none(), "1,5", PrunePlan((7,)), (1, 3)])
@@ -80,7 +79,6 @@ def test_the_texts_that_come_along():
     assert all(shortest < len(text) <= longest for text in texts)
     tested = [Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8") for name in sources.LEFT_OUT]
     assert not any(text in whole for text in many for whole in tested)
-    assert any("def " in text for text in texts)
     config = tiny_config(hidden_size=6000, num_layers=1)
     wide = pop.Model(random_model(tiny_config()), config)
     assert sources.tokens_needed(wide) == 720_000
@@ -157,31 +155,25 @@ def test_what_the_work_takes_is_said_before_it(model, monkeypatch, capsys):
     with pytest.raises(pytest.fail.Exception, match="began"):
         calibrate(model, TEXTS, steps=300)
     lacks, line = capsys.readouterr().err.splitlines()
-    assert lacks.startswith(f"a fit of this width can use {sources.tokens_needed(model):,} tokens")
-    assert line.startswith("calibrating on 2,0") and ", with 300 steps: about " in line
-    assert "0.0 GB beside the weights" in line and line.endswith("a plan of 0 MB")
+    assert f"{sources.tokens_needed(model):,} tokens" in lacks
+    for words in ("calibrating on 2,0", "300 steps", " min ", "0.0 GB beside the weights", "a plan of 0 MB"):
+        assert words in line
 
 
 @pytest.mark.parametrize("done", [0, 1])
 def test_an_interrupted_run_continues_from_the_plan_that_it_kept(model, decided, tmp_path, done, notes, monkeypatch):
     """After the closed form the file is the same in the end. After a check, the plan is no worse than the kept one."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    counted = []
+    keep = calibrate_file._keep
 
-    @contextlib.contextmanager
-    def interrupting(label, *_):
-        def step(count, note=""):
-            counted.append(count)
-            if label == "distilling" and sum(counted) == done:
-                raise KeyboardInterrupt
+    def interrupted(path, run, plan, now):
+        keep(path, run, plan, now)
+        if now == done:
+            raise KeyboardInterrupt
 
-        yield step
-        counted.clear()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(calibrate_file, "progress_bar", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(model, TEXTS, resume="~/progress", **DECIDE)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(calibrate_file, "_keep", interrupted)
+        calibrate(model, TEXTS, resume="~/progress", **DECIDE)
     kept = PrunePlan.load(tmp_path / "progress")
     assert kept.about["steps"] == done
     monkeypatch.setattr(search, "search", None)  # what was decided and fitted is not computed again
