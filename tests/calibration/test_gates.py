@@ -70,23 +70,15 @@ def test_logits_are_computed_for_the_responses_only_and_one_after_the_other(samp
     assert rows == lengths + lengths[::-1]  # forward, and again for the backward
 
 
-def test_responses_follow_the_full_model_at_temperature_one(model):
-    """The first token and a later one. One of 67 is the expected deviation, with a standard deviation of 0.17."""
-    prompt, count = [5, 60, 2, 33], 2500
-    pairs = np.array(sampled(model, [prompt] * count, [(1, n) for n in range(count)], 2))
-    at_first = model.logits([prompt])[:, -1].expand(count, -1)
-    later = model.logits([[*prompt, first] for first in pairs[:, 0].tolist()])[:, -1]
-    for tokens, logits in zip(pairs.T, (at_first, later), strict=True):
-        assert 0.5 < deviation(tokens, logits) < 1.5
-    pruned = model.prefill([prompt], model.new_cache(1, 9))  # with the model's plan
-    assert deviation(pairs[:, 0], pruned.expand(count, -1)) > 3
-
-
-def deviation(tokens, logits):
-    """The mean square deviation of how often tokens [N] occur from logits [N, V], in units of its expected value."""
-    shares = np.bincount(tokens, minlength=67) / len(tokens)
-    probs = logits.double().softmax(-1).mean(0).numpy()
-    return ((shares - probs) ** 2 / (probs * (1 - probs) / len(tokens))).mean()
+@pytest.mark.parametrize(("plan", "is_same"), [("none", True), ("default", False)])
+def test_responses_are_those_of_generate_at_full_depth_and_temperature_one(model, prompts, plan, is_same):
+    """With the same random numbers. tests/generation holds `generate` to the reference."""
+    seeds = [(1, number) for number in range(len(prompts))]
+    generated = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        options = {"temperature": 1.0, "seed": int(np.random.SeedSequence(seed).generate_state(1)[0])}
+        generated.append(model.generate(prompt, plan=plan, max_new_tokens=20, **options).tokens)
+    assert (sampled(model, prompts, seeds, 20) == generated) is is_same
 
 
 def test_an_end_token_ends_a_response_and_is_part_of_it():
