@@ -31,10 +31,6 @@ def model():
     return tiny_model(tiny_config(vocab_size=tokenizer.vocab_size, hidden_size=6), tokenizer=tokenizer)
 
 
-def is_part(part, whole) -> bool:
-    return any(whole[begin : begin + len(part)] == part for begin in range(len(whole) - len(part) + 1))
-
-
 @pytest.mark.parametrize("longest", [900, 3000, 20])
 def test_lengths_go_up_to_the_longest_window_by_their_logarithm(bare, longest):
     """A batch is parts of windows, with as many rows as its tokens allow."""
@@ -46,7 +42,7 @@ def test_lengths_go_up_to_the_longest_window_by_their_logarithm(bare, longest):
         sizes.append(T)
         assert min(ROWS, max(1, TOKENS // T)) == B and media == [[]] * B
         assert cut == T - min(CONTINUATION, T // 3)
-        assert all(is_part(row, windows[1][0]) for row in tokens.tolist())
+        assert all([(row, [])] == texts(T, first=row[0]) for row in tokens.tolist())
     shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)
     assert shortest <= min(sizes) <= 1.05 * shortest and 0.95 * longest <= max(sizes) <= longest
     middle = (shortest * longest) ** 0.5

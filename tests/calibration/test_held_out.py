@@ -88,20 +88,18 @@ def test_the_rest_of_a_held_out_window_is_fitted_after_bos():
     assert rest == ([0, *range(190, 1000)], [])
 
 
-def test_long_prompts_are_judged_if_the_texts_have_them():
-    """The whole window does not count, but what is held out of it."""
-    windows = [([number] * 8000, []) for number in range(7)]
-    assert [len(window) for window, _ in hold_out(windows, 8000, None)[1]][:3] == [384, 1152, 8000]
-
-
-def test_the_held_out_windows_have_three_lengths():
-    windows = [([number] * 4096, []) for number in range(60)]
-    left, judged = hold_out(windows, 4096, None)
-    assert [len(window) for window, _ in judged] == [384, 1152, 4096] * 3
-    assert sum(len(window) for window, _ in left) == 60 * 4096 - 3 * (384 + 1152 + 4096)
-    assert [len(window) for window, _ in hold_out(windows, 1000, None)[1]] == [384, 1000, 1000] * 3
-    shown = [(window, ["an image"]) for window, _ in windows]
-    assert {len(window) for window, _ in hold_out(shown, 4096, None)[1]} == {4096}  # they stay whole
+@pytest.mark.parametrize(
+    ("media", "count", "size", "longest", "expected"),
+    [
+        ([], 60, 4096, 4096, [384, 1152, 4096] * 3),
+        ([], 60, 4096, 1000, [384, 1000, 1000] * 3),
+        ([], 7, 8000, 8000, [384, 1152, 8000, 384, 1152]),  # of a window, only what is held out counts
+        (["an image"], 60, 4096, 4096, [4096] * 9),  # it stays whole
+    ],
+)
+def test_the_held_out_windows_have_three_lengths(media, count, size, longest, expected):
+    _, judged = hold_out([([number] * size, media) for number in range(count)], longest, None)
+    assert [len(window) for window, _ in judged] == expected
 
 
 @pytest.mark.parametrize("spare", [0, 3, 10, 30])
