@@ -14,7 +14,8 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import InputError, PlanError
-from pop.calibration.importance import SCORES, Importance, gate_gradients, importance
+from pop.calibration import importance as importance_file
+from pop.calibration.importance import SCORES, Importance, importance
 
 
 def assert_same(actual, expected):
@@ -66,19 +67,13 @@ def test_parameters_and_grad_mode_are_left_alone(samples):
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_sampling_depends_on_the_seed_and_the_sample_not_on_the_batch(model, prompts, monkeypatch):
-    found = []
-
-    def recorded(model, samples):
-        found.extend(sample.response for sample in samples)
-        return gate_gradients(model, samples)
+def test_sampling_depends_on_the_seed_and_the_sample_not_on_the_batch(model, prompts, notes):
+    batches = notes(importance_file, "gate_gradients", lambda model, samples: [one.response for one in samples])
 
     def responses(batch_size, seed=0, prompts=prompts):
-        found.clear()
-        with monkeypatch.context() as patched:
-            patched.setattr("pop.calibration.importance.gate_gradients", recorded)
-            importance(model, prompts, batch_size=batch_size, response_tokens=9, seed=seed, progress=False)
-        return found.copy()
+        batches.clear()
+        importance(model, prompts, batch_size=batch_size, response_tokens=9, seed=seed, progress=False)
+        return [response for batch in batches for response in batch]
 
     expected = responses(8)
     assert [len(response) for response in expected] == [9] * 5

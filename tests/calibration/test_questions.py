@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.calibration.lookup import selecting_scores
+from pop.calibration.lookup import found_by_layer, selecting_scores
 from pop.calibration.questions import CLOSING, KINDS, Writer, codes, edits, make_questions, quotations, tool_calls
 
 LENGTH = 900
@@ -118,13 +119,14 @@ def test_what_cannot_be_asked_is_refused(writer):
         quotations(writer, LENGTH, 0.5)
 
 
-def test_the_selecting_layer_is_chosen_by_what_layers_find(model, writer):
+def test_the_scores_of_layers_are_means_over_the_prompts_that_hold_their_answers(model, writer):
+    """tests/tools/test_lookup.py has those of one prompt."""
     questions = make_questions(writer, [codes, quotations], LENGTH, 2)
     pairs = [(question.prompt, question.answer) for question in questions]
-    scores = selecting_scores(model, pairs, 0.2, 100)
-    assert scores.shape == (model.config.num_layers,)
-    assert ((scores >= 0) & (scores <= 1)).all()
+    expected = torch.stack([found_by_layer(model, *pair, 0.2, 100) for pair in pairs]).mean(0)
+    without_answer = [*range(20)], [30]
+    assert torch.equal(selecting_scores(model, [without_answer, *pairs], 0.2, 100), expected)
     with pytest.raises(pop.InputError, match="before its last"):
         selecting_scores(model, pairs, 0.2, LENGTH)
     with pytest.raises(pop.InputError, match="no prompt holds its answer"):
-        selecting_scores(model, [([*range(20)], [30])], 0.2, 5)
+        selecting_scores(model, [without_answer], 0.2, 5)
