@@ -24,17 +24,20 @@ from pop.generation import batch
 def script(monkeypatch, notes):
     """script.says: the tokens to be sampled next. script.logits: what they were to be sampled from, [1, V] each.
 
-    script.turns: a Batch for each turn that has begun.
+    script.turns: a Batch for each turn that has begun. script.send: send a message, which gets these tokens.
     """
-
-    turns = notes(batch.Batch, "__init__", lambda turn, *_, **__: turn)
-    script = types.SimpleNamespace(says=[], logits=[], turns=turns)
 
     def pick(logits, params, generators):
         script.logits.append(logits)
         return torch.tensor([script.says.pop(0)])
 
+    def send(chat, message, says, **options):
+        script.says[:] = says
+        return chat.send(message, **options)
+
     monkeypatch.setattr(batch, "sample_tokens", pick)
+    turns = notes(batch.Batch, "__init__", lambda turn, *_, **__: turn)
+    script = types.SimpleNamespace(says=[], logits=[], turns=turns, send=send)
     return script
 
 
@@ -75,8 +78,7 @@ def test_every_turn_is_the_reference_however_the_answers_end(model, script):
     expected = chatml(("system", "Be brief."), opened=False)
     for message, sampled, options, text, tokens, reason in turns:
         expected += [*chatml(("user", message)), *tokens]
-        script.says[:] = sampled
-        answer = chat.send(message, **options)
+        answer = script.send(chat, message, sampled, **options)
         assert (answer.text, answer.tokens, answer.finish_reason) == (text, tokens, reason)
         assert answer.prompt_tokens == len(expected) - len(tokens)
         assert chat.tokens == expected
@@ -91,8 +93,7 @@ def test_a_stream_is_a_turn_of_the_chat_format_from_its_last_piece_on(script):
     model = make("llama", pop.PrunePlan((3, 4)))
     chat = model.start_chat()
     for message, says, count in (("Hi", [*b"Hello", END], 9), ("You?", [*"né".encode()], 3), ("Me", [END], 9)):
-        script.says[:] = says
-        chat.send(message, max_new_tokens=count)
+        script.send(chat, message, says, max_new_tokens=count)
     script.says[:] = [*b"abc"]
     pieces = chat.stream("Hi", max_new_tokens=3)
     assert [next(pieces), next(pieces), len(chat.messages)] == ["a", "b", 6]
@@ -105,17 +106,14 @@ def test_a_turn_runs_what_is_new_and_nothing_else(script, notes):
     model = make("gemma3", "calibrated")
     ran = notes(type(model.module), "embed", lambda self, tokens: tokens.numel())
     chat = model.start_chat()
-    script.says[:] = [*b"Hello", END]
-    chat.send("A question that is long enough to tell")
+    script.send(chat, "A question that is long enough to tell", [*b"Hello", END])
     assert sum(ran) == len(chat.tokens)
     ran.clear()
-    script.says[:] = [*b"Fine"]
-    chat.send("And?", max_new_tokens=4)
+    script.send(chat, "And?", [*b"Fine"], max_new_tokens=4)
     prompt = [END, *b"\n", *chatml(("user", "And?"))]
     assert sum(ran) == len(prompt) + 3
     ran.clear()
-    script.says[:] = [END]
-    chat.send("And?")
+    script.send(chat, "And?", [END])
     assert sum(ran) == 1 + len(prompt)  # the last token of the cut answer
 
 
@@ -127,8 +125,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
     """The broken turns are longer than the window and the chunk. They would have overwritten what is kept."""
     chat, twin = (model.start_chat() for _ in range(2))
     for each in (chat, twin):
-        script.says[:] = [*b"Hello"]
-        each.send("Hi", max_new_tokens=5)
+        script.send(each, "Hi", [*b"Hello"], max_new_tokens=5)
     before, decode = chat.tokens, engine.decode
 
     def broken(module, tokens, cache, stages):
@@ -155,8 +152,8 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
     assert (chat.tokens, len(chat.messages)) == (before, 2)
     logits = []
     for each in (chat, twin):
-        script.says[:], script.logits[:] = [*b"Yes", END], []
-        each.send("And?")
+        script.logits.clear()
+        script.send(each, "And?", [*b"Yes", END])
         logits.append(torch.cat(script.logits))
     assert torch.equal(*logits)
     cache, expected = chat._state.cache, twin._state.cache
@@ -171,15 +168,13 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
 def test_a_full_context_is_an_error_with_numbers(script):
     model = make("gemma3", pop.PrunePlan((3, 4)), max_seq_len=70)
     chat = model.start_chat()
-    script.says[:] = [*b"abc"]
-    chat.send("Hi", max_new_tokens=3)
+    script.send(chat, "Hi", [*b"abc"], max_new_tokens=3)
     prompt = [END, *b"\n", *chatml(("user", "x" * 60))]
     with pytest.raises(pop.ContextOverflow, match=rf"\b{len(prompt)} tokens .*\b{len(chat.tokens)} earlier .*\b70\b"):
         chat.send("x" * 60)
     assert len(chat.messages) == 2
     room = 70 - len(chat.tokens) - len(prompt) + 60 - 2 + 1
-    script.says[:] = [7] * 70
-    answer = chat.send("ab")
+    answer = script.send(chat, "ab", [7] * 70)
     assert (len(answer.tokens), answer.finish_reason) == (room, "length")
     with pytest.raises(pop.ContextOverflow, match=r"\b70\b"):
         chat.send("c")
@@ -195,12 +190,10 @@ def test_a_conversation_continues_from_messages(model, script):
     chat = model.start_chat(messages=told)
     assert (chat.messages, chat.tokens) == (told, [])
     told[1]["content"][0]["text"] = "Bye"
-    script.says[:] = [*b"Fine", END]
     part = {"type": "text", "text": "And?"}
-    chat.send([part])
+    script.send(chat, [part], [*b"Fine", END])
     part["text"] = "Bye"
-    script.says[:] = [*b"ok", END]
-    chat.send("Why?")
+    script.send(chat, "Why?", [*b"ok", END])
     first = chatml(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"))
     assert [*chat.tokens] == [*first, *b"Fine", END, *b"\n", *chatml(("user", "Why?")), *b"ok"]
     sent = [[{"type": "text", "text": "Hi"}], "Hello", [{"type": "text", "text": "And?"}], "Fine", "Why?", "ok"]
@@ -239,12 +232,11 @@ THINKING = PLAIN_CHATML.replace(
 def test_a_conversation_without_thinking_stays_without(script):
     model = make("llama", pop.PrunePlan((3, 4)), chat_format=THINKING)
     chat = model.start_chat("Be brief.", enable_thinking=False)
-    script.says[:] = [*b"Yes", END] * 2
-    chat.send("Hi")
+    script.send(chat, "Hi", [*b"Yes", END])
     no_thoughts = [*b"<think>\n\n</think>\n\n"]
     first = [*chatml(("system", "Be brief."), ("user", "Hi")), *no_thoughts]
     later = [END, *b"\n", *chatml(("user", "And?")), *no_thoughts]
-    chat.send("And?")
+    script.send(chat, "And?", [*b"Yes", END])
     assert chat.tokens == [*first, *b"Yes", *later, *b"Yes"]
     assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
     with pytest.raises(pop.InputError, match="enable_thinking is 'no'"):
@@ -276,7 +268,7 @@ def test_threads_share_a_model():
             assert torch.equal(kept, cache)
 
 
-def test_conversations_of_the_real_model(smollm2, tmp_path):
+def test_conversations_of_the_real_model(smollm2):
     """Its answers end with the end token, and encode to their own tokens. The cache holds what the format writes."""
     model = pop.load("smollm2-135m", dtype=torch.float32, compile=False)
     chat = model.start_chat()
@@ -305,7 +297,6 @@ def test_a_template_may_write_the_system_message_in_each_turn(script):
     model = make("llama", pop.PrunePlan.none(), chat_format=template)
     chat = model.start_chat("Be brief.")
     for text in ("Hi", "And?"):
-        script.says[:] = [*b"Yes", END]
-        chat.send(text)
+        script.send(chat, text, [*b"Yes", END])
     asked = chat.messages[:-1]
     assert chat.tokens[: -len(b"Yes")] == model.chat_tokens(asked)
