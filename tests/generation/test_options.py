@@ -70,41 +70,56 @@ def test_what_a_method_cannot_take_is_said_at_once(model):
         model.stream("a", plan="most")
 
 
-def test_a_stream_ends_with_the_generation(model):
-    """With the last piece on, or once it is closed, for a prompt, a conversation and a prefix; None before."""
-    for stream, generate, prompt in (
-        (model.stream, model.generate, "abc"),
-        (model.start_chat().stream, model.start_chat().send, "abc"),
-        (model.prefix("x").stream, model.prefix("x").generate, "abc"),
-    ):
-        options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 2, "logprobs": True}
-        expected = generate(prompt, **options)
-        pieces = stream(prompt, **options)
-        first = next(pieces)
-        assert pieces.generation is None
-        rest = list(pieces)
-        assert first + "".join(rest) == expected.text
-        assert first and all(rest)
-        times = {"ttft_s": 0, "decode_s": 0}
-        assert dataclasses.replace(pieces.generation, **times) == dataclasses.replace(expected, **times)
-        assert pieces.generation.decode_s > 0 < pieces.generation.ttft_s
-        cut = stream(prompt, **options)
-        begun = next(cut)
-        cut.close()
-        assert list(cut) == [] and cut.generation.finish_reason == "cancelled"
-        assert cut.generation.text.startswith(begun)
-        assert 0 < len(cut.generation.tokens) == len(cut.generation.logprobs) < 12
-        held = stream(prompt, **options, stop=[f"{character}never" for character in {*expected.text}])
-        for _ in zip(range(3), held._steps, strict=False):  # the last character may begin a stop string
-            pass
-        (answer,) = held._batch.answers
-        held.close()
-        assert answer.pending and held.generation.text.endswith(answer.pending)
-        unread = stream(prompt, **options)
-        unread.close()
-        assert list(unread) == [] and unread.generation is None
-        pieces.close()
-        assert pieces.generation.finish_reason == expected.finish_reason
+@pytest.fixture(params=["prompt", "conversation", "prefix"])
+def calls(request, model):
+    """A method that streams an answer, and the one that returns it whole."""
+    if request.param == "prompt":
+        return model.stream, model.generate
+    if request.param == "conversation":
+        return model.start_chat().stream, model.start_chat().send
+    return model.prefix("x").stream, model.prefix("x").generate
+
+
+STREAMED = {"max_new_tokens": 12, "temperature": 1.0, "seed": 2, "logprobs": True}
+
+
+def test_a_stream_has_the_generation_from_its_last_piece_on(calls):
+    stream, generate = calls
+    expected = generate("abc", **STREAMED)
+    pieces = stream("abc", **STREAMED)
+    first = next(pieces)
+    assert pieces.generation is None
+    rest = list(pieces)
+    assert first and all(rest)
+    assert first + "".join(rest) == expected.text
+    times = {"ttft_s": 0, "decode_s": 0}
+    assert dataclasses.replace(pieces.generation, **times) == dataclasses.replace(expected, **times)
+    assert pieces.generation.decode_s > 0 < pieces.generation.ttft_s
+    pieces.close()
+    assert pieces.generation.finish_reason == expected.finish_reason
+
+
+def test_a_closed_stream_has_the_generation_up_to_there(calls):
+    stream, _ = calls
+    unread, pieces = stream("abc", **STREAMED), stream("abc", **STREAMED)
+    unread.close()
+    assert list(unread) == [] and unread.generation is None
+    begun = next(pieces)
+    pieces.close()
+    found = pieces.generation
+    assert list(pieces) == [] and found.finish_reason == "cancelled"
+    assert found.text.startswith(begun)
+    assert 0 < len(found.tokens) == len(found.logprobs) < 12
+
+
+def test_a_closed_stream_has_text_that_might_have_begun_a_stop_string(model):
+    text = model.generate("abc", **STREAMED).text
+    pieces = model.stream("abc", **STREAMED, stop=[f"{character}never" for character in {*text}])
+    for _ in zip(range(3), pieces._steps, strict=False):
+        pass
+    (answer,) = pieces._batch.answers
+    pieces.close()
+    assert answer.pending and pieces.generation.text.endswith(answer.pending)
 
 
 def test_a_stream_may_change_the_mode_of_inference_midway(model):

@@ -131,15 +131,14 @@ def test_a_prefix_of_messages_takes_tools_and_thinking_as_chat_does():
     )
     model = make("llama", pop.PrunePlan((3, 4)), chat_format=template)
     options = {"tools": [{"name": "weigh"}], "enable_thinking": False}
-    given = {"tools": [{"name": "weigh"}], "enable_thinking": False}
-    prefix = model.prefix(DOCUMENT, **given)
-    given["tools"][0]["name"] = "count"
     question = [*DOCUMENT, {"role": "user", "content": "Why?"}]
     prompt = model.chat_tokens(question, **options)
+    expected = model.chat(question, max_new_tokens=4, **options).tokens
+    prefix = model.prefix(DOCUMENT, **options)
+    options["tools"][0]["name"] = "count"
     assert prompt[: len(prefix.tokens)] == prefix.tokens
     answer = prefix.generate("Why?", max_new_tokens=4)
-    assert answer.prompt_tokens == len(prompt)
-    assert answer.tokens == model.chat(question, max_new_tokens=4, **options).tokens
+    assert (answer.tokens, answer.prompt_tokens) == (expected, len(prompt))
 
 
 def test_what_a_prefix_of_messages_refuses():
@@ -161,15 +160,17 @@ def test_what_a_prefix_of_messages_refuses():
     ):
         with pytest.raises(pop.InputError, match=named):
             call()
+
+
+def test_a_question_that_changes_the_messages_before_it_is_refused():
     template = (
         "{% if messages[-1].content|length > 1 %}long{% endif %}{% for message in messages %}<|im_start|>"
         "{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}"
     )
-    late = make("llama", pop.PrunePlan.none(), chat_format=template)
-    document = late.prefix(DOCUMENT)
-    document.generate("B", max_new_tokens=1)
+    prefix = make("llama", pop.PrunePlan.none(), chat_format=template).prefix(DOCUMENT)
+    prefix.generate("B", max_new_tokens=1)
     with pytest.raises(pop.InputError, match="call chat"):
-        document.generate("BC")
+        prefix.generate("BC")
 
 
 def test_a_prefix_of_messages_is_as_it_was_when_it_was_made(tmp_path):

@@ -1,7 +1,5 @@
 """`model.score` against the log-softmax of the naive reference."""
 
-import itertools
-
 import pytest
 import torch
 from support.chat_models import PAIRS, PLANS, make
@@ -75,18 +73,18 @@ def test_contexts_and_continuations_must_be_as_many(model):
             model.score(contexts, continuations)
 
 
-def test_logits_that_are_not_finite_are_no_score_and_no_answer(model, monkeypatch):
-    """In the context's last token, in the continuation, or everywhere. `logits` and `prefill` return them."""
+@pytest.mark.parametrize("where", ["prefill_checked", "extend"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("continuations", [[1, 2, 3], [[1], [1, 2, 3]]], ids=["one", "several"])
+def test_a_logit_that_is_not_finite_gives_no_score(model, where, value, continuations, monkeypatch):
+    """After the context, or in the continuation."""
+    call = getattr(model, where)
+    monkeypatch.setattr(model, where, lambda *a, **b: call(*a, **b).index_fill(-1, torch.tensor([9]), value))
+    with pytest.raises(pop.InputError, match="logits are not finite"):
+        model.score([5, 9, 200], continuations)
 
-    def with_broken(call, value):
-        return lambda *a, **b: call(*a, **b).index_fill(-1, torch.tensor([9]), value)
 
-    for where, value in itertools.product(("prefill_checked", "extend"), (float("nan"), float("inf"))):
-        with monkeypatch.context() as patch:
-            patch.setattr(model, where, with_broken(getattr(model, where), value))
-            for continuations in ([1, 2, 3], [[1], [1, 2, 3]]):
-                with pytest.raises(pop.InputError, match="logits are not finite"):
-                    model.score([5, 9, 200], continuations)
+def test_weights_that_are_not_finite_give_logits_and_no_answer(model):
     broken = tiny_model(model.config)
     broken.module.layers[2].mlp.up_proj.weight.data.fill_(float("inf"))
     for call in (lambda: broken.score([5, 9], [1, 2]), lambda: broken.generate([5, 9])):
