@@ -63,9 +63,8 @@ def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     assert corrected.to(CPU, torch.float32) is corrected
     part = corrected.to(CPU, torch.bfloat16, [4, 1])
     assert torch.equal(part.weight, corrected.weight[:, :, [4, 1]].bfloat16())
-    assert torch.equal(part.shared, corrected.shared.bfloat16()) and torch.equal(
-        part.update, corrected.update.bfloat16()
-    )
+    assert torch.equal(part.shared, corrected.shared.bfloat16())
+    assert torch.equal(part.update, corrected.update.bfloat16())
     assert (part.layers, part.rank, part.rows) == (corrected.layers, corrected.rank, [4, 1])
     assert corrected.to(CPU, torch.bfloat16, [4, 1]) is part
     assert corrected.to(CPU, torch.bfloat16) is not part
@@ -138,29 +137,29 @@ def test_a_plan_with_transposed_tensors_can_be_saved(tmp_path):
     assert contents(PrunePlan.load(tmp_path / "plan")) == contents(plan)
 
 
-@pytest.mark.parametrize("broken", range(8))
+def write_plan(path, tensors, fields):
+    save_file(tensors, path, metadata={"pop_plan": json.dumps(fields)})
+
+
+BREAK = {
+    "cut off": lambda path, tensors, fields: path.write_bytes(path.read_bytes()[:-1]),
+    "no fields": lambda path, tensors, fields: save_file(tensors, path),
+    "text for fields": lambda path, tensors, fields: write_plan(path, tensors, "text"),
+    "a missing tensor": lambda path, tensors, fields: write_plan(path, {"weight": tensors["weight"]}, fields),
+    "another tensor": lambda path, tensors, fields: write_plan(path, tensors | {"other": torch.ones(1)}, fields),
+    "other layers": lambda path, tensors, fields: write_plan(path, tensors, fields | {"layers": [2]}),
+    "another field": lambda path, tensors, fields: write_plan(path, tensors, fields | {"gates": 3}),
+    "NaN": lambda path, tensors, fields: write_plan(path, tensors, fields | {"about": {"a": math.nan}}),
+}
+
+
+@pytest.mark.parametrize("broken", BREAK)
 def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
-    plan = PrunePlan((2, 3), full_depth_first=1, corrections=corrections())
-    plan.save(path)
-    assert contents(PrunePlan.load(path)) == contents(plan)
-    saved, content = load_file(path), path.read_bytes()
-    fields = {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1}
-
-    def rewrite(tensors=saved, **changes):
-        save_file(tensors, path, metadata={"pop_plan": json.dumps(fields | changes)})
-
-    rewrite()
+    PrunePlan((2, 3), full_depth_first=1, corrections=corrections()).save(path)
+    tensors, fields = load_file(path), {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1}
+    write_plan(path, tensors, fields)
     PrunePlan.load(path)
-    [
-        lambda: path.write_bytes(content[:-1]),
-        lambda: save_file(saved, path),
-        lambda: rewrite({"weight": saved["weight"]}),
-        lambda: rewrite(saved | {"other": saved["weight"] + 1}),
-        lambda: rewrite(layers=[2]),
-        lambda: rewrite(gates=3),
-        lambda: rewrite(about={"a": math.nan}),
-        lambda: save_file(saved, path, metadata={"pop_plan": '"text"'}),
-    ][broken]()
-    with pytest.raises(PlanError, match=f"{path}.*'other'" if broken == 3 else str(path)):
+    BREAK[broken](path, tensors, fields)
+    with pytest.raises(PlanError, match=f"{path}.*'other'" if broken == "another tensor" else str(path)):
         PrunePlan.load(path)
