@@ -93,9 +93,12 @@ def test_the_callers_function_decides_row_by_row(model):
 
 
 def test_the_order_of_the_rules(model):
-    """First the penalty, then the function; what it cannot bring back are ids without text."""
+    """First the penalty, then the function; what it cannot bring back are ids without text.
+
+    The tokenizer has fewer ids than the embeddings, which are padded, and gaps, one of them beyond the embeddings.
+    """
     tokenizer = Letters()
-    tokenizer.vocab_size, tokenizer.unused_ids = 200, [4]
+    tokenizer.vocab_size, tokenizer.unused_ids = 200, [4, 900]
     padded = pop.Model(model.module, model.config, tokenizer, plan=None)
     found = []
 
