@@ -8,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import plans, random_corrections
 from support.published_vl import published
-from support.tiny import (
-    random_model,
-    tiny_config,
-    tiny_gemma3_config,
-    tiny_qwen3_moe_config,
-)
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from pop import engine
