@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.goldens import REFUSED
-from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, golden_tokenizer, load, spec_of
+from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, golden_tokenizer, load, naive_bpe, spec_of
 
 from pop.errors import TokenizerError
 from pop.inputs import byte_pair
@@ -42,24 +42,14 @@ def test_merging_is_that_of_a_naive_bpe(tmp_path_factory, vocabulary, words, ign
     vocab = {token: n for n, token in enumerate(single + tokens)}
     model = {"vocab": vocab, "merges": list(map(list, merges)), "ignore_merges": ignore_merges}
     spec |= {"model": {"type": "BPE"} | model, "added_tokens": []}
-
-    def naive(word: str) -> list[int]:
-        parts = list(word)
-        while not (ignore_merges and word in vocab):
-            pairs = [(merges.index(pair), n) for n, pair in enumerate(pairwise(parts)) if pair in merges]
-            if not pairs:
-                return [vocab[part] for part in parts]
-            n = min(pairs)[1]
-            parts[n : n + 2] = [parts[n] + parts[n + 1]]
-        return [vocab[word]]
-
     try:
         tokenizer = load(spec, tmp_path_factory.mktemp("bpe"))
     except TokenizerError as error:
         assert ignore_merges and "ignore_merges" in str(error)
         return
     for word in words:
-        assert tokenizer.encode(word) == naive(word)
+        parts = [word] if ignore_merges and word in vocab else naive_bpe([*word], merges)
+        assert tokenizer.encode(word) == [vocab[part] for part in parts]
 
 
 def test_a_vocabulary_without_some_bytes(tmp_path):
@@ -103,22 +93,19 @@ def test_other_ways_of_writing_the_same_file(tmp_path):
     assert original.encode("12") == original.encode("1") + original.encode("2")
 
 
-def changed(spec: dict, path: str, value) -> dict:
-    """The tokenizer.json with the value at `path` replaced."""
+# By family: what the error names, where the file is changed, and the value there.
+UNSUPPORTED = [(family, *case) for family, cases in REFUSED["tokenizer.json"].items() for case in cases]
+
+
+@pytest.mark.parametrize(("family", "named", "path", "value"), UNSUPPORTED)
+def test_unsupported_features_are_refused_by_name(family, named, path, value, tmp_path):
     *parents, key = [int(key) if key.isdigit() else key for key in path.split("/")]
-    part = spec
+    spec = part = spec_of(family)
     for parent in parents:
         part = part[parent]
     part[key] = value
-    return spec
-
-
-def test_unsupported_features_are_refused_by_name(tmp_path):
-    """By family: what the error names, where the file is changed, and the value there."""
-    for family, cases in REFUSED["tokenizer.json"].items():
-        for named, path, value in cases:
-            with pytest.raises(TokenizerError, match=named):
-                load(changed(spec_of(family), path, value), tmp_path)
+    with pytest.raises(TokenizerError, match=named):
+        load(spec, tmp_path)
 
 
 def test_broken_files(tmp_path):
