@@ -16,7 +16,6 @@ from pop.checkpoints.config_json import read_config
 from pop.errors import ConfigError
 
 TABLE = json.loads((GOLDENS / "config_edits.json").read_bytes())
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def changed(config: dict, change: dict) -> dict:
@@ -41,7 +40,6 @@ CONFIGS["gemma3-4b, text"] = GEMMA3_TEXTS["4b"]
 CONFIGS |= {f"gemma3-{size}": gemma3_with_images(text) for size, text in GEMMA3_TEXTS.items()}
 CONFIGS["qwen3-vl-30b-a3b"] = changed(CONFIGS["qwen3-vl-8b"], TABLE["qwen3-vl-30b-a3b, where it differs from 8b"])
 MINIMAL, TINY_GEMMA3, TINY_QWEN3 = (CONFIGS[name] for name in ("minimal", "tiny gemma3", "tiny qwen3"))
-GEMMA3_4B = CONFIGS["gemma3-4b"]
 
 
 def named(name: str) -> list[dict]:
@@ -90,12 +88,6 @@ def test_the_same_in_other_words(read, words):
 def test_every_field_reaches_the_config(read, name):
     base, change, expected = TABLE["every field"][name]
     assert json.dumps(stated(read(CONFIGS[base] | change))) == json.dumps(expected)
-
-
-def test_the_whole_of_a_gemma3_counts_more_than_its_text_config(read):
-    text = {"text_config.dtype": "float16", "text_config.bos_token_id": 3, "text_config.eos_token_id": 4}
-    config = read(changed(GEMMA3_4B, text))
-    assert (config.dtype, config.bos_id, config.eos_ids) == (torch.bfloat16, 3, (1, 106))
 
 
 def test_end_tokens_of_generation_config_go_first(read):
@@ -178,13 +170,3 @@ def test_deep_nesting_is_refused_whether_or_not_it_can_be_parsed(read, names):
         fields = "".join(f', "{name}": ' + "[" * depth + "]" * depth for name in names)
         with pytest.raises(ConfigError):
             read(json.dumps(MINIMAL)[:-1] + fields + "}")
-
-
-def test_a_rope_may_be_stated_twice_in_two_ways(read):
-    """With the base inside and outside, and by its old name."""
-    scaling = {"factor": 2.0, "rope_theta": 500000.0}
-    stated = {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    once = read(changed(MINIMAL, stated))
-    assert read(changed(MINIMAL, stated | {"rope_parameters": {"rope_type": "linear", **scaling}})) == once
-    with pytest.raises(ConfigError, match="differ"):
-        read(changed(MINIMAL, stated | {"rope_parameters": {"rope_type": "linear", **scaling, "factor": 3.0}}))
