@@ -58,22 +58,20 @@ def test_prepared_as_the_reference_does_with_the_same_files(name, tmp_path):
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
-def test_the_published_files_say_what_a_folder_without_files_gets(tmp_path):
-    """The fields of Qwen/Qwen3-VL-8B-Instruct and google/gemma-3-4b-it."""
-    qwen = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor"} | HALF
-    files = {
-        IMAGES: qwen
-        | {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
-        | {"image_processor_type": "Qwen2VLImageProcessorFast"},
-        VIDEOS: qwen
-        | {"size": {"longest_edge": 25165824, "shortest_edge": 4096}}
-        | {"video_processor_type": "Qwen3VLVideoProcessor"},
-    }
+def test_qwens_published_files_say_what_a_folder_without_files_gets(tmp_path):
+    """The fields of Qwen/Qwen3-VL-8B-Instruct."""
+    both = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor"} | HALF
+    images = both | {"image_processor_type": "Qwen2VLImageProcessorFast"}
+    images["size"] = {"longest_edge": 16777216, "shortest_edge": 65536}
+    videos = both | {"video_processor_type": "Qwen3VLVideoProcessor"}
+    videos["size"] = {"longest_edge": 25165824, "shortest_edge": 4096}
     config = tiny_qwen3_vl_config(vision=Qwen3VisionConfig(24, 40, 4, 3, 30, (1, 3)))
     assert read_limits(tmp_path, config) == {}
-    assert read_limits(write(tmp_path, files), config) == qwen3_vl.PUBLISHED
-    for file in tmp_path.iterdir():
-        file.unlink()
+    assert read_limits(write(tmp_path, {IMAGES: images, VIDEOS: videos}), config) == qwen3_vl.PUBLISHED
+
+
+def test_gemmas_published_files_are_read(tmp_path):
+    """The fields of google/gemma-3-4b-it."""
     images = HALF | {"do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True}
     images |= {"do_resize": True, "image_processor_type": "Gemma3ImageProcessor", "image_seq_length": 256}
     images |= {"pan_and_scan_max_num_crops": None, "pan_and_scan_min_crop_size": None, "resample": 2}
@@ -83,21 +81,12 @@ def test_the_published_files_say_what_a_folder_without_files_gets(tmp_path):
     assert read_limits(write(tmp_path, files), config) == {"image": None}
 
 
-@pytest.mark.parametrize("missing", ["image_mean", "image_std"])
-def test_colours_that_the_reference_would_take_from_elsewhere_are_refused(missing, tmp_path):
-    """Qwen's class of images has other ones, for a file that lacks them."""
-    fields = HALF | {"size": {"longest_edge": 99, "shortest_edge": 64}}
-    write(tmp_path, {IMAGES: {name: value for name, value in fields.items() if name != missing}})
-    with pytest.raises(ConfigError, match=f"{missing} is missing"):
-        read_limits(tmp_path, QWEN)
-
-
 def test_text_models_read_none(tmp_path):
     write(tmp_path, {IMAGES: "{", ALL: "["})
     assert read_limits(tmp_path, tiny_config()) == {}
 
 
-# A case, its file, and a field that the file states and that is not supported or wrong.
+# A case, its file, and a field that is not supported or wrong. A null is a field that is missing.
 @pytest.mark.parametrize(("name", "file", "field", "value"), REFUSED["fields of processor files"])
 def test_what_is_wrong_or_not_supported_is_refused_by_name(name, file, field, value, tmp_path):
     config, *_ = case(name, tmp_path)
