@@ -38,7 +38,6 @@ def test_the_table_is_consistent():
     assert len({entry.source for entry in entries}) == len(entries) == len(registry.TABLE.strip().splitlines())
     packages = {entry.name for entry in entries if "/" not in entry.source}
     assert packages <= registry.COMMANDS.keys() == {"smollm2-135m", "gemma3-270m"}
-    assert list_models() == tuple(registry.MODELS)
     for entry in entries:
         assert lookup(entry.name) == entry
         assert entry.name in packages or lookup(entry.source) == entry
@@ -121,11 +120,8 @@ def test_a_repository_is_a_known_model_or_has_its_own_name(places, repository, n
 
 
 @pytest.mark.parametrize("path", ["./a/b", "~/nowhere", "/no/such/folder", "a/b/c", "../x"])
-def test_a_path_that_does_not_exist_is_named(places, tmp_path, monkeypatch, path):
-    mine = put(tmp_path / "here/mine")
-    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+def test_a_path_that_does_not_exist_is_named(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    assert find_folder("~/mine") == find_folder(Path("~/mine")) == mine
     with pytest.raises(WeightsNotFound, match=f"there is no directory {Path(path).expanduser()}"):
         find_folder(path)
 
@@ -141,17 +137,6 @@ def test_beside_a_whole_model_only_an_adapter_is_refused(tmp_path):
         pop.load(tmp_path)
     with pytest.raises(CheckpointError, match="is a file, not a folder.*tools.convert"):
         pop.load(tmp_path / "model.gguf")
-
-
-def test_a_folder_that_cannot_be_read_holds_no_weights(places, monkeypatch):
-    """Path.is_file raises PermissionError in it, os.path.isfile does not."""
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "setup.py" or refuse(path))
-    with pytest.raises(WeightsNotFound):
-        find_weights("llama3.1-8b")
 
 
 # ---- The cache of Hugging Face's library
