@@ -114,24 +114,17 @@ def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path, monkeypatch):
         load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False)
 
 
-def test_large_tensors_are_copied_in_slices(tmp_path):
-    """5 MB of embedding and steps of 1 MiB: each matrix is cut, at rows that do not divide its length."""
-    write_checkpoint(tmp_path, vocab_size=20_011, num_layers=1, hidden_size=62, tie_embeddings=True)
-    weights = stored(tmp_path)
-    store(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
-    assert_same(load(tmp_path), weights)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_copies_its_part_in_slices(rank, tmp_path, monkeypatch):
-    """3 MB of embedding for each of two processes, and steps of 1 MiB."""
+@pytest.mark.parametrize(("rank", "processes"), [(0, 1), (0, 2), (1, 2)])
+def test_large_tensors_are_copied_in_slices(rank, processes, tmp_path, monkeypatch):
+    """6 MB of embedding, or 3 MB for each of two processes, and steps of 1 MiB, which do not divide them."""
     write_checkpoint(tmp_path, vocab_size=24_002, num_layers=1, hidden_size=64, tie_embeddings=True)
-    part = Part(read_config(tmp_path), rank, 2)
+    part = Part(read_config(tmp_path), rank, processes)
     module = part.build()
     copied = []
     monkeypatch.setattr(checkpoint, "progress_bar", lambda *_: contextlib.nullcontext(copied.append))
-    load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=part.shards)
-    embedding = stored(tmp_path)["model.embed_tokens.weight"].chunk(2)[rank]
+    shards = part.shards if processes > 1 else None
+    load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=shards)
+    embedding = stored(tmp_path)["model.embed_tokens.weight"].chunk(processes)[rank]
     assert torch.equal(module.state_dict()["model.embed_tokens.weight"], embedding)
     assert max(copied) <= 2**20 and sum(copied) == sum(weight.nbytes for weight in module.parameters())
 
