@@ -2,11 +2,8 @@
 
 import datetime
 import json
-import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
 from support.chat_templates import assert_chats, written
 from support.goldens import REFUSED
@@ -49,35 +46,6 @@ def test_llama_3_2_has_todays_date():
     today = datetime.date.today()
     days = [f"{day:%d %b %Y}" for day in (today, today - datetime.timedelta(1))]  # midnight may have passed
     assert any(f"Today Date: {day}\n" in text for day in days)
-    assert "Today Date: 26 Jul 2024\n" in written(FORMATS["llama-3.1"], [{"role": "user", "content": "Hi"}])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@given(data=st.data())
-def test_no_text_becomes_a_control_token(family, data):
-    """The texts change neither the control tokens nor the rest of the format."""
-    tokenizer = FORMATS[family].tokenizer
-    names = sorted(tokenizer.special_tokens)
-    characters = st.characters(codec="utf-8", min_codepoint=32, max_codepoint=0x3FFFF)  # SmolLM2 has bytes for these
-    text = st.lists(st.sampled_from([*names, "a", " ", "\n", "<|"]) | st.text(characters), max_size=6)
-    if family == "gemma3":
-        roles = ["user", "assistant", "user", "assistant"][: data.draw(st.integers(1, 4))]
-    else:
-        roles = data.draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=4))
-    roles = ["system"] * data.draw(st.booleans()) + roles
-    texts = ["x" + "".join(data.draw(text)) + "x" for _ in roles]  # formats remove whitespace at the ends
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    plain = [{"role": role, "content": f"[{n}]"} for n, role in enumerate(roles)]
-    control = set(tokenizer.special_tokens.values())
-    ids, of_plain = (
-        [id for id in FORMATS[family].encode(conversation) if id in control] for conversation in (messages, plain)
-    )
-    assert ids == of_plain
-    if tokenizer.bos_id is not None:
-        assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
-    texts = [text.replace("▁", " ") if family == "gemma3" else text for text in texts]  # sentencepiece's own space
-    expected = re.sub(r"\[(\d)\]", lambda match: texts[int(match[1])], written(FORMATS[family], plain))
-    assert written(FORMATS[family], messages) == expected
 
 
 def test_invalid_messages():

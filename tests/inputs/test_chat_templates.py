@@ -5,6 +5,7 @@ The judge is jinja2, which renders the template with the texts as they are.
 
 import copy
 import json
+import re
 import sys
 from typing import ClassVar
 
@@ -109,16 +110,26 @@ def test_it_writes_and_encodes_as_the_template_does(form_of, name):
     assert form.encode([{"role": "user", "content": parts}]) == form.encode([ASKED])
 
 
-@given(data=st.data(), name=st.sampled_from([*OTHERS]))
-def test_no_text_becomes_a_control_token(base, form_of, data, name):
-    form = form_of(OTHERS[name])
-    parts = st.sampled_from([*base.special_tokens, *NAMES, " ", "\n", "a", "<|", "{{ eos_token }}", "xx"])
-    texts = data.draw(st.lists(st.lists(parts | st.text(max_size=3), max_size=5), min_size=1, max_size=3))
-    roles = ("user", "assistant", "user")
-    messages = [{"role": role, "content": "x" + "".join(text) + "x"} for role, text in zip(roles, texts, strict=False)]
-    plain = [{"role": message["role"], "content": "x"} for message in messages]
+@pytest.mark.parametrize("name", [*FORMATS, *OTHERS])
+@given(data=st.data())
+def test_no_text_becomes_a_control_token(form_of, name, data):
+    """The texts change neither the control tokens nor the rest of what the template writes."""
+    form = FORMATS[name] if name in FORMATS else form_of(OTHERS[name])
+    least = 32 if name == "smollm2" else 0  # its tiny tokenizer lacks some bytes
+    characters = st.characters(codec="utf-8", min_codepoint=least, max_codepoint=0x3FFFF if least else None)
+    parts = st.sampled_from([*form.tokenizer.special_tokens, *NAMES, "{{ eos_token }}", "<|", "a", " ", "\n"])
+    text = st.lists(parts | st.text(characters, max_size=3), max_size=6).map("".join)
+    roles = data.draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=4))
+    if name not in ("llama-3.1", "smollm2"):  # which take turns in any order
+        roles = ["user", "assistant", "user", "assistant"][: len(roles)]
+    roles = ["system"] * data.draw(st.booleans()) + roles
+    texts = [f"x{data.draw(text)}x" for _ in roles]  # formats remove whitespace at the ends
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    plain = [{"role": role, "content": f"[{n}]"} for n, role in enumerate(roles)]
     assert control_tokens(form, messages) == control_tokens(form, plain)
-    assert written(form, messages) == rendered(OTHERS[name], messages)
+    texts = [text.replace("▁", " ") if name == "gemma3" else text for text in texts]  # sentencepiece's own space
+    expected = re.sub(r"\[(\d)\]", lambda match: texts[int(match[1])], written(form, plain))
+    assert written(form, messages) == expected
 
 
 def test_the_ends_of_a_turn_are_those_that_the_template_writes(form_of):
@@ -238,25 +249,6 @@ def test_thousands_of_names_are_found_in_a_long_text_of_their_beginnings(tmp_pat
     form = chat_format(tokenizer)
     text = "<|reserved_" * 20_000
     assert written(form, user(text)) == rendered(PLAIN_CHATML, user(text))
-
-
-def test_a_template_may_write_the_system_message_later(form_of):
-    """After each of the user's messages. A template that writes it in the last one only rewrites earlier turns."""
-    each = (
-        "{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    )
-    each += "{% if message.role == 'user' %} ({{ messages[0].content }}){% endif %}<|im_end|>\n{% endfor %}"
-    each += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    system = {"role": "system", "content": "Be brief."}
-    form = form_of(each)
-    begun = form.encode([system, ASKED])
-    answer = form.tokenizer.encode("Yes.", bos=False)
-    whole = [system, ASKED, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And?"}]
-    added, _ = form.next_prompt("And?", system=[system])
-    assert begun + answer + added == form.encode(whole)
-    last = form_of(each.replace("message.role == 'user'", "loop.last and message.role == 'user'"))
-    with pytest.raises(UnsupportedError, match="rewrites earlier turns"):
-        last.next_prompt("And?", system=[system])
 
 
 def test_a_broken_or_hostile_template_gives_an_error_of_this_library(form_of):
