@@ -55,29 +55,17 @@ def test_gemmas_come_from_any_file(tmp_path):
         assert tokenizer.unused_ids == []
 
 
-def test_tokens_that_only_the_configuration_names_get_the_next_free_ids(tmp_path):
-    """As in transformers: first bos_token, eos_token and the like, then those of lists."""
-    spec = spec_of("qwen3")
-    free = len(spec["model"]["vocab"]) + sum(t["content"] not in spec["model"]["vocab"] for t in spec["added_tokens"])
-    config = {"additional_special_tokens": ["<|im_end|>", "<x>", {"content": "<y>"}], "pad_token": "[PAD]"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "unk_token": None}))
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>", "special": true}}')
-    tokenizer = load(spec, tmp_path)
-    expected = {"</s>": free, "[PAD]": free + 1, "<x>": free + 2, "<y>": free + 3}
-    assert expected.items() <= tokenizer.special_tokens.items()
-    assert tokenizer.encode("</s>[PAD]<x><y>", allow_special=True) == [*expected.values()]
-    assert {*expected.values()}.isdisjoint(tokenizer.encode("</s>[PAD]<x><y>"))
-    assert load_tokenizer(tmp_path).template_variables["pad_token"] == "[PAD]"
-
-
 # The added tokens of SmolLM2, as a tokenizer_config.json lists them.
 LISTED = {token["id"]: token for token in spec_of("smollm2")["added_tokens"]}
 X, Y = ({"content": content, "special": True} for content in ("<x>", "<y>"))
+SEVERAL = {"additional_special_tokens": ["<|im_end|>", "<x>", {"content": "<y>"}], "add_bos_token": True}
+SEVERAL |= {"eos_token": {"content": "</s>", "special": True}, "unk_token": None}
 
 
 @pytest.mark.parametrize(
     ("config", "special_map", "expected"),
-    [  # as transformers 5.19 reads them
+    [  # as transformers 5.19 reads them: first bos_token, eos_token and the like, then those of lists
+        (SEVERAL, {"pad_token": "[PAD]"}, ["</s>", "[PAD]", "<x>", "<y>"]),
         ({"extra_special_tokens": {"image": "<y>"}, "additional_special_tokens": ["<x>"]}, {}, ["<y>", "<x>"]),
         ({"extra_special_tokens": ["<y>"], "additional_special_tokens": ["<x>"]}, {}, ["<y>"]),
         ({"eos_token": "<x>"}, {"eos_token": Y}, ["<y>"]),
@@ -86,8 +74,8 @@ X, Y = ({"content": content, "special": True} for content in ("<x>", "<y>"))
         ({"added_tokens_decoder": [X, Y | {"special": False}], "eos_token": "<z>"}, {}, ["<x>", "<y>", "<z>"]),
     ],
 )
-def test_files_that_name_tokens_count_as_in_transformers(config, special_map, expected, tmp_path):
-    """The older files do not count beside added_tokens_decoder."""
+def test_tokens_that_other_files_name_get_the_ids_of_transformers(config, special_map, expected, tmp_path):
+    """The next free ones. The older files do not count beside added_tokens_decoder."""
     spec = spec_of("smollm2")
     free = len(spec["model"]["vocab"])
     if "added_tokens_decoder" in config:
@@ -98,7 +86,10 @@ def test_files_that_name_tokens_count_as_in_transformers(config, special_map, ex
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map))
     tokenizer = load(spec, tmp_path)
     found = tokenizer.added_tokens | tokenizer.special_tokens
-    assert {name: id for name, id in found.items() if id >= free} == {n: free + k for k, n in enumerate(expected)}
+    new = {name: id for name, id in found.items() if id >= free}
+    assert new == {name: free + n for n, name in enumerate(expected)}
+    assert tokenizer.encode("".join(expected), allow_special=True) == [*range(free, free + len(expected))]
+    assert {*tokenizer.special_tokens.values()}.isdisjoint(tokenizer.encode("".join(expected)))
 
 
 @pytest.mark.parametrize(

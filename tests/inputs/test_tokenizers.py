@@ -33,7 +33,6 @@ def test_decode_undoes_encode_and_text_never_becomes_a_special_token(text):
         assert {*special.values()}.isdisjoint(ids)
         name = next(iter(special))
         assert special[name] in tokenizer.encode(text + name, bos=False, allow_special=True)
-        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
         if family == "llama-3.1":
             assert tokenizer.decode(ids) == text
         elif family == "qwen3":  # it normalises to NFC, but not across added tokens
