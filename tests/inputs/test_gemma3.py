@@ -105,7 +105,6 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
 
 FILM = Prepared("video", torch.zeros(1, 3, 28, 28), ([2],))  # by another model
 REFUSED = [
-    (lambda m: pop.calibrate(m, [[2, *ONE] * 40], m.plan, steps=0), "the text has runs of .{80} tokens 500"),
     (
         lambda m: m.logits([[2, *[IMAGE] * 3, 9, IMAGE]], images=[A]),
         r"row 0 .*\[3, 1\] tokens 500, .* 1 images .*\[4\]",

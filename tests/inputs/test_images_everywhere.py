@@ -20,9 +20,8 @@ from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.held_out import Judge
 from pop.calibration.importance import Sample, gate_gradients
 from pop.calibration.texts import text_windows
-from pop.errors import ContextOverflow, InputError
+from pop.errors import InputError
 from pop.inputs.processors import Prepared
-from pop.models.images import TEXT, Images
 from pop.models.vision.qwen3_vl import Grid
 from pop.pruning.reference import selected_tokens
 
@@ -49,8 +48,11 @@ def prepared(model, number):
 
 def tokens_of(*parts):
     """Token ids, with those of images in their places."""
-    lists = [[part] if isinstance(part, int) else [p for p in part.pieces if not isinstance(p, str)] for part in parts]
-    return [token for part in lists for one in part for token in ([one] if isinstance(one, int) else one)]
+    tokens = []
+    for part in parts:
+        lists = [[part]] if isinstance(part, int) else [piece for piece in part.pieces if isinstance(piece, list)]
+        tokens += itertools.chain.from_iterable(lists)
+    return tokens
 
 
 def images_of(model, tokens, ones):
@@ -121,8 +123,6 @@ def test_importance_of_samples_with_images(model):
     assert not torch.equal(others.prefill, scores.prefill)
     with pytest.raises(InputError, match="sample 0 .* the prompt has runs"):
         pop.importance(model, samples[:1])
-    with pytest.raises(InputError, match="images must be a list of 3 lists"):
-        pop.importance(model, samples, images=[a, b])
 
 
 def texts(model):
@@ -203,9 +203,6 @@ def test_calibration_with_images(model, notes):
     assert len(answer.tokens) == 3
     with pytest.raises(InputError, match="the text has runs"):
         pop.calibrate(model, windows, plan, progress=False, steps=0)
-    short = pop.Model(model.module, model.config, max_seq_len=20, compile=False)
-    with pytest.raises(ContextOverflow, match="has 2. tokens, .* 20"):
-        pop.calibrate(short, windows, plan, images=rows, progress=False, steps=0)
     shown = [number for number, row in enumerate(rows) if row]
     with pytest.raises(InputError, match="every text has images"):
         images = [rows[number] for number in shown]
@@ -256,10 +253,3 @@ def test_exercises_with_images(model):
         else:
             assert row[:cut] == window[:cut] and len(row) == cut + CONTINUATION
             assert set(row[cut:]) <= {*range(2, 50), *controls}
-
-
-def test_what_follows_a_prompt_is_text_even_after_an_image():
-    images = Images(torch.ones(1, 2), torch.tensor([[-1, 0]]), torch.tensor([[0, 0]]))
-    index = torch.arange(4)[None]
-    assert images.at(index).feature_index.tolist() == [[-1, 0, -1, -1]]
-    assert images.at(index, index != 1) is TEXT

@@ -7,7 +7,6 @@ import pytest
 import torch
 from support.chat_templates import QWEN3_THINKING
 from support.text import GOLDENS
-from support.tiny import random_model, tiny_config
 from support.tiny_images import random_bytes
 from support.tiny_qwen3_vl import END, FILM, IMAGE, IMAGE_MARK, START, VIDEO, VIDEO_MARK, A, B, seeing_model
 
@@ -158,16 +157,6 @@ def test_what_does_not_fit_is_refused(model):
     for call, named in REFUSED:
         with pytest.raises(InputError, match=named):
             call(model)
-
-
-def test_a_text_model_of_the_same_format_takes_text(model):
-    config = tiny_config(vocab_size=926)
-    text_model = pop.Model(random_model(config), config, model.tokenizer, compile=False)
-    for kind in ("image", "video"):
-        with pytest.raises(InputError, match=f"llama model takes text only; leave out the {kind}s"):
-            text_model.generate([2], **{f"{kind}s": [A]})
-        with pytest.raises(InputError, match="text only"):
-            text_model.chat([{"role": "user", "content": [{"type": kind, kind: A}]}])
 
 
 def test_the_plain_pass_compiles_nothing(model, monkeypatch):
