@@ -23,10 +23,10 @@ def channels_first(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
-def saved(picture: Image.Image, format: str, **options) -> io.BytesIO:
+def saved(picture: Image.Image, format: str, **options) -> bytes:
     file = io.BytesIO()
     picture.save(file, format, **options)
-    return file
+    return file.getvalue()
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -52,12 +52,12 @@ def test_files(tmp_path):
     picture = random_bytes(11, 6, 3, seed=2)
     for format in ("PNG", "BMP", "TIFF", "PPM", "WEBP"):
         options = {"lossless": True} if format == "WEBP" else {}
-        content = saved(Image.fromarray(picture), format, **options).getvalue()
+        content = saved(Image.fromarray(picture), format, **options)
         path = write(tmp_path / "image", content)
         for form in (path, str(path), content, bytearray(content)):
             assert torch.equal(load_image(form), channels_first(picture))
     picture = np.repeat(np.repeat(random_bytes(2, 3, 3, seed=3), 16, 0), 16, 1)
-    path = write(tmp_path / "image.jpg", saved(Image.fromarray(picture), "JPEG", quality=100, subsampling=0).getvalue())
+    path = write(tmp_path / "image.jpg", saved(Image.fromarray(picture), "JPEG", quality=100, subsampling=0))
     assert (load_image(path).int() - channels_first(picture).int()).abs().max() <= 2  # flat blocks, rounded twice
 
 
@@ -80,9 +80,9 @@ def test_exif_orientation(tmp_path, format):
     for orientation, turn in ORIENTATIONS.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        file = saved(Image.fromarray(np.ascontiguousarray(turn(upright))), format, exif=exif)
-        assert torch.equal(load_image(write(tmp_path / "image", file.getvalue())), channels_first(upright))
-        assert torch.equal(load_image(Image.open(file)), channels_first(upright))
+        content = saved(Image.fromarray(np.ascontiguousarray(turn(upright))), format, exif=exif)
+        for form in (write(tmp_path / "image", content), Image.open(io.BytesIO(content))):
+            assert torch.equal(load_image(form), channels_first(upright))
 
 
 def test_transparent_pixels_show_white(tmp_path):
@@ -94,10 +94,10 @@ def test_transparent_pixels_show_white(tmp_path):
     for one in (picture, picture.convert("LA"), palette):
         assert load_image(one).squeeze(1).T.tolist() == [[255] * 3, [10] * 3, [206] * 3]  # 206 = 0.2 * 10 + 0.8 * 255
     for name in ("alpha", "grey-alpha", "palette-transparent"):
-        path = write(tmp_path / name, saved(image(name), "PNG").getvalue())
+        path = write(tmp_path / name, saved(image(name), "PNG"))
         assert torch.equal(load_image(path), load_image(image(name))), name
     picture = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))  # one colour declared transparent
-    path = write(tmp_path / "colour-key", saved(picture, "PNG", transparency=(4, 5, 6)).getvalue())
+    path = write(tmp_path / "colour-key", saved(picture, "PNG", transparency=(4, 5, 6)))
     assert load_image(path).squeeze(1).T.tolist() == [[1, 2, 3], [255, 255, 255]]
 
 
@@ -105,7 +105,7 @@ def test_unusual_modes(tmp_path):
     """The upper eight of sixteen bits, also in colour and in another byte order, and colours times their alpha."""
     values = np.array([[0, 255, 256, 0x8000, 0xFFFF]], np.uint16)
     for format in ("PNG", "TIFF"):
-        path = write(tmp_path / "grey", saved(Image.fromarray(values), format).getvalue())
+        path = write(tmp_path / "grey", saved(Image.fromarray(values), format))
         assert load_image(path)[1, 0].tolist() == [0, 0, 1, 0x80, 0xFF]
     rows = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0xFFFF, 0x00FF, 0x0100)
     path = write(tmp_path / "colour.png", png(2, 1, rows, depth=16, colour=2))
@@ -122,14 +122,14 @@ def test_photos_with_several_pictures_or_broken_tags(tmp_path):
     first = Image.new("RGB", (8, 6), (255, 0, 0))
     second = Image.new("RGB", (8, 6), (0, 0, 255))
     for format in ("MPO", "GIF"):
-        path = write(tmp_path / "photo.jpg", saved(first, format, save_all=True, append_images=[second]).getvalue())
+        path = write(tmp_path / "photo.jpg", saved(first, format, save_all=True, append_images=[second]))
         loaded = load_image(path)
         assert loaded.shape == (3, 6, 8) and loaded[0].min() > 240 and loaded[2].max() < 15
     for orientation in (None, 0, 9, 65535):
         exif = Image.Exif()
         exif[0x0112] = orientation
         tags = b"Exif\0\0" + b"\xff" * 50 if orientation is None else exif
-        assert load_image(write(tmp_path / "photo.jpg", saved(first, "JPEG", exif=tags).getvalue())).shape == (3, 6, 8)
+        assert load_image(write(tmp_path / "photo.jpg", saved(first, "JPEG", exif=tags))).shape == (3, 6, 8)
 
 
 def test_what_is_no_image_is_refused():
@@ -203,7 +203,7 @@ def test_the_largest_that_is_read(monkeypatch):
 
 
 def test_files_of_many_bytes_are_refused_unread(tmp_path, monkeypatch):
-    path = write(tmp_path / "long.webp", saved(Image.new("RGB", (4, 4)), "WEBP").getvalue())
+    path = write(tmp_path / "long.webp", saved(Image.new("RGB", (4, 4)), "WEBP"))
     size = path.stat().st_size
     monkeypatch.setattr(images, "MAX_BYTES", size)
     assert load_image(path).shape == (3, 4, 4)
@@ -214,7 +214,7 @@ def test_files_of_many_bytes_are_refused_unread(tmp_path, monkeypatch):
 
 def test_truncated_files(tmp_path):
     for format in FORMATS:
-        whole = saved(Image.fromarray(random_bytes(64, 64, 3, seed=7)), format).getvalue()
+        whole = saved(Image.fromarray(random_bytes(64, 64, 3, seed=7)), format)
         for size in (0, 1, 10, len(whole) // 2, len(whole) * 3 // 4):
             for form in (write(tmp_path / "image", whole[:size]), whole[:size]):
                 refused(form, "broken")
@@ -222,7 +222,7 @@ def test_truncated_files(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     refused(write(tmp_path / "a.txt", b"not an image"), "not one of .*BMP.*GIF")
-    refused(write(tmp_path / "a.eps", saved(Image.new("RGB", (4, 4)), "EPS").getvalue()), "not one of .*BMP.*GIF")
+    refused(write(tmp_path / "a.eps", saved(Image.new("RGB", (4, 4)), "EPS")), "not one of .*BMP.*GIF")
     refused(tmp_path / "missing.png", "missing.png' is not a file")
     refused(tmp_path, "is not a file")
     for address in ("https://example.org/image.png", "HTTP://example.org/image.png"):
@@ -234,7 +234,7 @@ def test_a_lack_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
     def lacking(*args):
         raise MemoryError
 
-    path = write(tmp_path / "image.png", saved(Image.new("RGB", (4, 4)), "PNG").getvalue())
+    path = write(tmp_path / "image.png", saved(Image.new("RGB", (4, 4)), "PNG"))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lacking)
     with pytest.raises(CacheMemoryError, match="image.png' takes more memory than is free"):
         load_image(path)
