@@ -1,12 +1,14 @@
 """Servers of tools/serve for tests: in this process, or in another one."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +53,39 @@ def process(*words, **environment):
             server.send_signal(signal.SIGINT)
             status = server.wait(100)
     assert status == 130, f"the server has ended with {status}"
+
+
+@contextlib.contextmanager
+def fake(models, answer):
+    """Run a server of another kind in threads of this process. Yields its address.
+
+    models: The JSON that lists its models, or other bytes. None: it fails to list them.
+    answer: The parts of an answer, as bytes, for the JSON of a request.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = models if isinstance(models, bytes) else json.dumps(models).encode()
+            self.say([body], 500 if models is None else 200)
+
+        def do_POST(self):
+            self.say(answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def say(self, parts, status=200):
+            self.send_response(status)
+            self.end_headers()
+            for part in parts:
+                self.wfile.write(part)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # which ends within 10 ms
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
 
 
 def until(condition):

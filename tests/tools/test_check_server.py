@@ -2,12 +2,12 @@
 
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from support.serving import serving
+from support.serving import fake, serving
 from support.tiny_chat import begin_with_bos, write_chat_checkpoint
 
 import pop
@@ -17,11 +17,6 @@ from pop.errors import InputError
 from tools import check_server
 
 pytest.importorskip("uvicorn")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_layers=6)
 
 
 @pytest.fixture
@@ -43,16 +38,12 @@ def answerable(model, plan, lengths=(40, 90), count=4):
     return questions, kept
 
 
-def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatch, capsys):
+def test_the_plan_of_a_server_is_compared_with_its_full_depth(tmp_path, monkeypatch, capsys):
+    folder = write_chat_checkpoint(tmp_path / "tiny", num_layers=6)
     model = pop.load(folder, prune="0-5", compile=False)
     questions, kept = answerable(model, "0-5")
     assert 0 < sum(kept.values()) < 8
-    made = []
-
-    def make_questions(writer, kinds, length, per_kind):
-        made.append((length, per_kind, len(kinds)))
-        return questions[length]
-
+    make_questions = Mock(side_effect=lambda writer, kinds, length, per_kind: questions[length])
     monkeypatch.setattr(check_server, "make_questions", make_questions)
     with serving(model, key="secret") as (_, url):
         words = [str(folder), "--server", "pop", "--url", url, "--lengths", "40,90", "--questions", "4"]
@@ -62,7 +53,7 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(folder, monkeypatc
             assert check_server.main([*words, *others]) == 2
             err = capsys.readouterr().err
             assert says in err and "asking" not in err  # known before the questions
-    assert made[0] == (40, 4, 7)
+    assert make_questions.call_args.args[2:] == (90, 4)
     cells = [f"{kept[length]} / 4 of 4" for length in (40, 90)]
     line = next(line for line in out.splitlines() if line.startswith("own"))
     assert line.split("  ")[0] == "own" and all(cell in line for cell in cells)
@@ -78,27 +69,21 @@ def test_a_server_may_tell_what_it_took_from_its_cache():
     assert not check_server.is_never([{}, {"cached_tokens": None}], "cached_tokens")
 
 
-def test_a_cached_text_is_sent_before_its_question(folder):
+@pytest.mark.parametrize(("cached", "expected"), [(False, [(200, 3)]), (True, [(136, 1), (200, 3)])])
+def test_a_cached_text_is_sent_before_its_question(cached, expected, tiny_folder):
     """With the plan and at full depth, since these share no cache."""
-    tokenizer = pop.load_tokenizer(folder)
+    tokenizer = pop.load_tokenizer(tiny_folder)
     sent = []
-
-    class Client:
-        def answer(self, prompt, most, options):
-            sent.append((len(prompt), most, options))
-            return "abc"
-
+    client = SimpleNamespace(answer=lambda prompt, *asked: sent.append((len(prompt), *asked)) or "abc")
     questions = {200: [Question("own", [5] * 200, tokenizer.encode("abc", bos=False))]}
-    for cached, expected in ((False, [(200, 3)]), (True, [(136, 1), (200, 3)])):
-        sent.clear()
-        verdict = check_server.compare(Client(), questions, tokenizer, {"plan": "none"}, cached)
-        assert verdict.exact["own", 200].tolist() == [[True, True]]
-        assert sent == [(*what, options) for options in ({}, {"plan": "none"}) for what in expected]
+    verdict = check_server.compare(client, questions, tokenizer, {"plan": "none"}, cached)
+    assert verdict.exact["own", 200].tolist() == [[True, True]]
+    assert sent == [(*what, options) for options in ({}, {"plan": "none"}) for what in expected]
 
 
-def test_questions_come_from_the_tokenizer_alone(folder):
+def test_questions_come_from_the_tokenizer_alone(tiny_folder):
     """Each kind at each length, in prompts of exactly that length."""
-    questions, tokenizer = check_server.questions_of(folder, [900, 1200], 1, seed=3, texts=[])
+    questions, tokenizer = check_server.questions_of(tiny_folder, [900, 1200], 1, seed=3, texts=[])
     assert [[len(question.prompt) for question in group] for group in questions.values()] == [[900] * 7, [1200] * 7]
     assert {question.kind for question in questions[900]} >= {"codes", "brackets", "tool calls"}
     assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
@@ -111,18 +96,19 @@ def test_a_prompt_about_conversations_has_one_bos(tmp_path):
     assert {question.prompt.count(tokenizer.bos_id) for question in questions[900]} == {1}
 
 
-def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys, notes):
+def test_questions_can_be_about_a_text_of_ones_own(tiny_folder, tmp_path, capsys, notes):
     text = "Sphinx of black quartz, judge my vow. " * 200
     chat = {"messages": [{"role": "user", "content": text}]}
     for given in (text, [("line 1", chat)]):
-        questions, tokenizer = check_server.questions_of(folder, [900], 1, 3, [given])
+        questions, tokenizer = check_server.questions_of(tiny_folder, [900], 1, 3, [given])
         assert all("quartz" in tokenizer.decode(question.prompt) for question in questions[900])
     (tmp_path / "mine.txt").write_text(text)
     asked = notes(check_server, "questions_of", lambda *given: given[-1])
-    words = [str(folder), "--url", "http://127.0.0.1:1/v1", "--lengths", "900", "--questions", "1", "--text"]
-    assert check_server.main([*words, str(tmp_path / "mine.txt")]) == 2  # there is no server
+    words = [tiny_folder, "--url", "http://127.0.0.1:1/v1", "--lengths", "900", "--questions", "1", "--text"]
+    assert check_server.main([*words, str(tmp_path / "mine.txt")]) == 2
     assert asked == [[text]]
-    capsys.readouterr()
+    err = capsys.readouterr().err
+    assert "does not answer" in err and err.count("\n") == 1  # there is no server
     assert check_server.main([*words, str(tmp_path / "missing.txt")]) == 2
     assert "missing.txt" in capsys.readouterr().err
 
@@ -141,26 +127,9 @@ def test_questions_can_be_about_a_text_of_ones_own(folder, tmp_path, capsys, not
     ],
 )
 @pytest.mark.usefixtures("no_questions")
-def test_a_server_that_answers_otherwise_is_an_error_of_one_line(folder, models, completions, says, capsys):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self, answer=models):
-            body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.do_GET(completions)
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # which ends within 10 ms
-        words = [str(folder), "--url", f"http://127.0.0.1:{server.server_port}/v1"]
-        status = check_server.main([*words, "--lengths", "900"])
-        server.shutdown()
+def test_a_server_that_answers_otherwise_is_an_error_of_one_line(tiny_folder, models, completions, says, capsys):
+    with fake(models, lambda _: [json.dumps(completions).encode()]) as url:
+        status = check_server.main([tiny_folder, "--url", url, "--lengths", "900"])
     err = capsys.readouterr().err
     assert status == 2 and re.search(says, err) and err.count("\n") == 1
 
@@ -190,29 +159,12 @@ def test_a_server_without_a_right_answer_does_not_pass():
     ],
 )
 @pytest.mark.usefixtures("no_questions")
-def test_answers_that_judge_nothing_do_not_pass(right, details, status, says, folder, monkeypatch, capsys):
+def test_answers_that_judge_nothing_do_not_pass(right, details, status, says, tiny_folder, monkeypatch, capsys):
     """A plan that loses all right answers, of a server that tells how many tokens were pruned, or in its cache."""
-
-    class Client:
-        def __init__(self, url, key):
-            self.details = details
-
-        def check_lengths(self, lengths):
-            pass
-
-        check_plans = check_lengths
-
     exact = {("codes", 900): np.array([[False, number < right] for number in range(3)])}
-    monkeypatch.setattr(check_server, "Client", Client)
+    monkeypatch.setattr(check_server, "Client", Mock(return_value=Mock(details=details)))
     monkeypatch.setattr(check_server, "compare", lambda *args: Verdict({}, exact))
-    assert check_server.main([str(folder), "--cached"]) == status
+    assert check_server.main([tiny_folder, "--cached"]) == status
     out, err = capsys.readouterr()
     assert f"0 / {right} of 3" in out and ("Nothing was judged" in out) == ("give more" in says)
     assert says in (out + err).replace("\n", " ")
-
-
-@pytest.mark.usefixtures("no_questions")
-def test_a_server_that_is_not_there_is_an_error_of_one_line(folder, capsys):
-    assert check_server.main([str(folder), "--url", "http://127.0.0.1:1/v1"]) == 2
-    err = capsys.readouterr().err
-    assert "does not answer" in err and err.count("\n") == 1

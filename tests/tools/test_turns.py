@@ -1,62 +1,40 @@
 """tools/serve/turns.py, on servers that are slow in known turns."""
 
-import contextlib
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from support.chat_models import PLANS, make
-from support.serving import serving
+from support.serving import fake, serving
 
 from tools.serve import kept_logits, turns
 
 
-@contextlib.contextmanager
-def fake(name, delays, seen, lists=True):
-    """A server with the model `name`, which it may not list. It waits delays[n] seconds before its answer in turn n.
+def delayed(name, delays, seen, models=True):
+    """A server with the model `name`. It waits delays[n] seconds before its answer in turn n.
 
     It notes the requests in `seen`.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+    def answer(body):
+        seen.append((name, body))
+        texts = [name, str(len(seen))]
+        yield event({"choices": [{"delta": {"role": "assistant"}}]})
+        time.sleep(delays[len(body["messages"]) // 2])
+        yield from (event({"choices": [{"delta": {"content": text}}]}) for text in texts)
+        yield event({"choices": [], "usage": {}}) + b"data: [DONE]\n\n"
 
-        def do_GET(self):
-            self.send_response(200 if lists else 500)
-            self.end_headers()
-            self.wfile.write(json.dumps({"data": [{"id": name}]}).encode())
+    return fake({"data": [{"id": name}]} if models else None, answer)
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((name, body))
-            turn = len(body["messages"]) // 2
-            events = [{"choices": [{"delta": {"role": "assistant"}}]}]
-            events += [{"choices": [{"delta": {"content": text}}]} for text in (name, str(len(seen)))]
-            self.send_response(200)
-            self.end_headers()
-            for event in [*events, {"choices": [], "usage": {}}]:
-                if event is events[1]:
-                    time.sleep(delays[turn])
-                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-                self.wfile.flush()
-            self.wfile.write(b"data: [DONE]\n\n")
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # which ends within 10 ms
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+def event(content):
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
 def test_each_server_has_its_own_conversation_and_its_own_times(tmp_path, capsys):
     seen = []
     path = tmp_path / "turns.json"
-    with fake("a", [0, 0.5, 0], seen) as first, fake("b", [0.5, 0, 0], seen) as second:
+    with delayed("a", [0, 0.5, 0], seen) as first, delayed("b", [0.5, 0, 0], seen) as second:
         options = ["--turns", "3", "--new-tokens", "7", "--json", str(path)]
         assert turns.main([first, f"{second}#mine", *options]) == 0
     figures = json.loads(path.read_text())
@@ -97,7 +75,7 @@ def test_an_event_that_is_no_part_of_an_answer_ends_the_run(data):
 def test_a_server_that_lists_no_models_is_asked_for_the_one_that_is_named():
     """transformers' server fails to list its models without a cache of the hub."""
     seen = []
-    with fake("a", [0], seen, lists=False) as url:
+    with delayed("a", [0], seen, models=False) as url:
         assert turns.main([f"{url}#other", "--turns", "1"]) == 0
         assert turns.main([url, "--turns", "1"]) == 2
     assert {body["model"] for _, body in seen} == {"other"}
