@@ -1,6 +1,7 @@
 """tools/check_chats.py: answers to logged requests, with a server's plan and without."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.serving import serving
@@ -27,9 +28,8 @@ def requests(tmp_path):
     return str(path)
 
 
-def test_each_request_is_answered_with_the_plan_and_twice_at_full_depth(requests, tmp_path, capsys):
-    folder = write_chat_checkpoint(tmp_path / "tiny", num_layers=6)
-    model = pop.load(folder, prune="0-5", compile=False)
+def test_each_request_is_answered_with_the_plan_and_twice_at_full_depth(requests, tiny_folder, tmp_path, capsys):
+    model = pop.load(tiny_folder, prune="0-4", compile=False)
     out = tmp_path / "answers.jsonl"
     with serving(model) as (_, url):
         words = [requests, "--out", str(out), "--url", url, "--max-tokens", "8"]
@@ -48,9 +48,8 @@ def test_each_request_is_answered_with_the_plan_and_twice_at_full_depth(requests
     assert f"{equal} of 6" in plan and "6 of 6" in again and "100%" in again
 
 
-def test_a_plan_that_prunes_nothing_is_said_after_the_answers_are_written(requests, tmp_path, capsys):
-    folder = write_chat_checkpoint(tmp_path / "tiny", num_layers=6)
-    model = pop.load(folder, prune=pop.PrunePlan((3, 4), full_depth_below=999), compile=False)
+def test_a_plan_that_prunes_nothing_is_said_after_the_answers_are_written(requests, tiny_folder, tmp_path, capsys):
+    model = pop.load(tiny_folder, prune=pop.PrunePlan((3, 4), full_depth_below=999), compile=False)
     out = tmp_path / "answers.jsonl"
     with serving(model) as (_, url):
         words = [requests, "--out", str(out), "--url", url, "--max-tokens", "2", "--server", "pop"]
@@ -67,13 +66,13 @@ def test_the_table_counts_equal_answers_and_equal_beginnings():
 
 
 def test_a_refused_request_does_not_lose_the_others():
-    class Client:
-        def chat(self, request):
-            if request["messages"] == QUESTIONS[1]:
-                raise InputError("too long")
-            return "Hi"
+    def chat(request):
+        if request["messages"] == QUESTIONS[1]:
+            raise InputError("too long")
+        return "Hi"
 
-    answers = check_chats.ask(Client(), [{"messages": messages} for messages in QUESTIONS[:3]], {}, 5)
+    requests = [{"messages": messages} for messages in QUESTIONS[:3]]
+    answers = check_chats.ask(SimpleNamespace(chat=chat), requests, {}, 5)
     assert [[*one] for one in answers] == [[*check_chats.WAYS], ["error"], [*check_chats.WAYS]]
     table = check_chats.report(answers)
     assert "2 of 2" in table and "Requests that were refused: 1. The first: too long" in table
