@@ -78,21 +78,6 @@ def paper():
     return make("llama", PLANS["the paper's"])
 
 
-@pytest.fixture
-def on_prefill(monkeypatch):
-    """on_prefill(f) calls f with the tokens of each prefill before it runs."""
-    prefill = pop.Model.prefill_checked
-
-    def watch(before):
-        def watched(self, tokens, *args, **options):
-            before(tokens[0])
-            return prefill(self, tokens, *args, **options)
-
-        monkeypatch.setattr(pop.Model, "prefill_checked", watched)
-
-    return watch
-
-
 def prompt(length, seed, below=250):
     return [(7 * n * seed + 3 * seed) % below for n in range(length)]
 
@@ -103,12 +88,11 @@ def depths(plan, length, start=0):
 
 
 @pytest.mark.parametrize(("family", "name"), [*product(CONFIGS, PLANS)])
-def test_a_prompt_is_prefilled_after_what_a_cache_holds(family, name, logits, monkeypatch, on_prefill):
+def test_a_prompt_is_prefilled_after_what_a_cache_holds(family, name, logits, monkeypatch, notes):
     monkeypatch.setattr(engines, "WORTH_KEEPING", 4)
     model = make(family, PLANS[name])
     engine, plan = new_engine(model), model.plan
-    ran = []
-    on_prefill(lambda tokens: ran.append(len(tokens)))
+    ran = notes(pop.Model, "prefill_checked", lambda model, tokens, *_, **__: len(tokens[0]))
     windows = any(model.config.windows)
     first = prompt(30, 1)
 
@@ -406,30 +390,21 @@ def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(paper, monkeypatch):
     assert isinstance(second.events[-1].error, pop.CacheMemoryError)
 
 
-def test_the_queue_is_bounded_and_a_cancelled_job_leaves_it(paper):
-    engine = new_engine(paper, most_rows=1, most_waiting=3)
+def test_the_jobs_of_a_request_enter_the_queue_all_or_none(paper):
+    engine = new_engine(paper, most_waiting=3)
     jobs = jobs_of((9, 9, 9, 9))
     engine.submit(jobs[:2])
     with pytest.raises(Busy):
         engine.submit(jobs[2:])
     assert list(engine.waiting) == jobs[:2]
-    engine.cancel(jobs[1:2])
-    engine.turn()
-    assert [row.job for row in engine.rows] == jobs[:1]
-    engine.cancel(jobs[:1])
-    engine.turn()
-    assert engine.rows == [] and engine.cache is None  # no row is left, so the memory is freed
-    work(engine, jobs[2:])
-    assert [bool(job.events and job.events[-1].finish_reason) for job in jobs] == [False, False, True, True]
 
 
-def test_a_cancelled_prompt_is_not_prefilled_to_its_end(paper, on_prefill):
+def test_a_cancelled_prompt_is_not_prefilled_to_its_end(paper, notes):
     engine = new_engine(paper)
     long = new_job(prompt(100, 1))
     engine.submit([new_job(prompt(5, 2), max_new_tokens=100)])
     engine.turn()
-    ran = []
-    on_prefill(lambda tokens: (ran.append(len(tokens)), engine.cancel([long])))
+    ran = notes(pop.Model, "prefill_checked", lambda model, tokens, *_, **__: engine.cancel([long]) or len(tokens[0]))
     engine.submit([long])
     engine.turn()
     assert ran == [7]
@@ -439,26 +414,24 @@ def test_a_cancelled_prompt_is_not_prefilled_to_its_end(paper, on_prefill):
 def test_others_get_tokens_during_a_long_prefill():
     model = make("gemma3", PLANS["calibrated"])
     engine = new_engine(model)
-    other, long = new_job(prompt(5, 2), max_new_tokens=30), new_job(prompt(50, 1))
+    other = new_job(prompt(5, 2), max_new_tokens=30)
     engine.submit([other])
     engine.turn()
     before = other.answer_tokens
-    engine.submit([long])
+    engine.submit([new_job(prompt(50, 1))])
     engine.turn()
     assert other.answer_tokens - before == (50 - 2) // 7 + 1
-    work(engine)
-    assert_as_alone(model, other, long)
 
 
-def test_errors_reach_those_whom_they_concern(paper, monkeypatch, caplog, on_prefill):
+def test_errors_reach_those_whom_they_concern(paper, monkeypatch, caplog, notes):
     engine, decode = new_engine(paper), pop.Model.decode
     jobs = jobs_of((9, 9, 9))
 
-    def fail(tokens):
-        if tokens[0] == jobs[1].tokens[0]:
+    def fail(model, tokens, *_, **__):
+        if tokens[0][0] == jobs[1].tokens[0]:
             raise RuntimeError("prefill")
 
-    on_prefill(fail)
+    notes(pop.Model, "prefill_checked", fail)
     work(engine, jobs)
     assert [str(job.events[-1].error) for job in jobs] == ["None", "prefill", "None"]
     monkeypatch.undo()
