@@ -1,29 +1,15 @@
 """tools/examples/agent_trace.py: the trace, and the turns of the engine `pop` against the naive reference."""
 
-import re
 import sys
 
 import pytest
-import torch
 from support.cases import turns_by_reference
 
 import pop
-from pop.pruning import reference
 from tools.examples import agent_trace
-from tools.examples.agent_trace import Turn, make_trace
+from tools.examples.agent_trace import Reply, Turn, make_trace
 
 PLAN = pop.PrunePlan((1, 3, 4), full_depth_last=70, full_depth_first=1)
-
-
-def marks(trace: list[Turn], plan: pop.PrunePlan) -> list[torch.Tensor]:
-    """For each turn, which tokens of its prompt run at full depth."""
-    found = []
-    begin = 0
-    for prompt, answer in trace:
-        end = begin + len(prompt)
-        found.append(reference.full_depth_tokens(end, end, plan)[begin:])
-        begin = end + len(answer)
-    return found
 
 
 def greedy(module, trace: list[Turn], plan: pop.PrunePlan) -> list[list[int]]:
@@ -37,36 +23,30 @@ def greedy(module, trace: list[Turn], plan: pop.PrunePlan) -> list[list[int]]:
     return found
 
 
-def test_the_table_says_what_the_reference_does(tiny, tiny_folder, tmp_path, monkeypatch, capsys):
-    """Turn 1 has the answer that the plan gives, which is not the full model's, and turn 2 that of the full model."""
+def test_the_table_says_what_an_engine_did_with_each_plan(tiny_folder, tmp_path, monkeypatch, capsys):
+    """In turn 2, a hundred tokens are new, and the last 70 of them run at full depth."""
     PLAN.save(tmp_path / "my.plan")
-    plans = pop.PrunePlan.none(), PLAN
-    first, second = make_trace(tiny.tokenizer, 2, 150, 200, seed=0)
-    # One token is asked for, so that the answer does not depend on itself.
-    first = Turn(first.prompt, greedy(tiny.module, [Turn(first.prompt, [0])], PLAN)[0])
-    second = Turn(second.prompt, [0])
-    second = Turn(second.prompt, greedy(tiny.module, [first, second], plans[0])[1])
-    trace = [first, second]
+    trace = [Turn([5] * 80, [7, 8]), Turn([6] * 100, [9])]
+    rounds = {  # by layers: answers, and the seconds before them. The first conversation warms up
+        (): ([[7, 8], [9]], [(9, 9), (0.3, 0.1), (0.1, 0.1), (0.2, 0.7)]),
+        PLAN.layers: ([[7, 7], [9]], [(9, 9), (0.02, 0.01), (0.03, 0.01), (0.03, 0.01)]),
+    }
+
+    def converse(turns, plan):
+        answers, seconds = rounds[plan.layers]
+        return map(Reply, seconds.pop(0), (0, 82), answers[: len(turns)])
+
     monkeypatch.setattr(agent_trace, "make_trace", lambda *_: trace)
-    words = ["--model", tiny_folder, "--prune", str(tmp_path / "my.plan"), "--rounds", "2"]
+    monkeypatch.setitem(agent_trace.ENGINES, "pop", lambda folder, length: converse)
+    words = ["--model", tiny_folder, "--prune", str(tmp_path / "my.plan"), "--rounds", "3"]
     monkeypatch.setattr(sys, "argv", ["agent_trace", *words])
     assert agent_trace.main() == 0
     _, table = capsys.readouterr().out.split("\n\n")
-    rows = [re.split("  +", line.strip()) for line in table.splitlines()[1:]]
-
-    begin = 0
-    for row, turn in zip(rows, trace, strict=False):
-        begin += len(turn.prompt)
-        assert row[1:3] == [str(begin), str(len(turn.prompt))]
-        begin += len(turn.answer)
-    assert rows[2][:2] == ["all", str(begin)]
-    for column, plan in zip((3, 6), plans, strict=True):
-        exact = [got == turn.answer for got, turn in zip(greedy(tiny.module, trace, plan), trace, strict=True)]
-        assert [row[column + 2] for row in rows[:2]] == ["yes" if right else "no" for right in exact]
-        assert rows[2][column + 2] == f"{sum(exact)} of 2"
-        pruned = [~at_full_depth for at_full_depth in marks(trace, plan)] if plan.layers else [torch.zeros(1)] * 2
-        assert [row[column + 1] for row in rows[:2]] == [f"{mask.float().mean():.0%}" for mask in pruned]
-    assert {row[column] for row in rows[:2] for column in (5, 8)} == {"yes", "no"}
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["1", "80", "80", "200", "0%", "yes", "30", "11%", "no"],
+        ["2", "182", "100", "100", "0%", "yes", "10", "30%", "yes"],
+        ["all", "183", "180", "300", "0%", "2", "of", "2", "40", "22%", "1", "of", "2"],
+    ]
 
 
 @pytest.mark.parametrize("plan", [pop.PrunePlan.none(), PLAN])
