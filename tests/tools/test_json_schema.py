@@ -8,6 +8,8 @@ from support.tiny_chat import write_chat_checkpoint
 import pop
 from tools.examples.json_schema import JsonSchema
 
+pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
+
 SCHEMA = {
     "type": "object",
     "properties": {"kind": {"enum": ["é", "cat"]}, "young": {"type": "boolean"}, "legs": {"enum": [2, 4]}},
@@ -16,9 +18,12 @@ SCHEMA = {
 }
 
 
-def test_answers_follow_the_schema_alone_and_in_a_batch(tmp_path):
-    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
-    model = pop.load(write_chat_checkpoint(tmp_path, vocab_size=270, eos_ids=(0,)))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pop.load(write_chat_checkpoint(tmp_path_factory.mktemp("model"), vocab_size=270, eos_ids=(0,)))
+
+
+def test_answers_follow_the_schema_alone_and_in_a_batch(model):
     schema = JsonSchema(model, SCHEMA)
     as_text = JsonSchema(model, json.dumps(SCHEMA))
     found = set()
@@ -35,18 +40,16 @@ def test_answers_follow_the_schema_alone_and_in_a_batch(tmp_path):
             assert value["kind"] in ("é", "cat") and value["young"] in (True, False) and value["legs"] in (2, 4)
             found.add(answer.text)
     assert len(found) > 2
-    with pytest.raises(pop.InputError, match="JSON schema cannot be used"):
-        JsonSchema(model, {"type": "nothing"})
-    with pytest.raises(pop.InputError, match="schema is not JSON"):
-        JsonSchema(model, "x")
-    for wrong in (int, None):
-        with pytest.raises(pop.InputError, match="give a dict"):
-            JsonSchema(model, wrong)
 
 
-def test_a_schema_that_llguidance_gives_up_on_is_an_error_and_no_broken_json(tmp_path):
-    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
-    model = pop.load(write_chat_checkpoint(tmp_path, vocab_size=270, eos_ids=(0,)))
+def test_what_is_no_schema_is_refused(model):
+    wrong = [({"type": "nothing"}, "cannot be used"), ("x", "schema is not JSON"), (int, "a dict"), (None, "a dict")]
+    for schema, says in wrong:
+        with pytest.raises(pop.InputError, match=says):
+            JsonSchema(model, schema)
+
+
+def test_a_schema_that_llguidance_gives_up_on_is_an_error_and_no_broken_json(model):
     pattern = {"type": "string", "pattern": "^(a?){300}a{300}$"}
     schema = JsonSchema(model, {"type": "object", "properties": {"a": pattern}, "required": ["a"]})
     with pytest.raises(pop.InputError, match="JSON schema cannot be followed"):

@@ -18,29 +18,26 @@ def short(monkeypatch):
 
 
 def test_the_figures_are_those_of_the_reference(tiny_folder, monkeypatch):
-    answers = []
-    prompts = []
+    calls = []
     answer = kept_logits.answer
 
     def watched(engine, prompt, *args, **options):
-        prompts.append(prompt)
-        answers.append(answer(engine, prompt, *args, **options))
-        return answers[-1]
+        calls.append((prompt, answer(engine, prompt, *args, **options)))
+        return calls[-1][1]
 
     monkeypatch.setattr(kept_logits, "answer", watched)
     model = pop.load(tiny_folder, dtype=torch.float32, prune=PLAN, compile=False)
     found = kept_logits.compare(model, 2, 4)
-    first, kept, empty = answers
+    (begin, first), (prompt, kept), (_, empty) = calls
     assert empty.tokens == kept.tokens
     assert found["is_first"].tolist() == [True] + [False] * len(kept.tokens)
 
     cached = int(found["cached"])
-    prompt = prompts[1]
     answered = torch.ones(len(first.tokens), dtype=torch.bool)
-    held = torch.cat([PLAN.at_full_depth(torch.arange(len(prompts[0])), len(prompts[0])), answered])
+    held = torch.cat([PLAN.at_full_depth(torch.arange(len(begin)), len(begin)), answered])
     fresh = PLAN.at_full_depth(torch.arange(len(prompt)), len(prompt))
     later = torch.ones(len(kept.tokens), dtype=torch.bool)
-    assert len(prompts[0]) <= cached <= len(held)
+    assert len(begin) <= cached <= len(held)
     tokens = torch.tensor([*prompt, *kept.tokens])
 
     def logits(full_depth):
