@@ -399,6 +399,17 @@ def test_the_jobs_of_a_request_enter_the_queue_all_or_none(paper):
     assert list(engine.waiting) == jobs[:2]
 
 
+def test_a_batch_without_rows_frees_its_memory(paper):
+    engine = new_engine(paper)
+    jobs = jobs_of((9,))
+    engine.submit(jobs)
+    engine.turn()
+    assert engine.cache is not None
+    engine.cancel(jobs)
+    engine.turn()
+    assert engine.cache is None
+
+
 def test_a_cancelled_prompt_is_not_prefilled_to_its_end(paper, notes):
     engine = new_engine(paper)
     long = new_job(prompt(100, 1))
