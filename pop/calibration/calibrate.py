@@ -84,7 +84,7 @@ def calibrate(
         rank: The size of the code that the layers of a group share, from 1 to twice the model's width. A smaller rank
             is faster and less exact. None: half of the model's width.
         longest: The most tokens of a prompt and its continuation in training and in judging. Lengths are spread from
-            128 tokens up to it. Texts with images stay whole.
+            384 tokens up to it. Texts with images stay whole.
         steps: Steps of distillation after the closed form. 0: none.
         resume: A file that keeps the best plan so far. If it exists, the same call continues from this plan, at the
             step that was reached. Adam's moments begin anew, so the result may differ from that of one uninterrupted

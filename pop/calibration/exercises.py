@@ -25,7 +25,7 @@ from pop.inputs.processors import Prepared
 KINDS = ("text", "repetition", "table", "text", "table")
 ROWS = 8  # the most prompts in a batch; a prompt with images is alone
 TOKENS = 4096  # the most tokens of a batch of several prompts
-SHORTEST_PROMPT = 128  # tokens; the longest has as many as the longest window
+SHORTEST_PROMPT = 384  # tokens, of which a decided plan prunes half; the longest has as many as the longest window
 CONTINUATION = 160  # tokens; at most a third of prompt and continuation
 PASSAGE = (14, 40)  # tokens, from and to
 FACTS = (5, 12)  # facts in a table, from and to; a fact is two words of the prompt and a random value

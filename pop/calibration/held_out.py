@@ -24,7 +24,7 @@ from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
-JUDGED_LENGTHS = (256, 1024)  # prompt lengths by which plans are judged, besides the longest
+JUDGED_LENGTHS = (512, 1024)  # prompt lengths by which plans are judged, besides the longest
 ROUNDS = 3  # windows of each length
 HELD_OUT = 5  # at most one of this many tokens is held out
 LONGEST_PASSAGE = 64  # the most tokens of a repeated passage

@@ -28,8 +28,8 @@ from pop.pruning.cost import speedup_limit
 from pop.pruning.plan import PrunePlan
 
 PROMPT = 2048  # tokens of the prompt for which a speedup is asked
-FULL_DEPTH_SHARE = 0.1  # the share of this prompt's tokens at full depth, but for the first
-LAST = 96  # how many of them are its last ones (README.md says why no fewer); the others are selected
+FULL_DEPTH_SHARE = 0.12  # the share of this prompt's tokens that are whole, but for the first
+LAST = 192  # how many of them are its last ones (README.md says why no fewer); the others are selected
 SHORT = 512  # tokens. What pruning costs in shorter prompts is more than what it saves (data/README.md)
 TAILS = (1.0, 0.8, 0.6)  # of the pruned layers, the shares that are the deepest ones
 SAMPLES = 16  # texts, and repeated passages, on which gates are measured

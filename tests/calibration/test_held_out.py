@@ -91,9 +91,9 @@ def test_the_rest_of_a_held_out_window_is_fitted_after_bos():
 @pytest.mark.parametrize(
     ("media", "count", "size", "longest", "expected"),
     [
-        ([], 60, 4096, 4096, [384, 1152, 4096] * 3),
-        ([], 60, 4096, 1000, [384, 1000, 1000] * 3),
-        ([], 7, 8000, 8000, [384, 1152, 8000, 384, 1152]),  # of a window, only what is held out counts
+        ([], 60, 4096, 4096, [640, 1152, 4096] * 3),
+        ([], 60, 4096, 1000, [640, 1000, 1000] * 3),
+        ([], 7, 8000, 8000, [640, 1152, 8000, 640, 640]),  # of a window, only what is held out counts
         (["an image"], 60, 4096, 4096, [4096] * 9),  # it stays whole
     ],
 )

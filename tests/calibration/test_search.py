@@ -148,7 +148,7 @@ def test_a_speedup_that_is_none_is_refused(deep, speedup):
 
 def test_a_speedup_out_of_reach_is_refused_before_the_work(deep, windows, monkeypatch):
     monkeypatch.setattr("pop.calibration.calibrate.Judge", None)
-    most = limit(deep, dataclasses.replace(PrunePlan(range(1, 14), LAST, 1), full_depth_selected=0.0558))
+    most = limit(deep, dataclasses.replace(PrunePlan(range(1, 14), LAST, 1), full_depth_selected=0.0291))
     for speedup in (6, 50):
         with pytest.raises(pop.InputError, match=f"speedup is {speedup}, but this model allows at most {most:.2f}"):
             pop.calibrate(deep, [tokens for tokens, _ in windows], speedup=speedup, progress=False)
