@@ -18,10 +18,10 @@ from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.errors import CacheMemoryError, InputError, TokenizerError, printable, reason_of
 from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, load_tokenizer
-from pop.model import REPORTED, Model
+from pop.model import REPORTED_TOKENS, Model
 from pop.models.config import DTYPES
 from pop.pruning.plan import SHIPPED, PrunePlan
-from pop.pruning.sketch import NEAR, distance
+from pop.pruning.sketch import MOST_DISTANCE, distance
 from pop.runner import check_options
 from pop.system import files
 from pop.system.memory import free_bytes
@@ -144,11 +144,11 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
     for path in SHIPPED.glob("*.plan"):
         tensors, metadata = files.read_tensors(path)  # of which only the sketch is touched
         layers = json.loads(metadata["pop_plan"])["layers"]
-        if layers[-1] < len(model.sketch) and distance(model.sketch[layers], tensors["sketch"]) <= NEAR:
+        if layers[-1] < len(model.sketch) and distance(model.sketch[layers], tensors["sketch"]) <= MOST_DISTANCE:
             found.append(PrunePlan.load(path))
 
     def merit(plan: PrunePlan) -> tuple:
-        return plan.holds, plan.holds and plan.speedup(model, REPORTED), -len(plan.layers)
+        return plan.holds, plan.holds and plan.speedup(model, REPORTED_TOKENS), -len(plan.layers)
 
     return sorted(found, key=merit, reverse=True)
 

@@ -23,7 +23,7 @@ from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared
 from pop.runner import Runner, token_ids
 
-REPORTED = 2048  # tokens of the prompt whose speedup repr(model) states
+REPORTED_TOKENS = 2048  # tokens of the prompt whose speedup repr(model) states
 
 
 class Model(Runner):
@@ -62,7 +62,7 @@ class Model(Runner):
     def __repr__(self) -> str:
         plan = self.plan
         millions = self.num_parameters / 1e6
-        tokens = min(REPORTED, self.max_seq_len)
+        tokens = min(REPORTED_TOKENS, self.max_seq_len)
         prompts = f" of {plan.full_depth_below} tokens or more" if plan.full_depth_below else ""
         text = f"prefill{prompts} skips {len(plan.layers)} of {self.config.num_layers} layers"
         if plan.name:

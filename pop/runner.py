@@ -14,13 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 import pop.engine as engine
 from pop.backends import accelerate, chunk_size_of, chunk_size_of_rows, replay_of, replayed_tokens_of
 from pop.engine.cache import KVCache
-from pop.engine.compile import SMALLEST, ReadyStages
+from pop.engine.compile import SMALLEST_COMPILED, ReadyStages
 from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
 from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.pruning.plan import PrunePlan
-from pop.pruning.sketch import check_distance, distance, inputs, sketch_of
+from pop.pruning.sketch import check_distance, distance, probe_states, sketch_of
 from pop.system.memory import to_device
 
 KEPT_CACHES = 2  # spare caches on a GPU, where a new cache needs a new captured decode step
@@ -71,7 +71,7 @@ class Runner:
         keeps_caches = self.device.type == "cuda" and part is None
         self.caches = SpareCaches(KEPT_CACHES if keeps_caches else 0)
         accelerate(module)
-        compiles = compile is True or (compile == "auto" and self.num_parameters >= SMALLEST)
+        compiles = compile is True or (compile == "auto" and self.num_parameters >= SMALLEST_COMPILED)
         self._stages = ReadyStages(
             module,
             replay_of(module, compiles),
@@ -102,7 +102,7 @@ class Runner:
 
         They are computed once: after a change of the weights, make a new model.
         """
-        h = inputs(self.config.hidden_size).to(self.device, self.dtype)[None]  # [1, J, D]
+        h = probe_states(self.config.hidden_size).to(self.device, self.dtype)[None]  # [1, J, D]
         projected = [torch.cat(layer.projected(h)) for layer in self.module.layers]  # [2, J, K * E] each
         projected = torch.stack(projected).transpose(2, 3).float()  # [L, 2, K * E, J]
         if self.part is not None:  # each process has those of its heads
@@ -164,10 +164,10 @@ class Runner:
         tokens = token_ids(tokens, 2, self.config.vocab_size)
         lengths = row_lengths(lengths, tokens)
         media = self.vision.prepare_batch(images, videos, len(tokens))
-        return self.prefill_checked(tokens, cache, lengths, media, self.resolve(plan))
+        return self.prefill_prepared(tokens, cache, lengths, media, self.resolve(plan))
 
     @engine_modes()
-    def prefill_checked(
+    def prefill_prepared(
         self,
         tokens: Tensor,
         cache: KVCache,
@@ -205,11 +205,11 @@ class Runner:
         """
         tokens = token_ids(tokens, 1, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
         self._check_cache(cache, torch.ones(len(tokens), dtype=torch.int64, device="cpu"))
-        return self.decode_unchecked(tokens, cache)
+        return self.decode_prepared(tokens, cache)
 
-    def decode_unchecked(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def decode_prepared(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Like `decode`, for tokens on the device and a cache with room for them."""
-        return engine.decode(self.module, tokens, cache, self._stages(len(tokens), look=False))
+        return engine.decode(self.module, tokens, cache, self._stages(len(tokens), compare=False))
 
     def extend(self, tokens, cache: KVCache) -> Tensor:
         """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""

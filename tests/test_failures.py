@@ -323,7 +323,7 @@ def test_after_a_failure_a_conversation_has_the_turn_or_not(tmp_path):
 def test_what_fails_while_compiling_leaves_a_model_that_answers(compile, monkeypatch):
     """Another thread gets an answer, so no lock stays held. `torch.compile` is replaced by the identity."""
     monkeypatch.setattr(torch, "compile", lambda stage, **_: stage)
-    monkeypatch.setattr("pop.runner.SMALLEST", 0)
+    monkeypatch.setattr("pop.runner.SMALLEST_COMPILED", 0)
     config, made = tiny_config(num_layers=2), []
     module = random_model(config)
     expected = pop.Model(module, config, compile=False).generate([5, 12, 44], max_new_tokens=3).tokens

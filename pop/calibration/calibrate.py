@@ -22,16 +22,16 @@ import torch
 
 from pop.calibration import search
 from pop.calibration.distill import CHECKS, distill
-from pop.calibration.exercises import TOKENS
+from pop.calibration.exercises import TOKENS_IN_BATCH
 from pop.calibration.held_out import CONTINUATION, Judge, hold_out
 from pop.calibration.passes import Pass, working_dtype
-from pop.calibration.refit import RIDGE, fitted, wide
+from pop.calibration.refit import RIDGE, fitted, sum_dtype
 from pop.calibration.texts import (
     SHORTEST,
     Window,
     as_list,
     default_texts,
-    enough,
+    first_tokens,
     parted,
     size_of,
     text_windows,
@@ -220,13 +220,13 @@ def needed_bytes(model, rank: int, steps: int, longest: int) -> int:
     """About how many bytes of memory calibration takes beside the weights, if half of the layers are pruned."""
     config = model.config
     inputs = 2 * config.hidden_size
-    size = wide(model.dtype).itemsize
+    size = sum_dtype(model.dtype).itemsize
     factored = (2 * 8 + 4 * size) * inputs**2  # X' X and its factor; squares, and eigenvectors with their workspace
     sums = size * inputs * _columns(config) + factored
     trained = 20 * plan_numbers(model, rank) if steps else 0  # float32 with gradients and Adam's moments, and copies
     dtype = working_dtype(model)
     copy = 0 if model.dtype == dtype else dtype.itemsize * model.num_parameters
-    states = max(TOKENS, longest) * (4 * inputs + 2 * dtype.itemsize * config.intermediate_size)
+    states = max(TOKENS_IN_BATCH, longest) * (4 * inputs + 2 * dtype.itemsize * config.intermediate_size)
     logits = 2 * 4 * CONTINUATION * config.vocab_size
     return copy + max(sums, trained) + states + logits
 
@@ -248,15 +248,15 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     """
     tokens, _ = max(windows, key=size_of)
     timed = tokens[:1024]
-    run = Pass(model.module, torch.tensor([timed], device=model.device))
-    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=3)) / len(timed)
+    model_pass = Pass(model.module, torch.tensor([timed], device=model.device))
+    seconds = min(timeit.repeat(lambda: model_pass.run_layers(model_pass.embed(), 0), number=1, repeat=3)) / len(timed)
     num_tokens = total_size(windows)
     useful = tokens_needed(model)
     if num_tokens < useful:
         print(f"a fit of this width can use {useful:,} tokens; more texts would improve it", file=sys.stderr)
     # Tokens through the whole model, about. The judge sees each plan of the search, each lambda and each check.
     judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
-    passed = 4 * min(num_tokens, useful) + 3 * steps * min(TOKENS, num_tokens)
+    passed = 4 * min(num_tokens, useful) + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
     print(
@@ -273,7 +273,7 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
 def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
     """Fit the corrections of a plan. The held-out windows choose lambda."""
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
-    windows = enough(windows, tokens_needed(model))
+    windows = first_tokens(windows, tokens_needed(model))
     with progress_bar("fitting", num_groups * total_size(windows), "tokens", progress) as step:
         return judge.best(fitted(model, windows, plan, rank, RIDGES, step))
 

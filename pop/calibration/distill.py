@@ -115,10 +115,10 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise) -> Tenso
     first = first_layer(plan)
     with torch.no_grad():
         images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
-        run = Pass(module, batch.tokens.to(plan.corrections.weight.device), images)
-        entering = run.layers(run.embed(), 0, first)
-        full = run.layers(entering, first)
-    pruned = run.pruned(plan, entering, batch.cut)
+        model_pass = Pass(module, batch.tokens.to(plan.corrections.weight.device), images)
+        entering = model_pass.run_layers(model_pass.embed(), 0, first)
+        full = model_pass.run_layers(entering, first)
+    pruned = model_pass.run_pruned(plan, entering, batch.cut)
     predicted = T - batch.cut + 1  # tokens: the continuation, and the one after it
     rows = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
     return sum(_divergence(module, *row) for row in rows) / (B * predicted)

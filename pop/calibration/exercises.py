@@ -24,7 +24,7 @@ from pop.inputs.processors import Prepared
 
 KINDS = ("text", "repetition", "table", "text", "table")
 ROWS = 8  # the most prompts in a batch; a prompt with images is alone
-TOKENS = 4096  # the most tokens of a batch of several prompts
+TOKENS_IN_BATCH = 4096  # the most tokens of a batch of several prompts
 SHORTEST_PROMPT = 384  # tokens, of which a decided plan prunes half; the longest has as many as the longest window
 CONTINUATION = 160  # tokens; at most a third of prompt and continuation
 PASSAGE = (14, 40)  # tokens, from and to
@@ -59,7 +59,7 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     size = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))  # of a prompt and its continuation
     cut = size - min(CONTINUATION, size // 3)
     long_enough = [window for window in texts if size_of(window) >= size]
-    count = min(ROWS, max(1, TOKENS // size))
+    count = min(ROWS, max(1, TOKENS_IN_BATCH // size))
     rows = []
     for tokens, _ in choose(long_enough, count, rng):
         text = excerpt(tokens, size, rng, model.config.bos_id)

@@ -51,7 +51,7 @@ class Case(NamedTuple):
     prompt: list[int]
     continuation: list[int]
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
-    run: Pass  # over all three, without the passage's last token
+    model_pass: Pass  # over all three, without the passage's last token
     entering: dict[int, Tensor]  # h [1, T, D] that enters the first pruned layers of judged plans, by index
     full: Tensor  # h [N + 1, D] that predicts the N tokens after the prompt, and the next one
 
@@ -88,9 +88,9 @@ class Judge:
         continuation = continuation[:room]
         tokens = torch.tensor([prompt + continuation + passage[:-1]])
         shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
-        run = Pass(model.module, tokens.to(model.device), shown)
-        h = run.layers(run.embed(), 0)
-        return Case(prompt, continuation, passage, run, {}, h[0, cut - 1 :])
+        model_pass = Pass(model.module, tokens.to(model.device), shown)
+        h = model_pass.run_layers(model_pass.embed(), 0)
+        return Case(prompt, continuation, passage, model_pass, {}, h[0, cut - 1 :])
 
     @torch.no_grad()
     def losses(self, plan: PrunePlan) -> Losses:
@@ -123,9 +123,9 @@ class Judge:
         """As Case.full, by a plan."""
         first = first_layer(plan)
         if first not in case.entering:
-            case.entering[first] = case.run.layers(case.run.embed(), 0, first)
+            case.entering[first] = case.model_pass.run_layers(case.model_pass.embed(), 0, first)
         length = len(case.prompt)
-        return case.run.pruned(plan, case.entering[first], length)[0, length - 1 :]
+        return case.model_pass.run_pruned(plan, case.entering[first], length)[0, length - 1 :]
 
 
 def _mean(values: Tensor) -> float:

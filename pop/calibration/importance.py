@@ -178,10 +178,10 @@ def gate_gradients(model, samples: list[Sample]) -> Tensor:
     size = len(module.layers), len(samples), 2
     gates = torch.ones(size, dtype=torch.float32, device=model.device, requires_grad=True)
 
-    run = Pass(module, tokens.to(model.device), images)
-    h = run.embed()
+    model_pass = Pass(module, tokens.to(model.device), images)
+    h = model_pass.embed()
     for index, gate in enumerate(gates):
-        h = run.layer(index, h, partial(_gated_layer, gates=gate, decode=decode))
+        h = model_pass.run_layer(index, h, partial(_gated_layer, gates=gate, decode=decode))
 
     def piece_loss(h, targets):
         return F.cross_entropy(module.head(h), targets, reduction="sum")

@@ -32,14 +32,14 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
     position = torch.arange(T)[None]
     others = (position > 0) & (position < T - last)  # [1, T]
     count = torch.tensor([int(others.sum() * share)])
-    run = Pass(model.module, torch.tensor([prompt], device=model.device))
-    h = run.embed()
+    model_pass = Pass(model.module, torch.tensor([prompt], device=model.device))
+    h = model_pass.embed()
     found = []
     for index in range(model.config.num_layers):
         plan = PrunePlan((index + 1,), selecting_layer=index)  # `select` reads its selecting layer only
         selected = select(model.module, plan, h, position, torch.tensor([T]), others, count)
         found.append(selected[0, begin : begin + size].float().mean())
-        h = run.layer(index, h)
+        h = model_pass.run_layer(index, h)
     return torch.stack(found).cpu()
 
 

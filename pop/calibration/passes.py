@@ -55,19 +55,19 @@ class Pass:
         """The h [B, T, D] that enters layer 0."""
         return self.images.place(self.module.embed(self.tokens))
 
-    def layer(self, index: int, h: Tensor, run: Callable = PrunableLayer.__call__) -> Tensor:
+    def run_layer(self, index: int, h: Tensor, run: Callable = PrunableLayer.__call__) -> Tensor:
         """Run all tokens through a layer: h [B, T, D] -> h [B, T, D]. `run(layer, h, rope, attend)` computes it."""
         layer = self.module.layers[index]
         h = checkpointed(run, layer, h, self.ropes[layer.window], self._attend)
         return self.images.add_deepstack(h, index)
 
-    def layers(self, h: Tensor, begin: int, end: int | None = None) -> Tensor:
+    def run_layers(self, h: Tensor, begin: int, end: int | None = None) -> Tensor:
         """Run all tokens through layers `begin` to `end` - 1, by default the last: h [B, T, D] -> h [B, T, D]."""
         for index in range(len(self.module.layers))[begin:end]:
-            h = self.layer(index, h)
+            h = self.run_layer(index, h)
         return h
 
-    def pruned(self, plan: PrunePlan, h: Tensor, prompt_length: int, end: int | None = None) -> Tensor:
+    def run_pruned(self, plan: PrunePlan, h: Tensor, prompt_length: int, end: int | None = None) -> Tensor:
         """Run prompts by a plan, and their continuations at full depth, as in pop/pruning/reference.py.
 
         Args:
@@ -91,7 +91,7 @@ class Pass:
             for index in inside:
                 if plan.selects and index == plan.selects_at:
                     whole = whole | self._selected(plan, h, full_depth[:prompt_length])
-                h = self.layer(index, h)
+                h = self.run_layer(index, h)
         return h
 
     def _attend(self, layer, q, k, v):

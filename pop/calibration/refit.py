@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pop.calibration.passes import Pass, working_copy
 from pop.calibration.texts import Window, batches, total_size
-from pop.engine.compile import SMALLEST
+from pop.engine.compile import SMALLEST_COMPILED
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.corrections import Corrections, GroupCorrections
@@ -55,7 +55,7 @@ class Sums:
         self.count = 0  # N, the number of tokens
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=model.device)  # X' X
         # X' Y, in the dtype of the products of one batch.
-        self.xy = torch.zeros(inputs, sum(self.widths), dtype=wide(model.dtype), device=model.device)
+        self.xy = torch.zeros(inputs, sum(self.widths), dtype=sum_dtype(model.dtype), device=model.device)
 
 
 def fitted(
@@ -77,7 +77,7 @@ def fitted(
     groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
     groups = [group.layers for group in groups if group.is_pruned]
     # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
-    is_copied = model.num_parameters >= SMALLEST and model.part is None
+    is_copied = model.num_parameters >= SMALLEST_COMPILED and model.part is None
     module = working_copy(model) if is_copied else model.module
     solutions = []
     solved = PrunePlan(full_depth_first=plan.full_depth_first)  # the groups before the one that is fitted
@@ -157,7 +157,7 @@ def _corrections(model, plan: PrunePlan, solutions: list[GroupCorrections]) -> C
     return Corrections(layers, sketch=model.sketch[list(layers)], **tensors)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over products of numbers of a dtype. In float32, products of 16-bit numbers are exact."""
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
@@ -178,19 +178,19 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     """
     tokens, lengths = padded([tokens for tokens, _ in windows])  # [B, T] and [B]
     images = model.vision.images(module, [media for _, media in windows], tokens, lengths)
-    run = Pass(module, tokens.to(model.device), images)
+    model_pass = Pass(module, tokens.to(model.device), images)
     position = torch.arange(tokens.shape[1], device=model.device)
     is_inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     is_fitted = is_inside & (position >= solved.full_depth_first)
     group = sums.layers
-    h = run.layers(run.embed(), 0, first)
+    h = model_pass.run_layers(model_pass.embed(), 0, first)
     entering = h  # [B, T, D], by the plan
     if solved.layers:
         longer = tokens.shape[1] + 1  # tokens: the prompt's last one, which runs at full depth, is not among these
-        entering = run.pruned(model.resolve(solved), h, longer, group.start)
+        entering = model_pass.run_pruned(model.resolve(solved), h, longer, group.start)
     x = module.layers[group.start].normalised(entering)
     before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
-    x = torch.cat((x, before), dim=-1)[is_fitted].to(wide(h.dtype))  # [N, 2 * D]
+    x = torch.cat((x, before), dim=-1)[is_fitted].to(sum_dtype(h.dtype))  # [N, 2 * D]
     sums.xx += x.T @ x
     sums.count += len(x)
     columns = iter(sums.xy.split(sums.widths, dim=1))  # of each layer, and of the update
@@ -205,7 +205,7 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
         if index in group:
             add(torch.cat(layer.projected(h), dim=-1), torch.cat(layer.projected(entering), dim=-1))
         if sums.has_update or index < group[-1]:  # only an update needs what the last layer makes of h
-            h = run.layer(index, h)
+            h = model_pass.run_layer(index, h)
     if sums.has_update:
         # The full model's h may have features of images from DeepStack. Add them here as well, so that they cancel.
         add(h, images.add_deepstack(entering, group[-1]))

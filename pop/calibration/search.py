@@ -22,7 +22,7 @@ from pop.calibration.held_out import LONGEST_PASSAGE, Judge, repeated_passage
 from pop.calibration.importance import importance
 from pop.calibration.lookup import selecting_scores
 from pop.calibration.refit import fitted
-from pop.calibration.texts import Window, choose, enough, excerpt, without_images
+from pop.calibration.texts import Window, choose, excerpt, first_tokens, without_images
 from pop.errors import InputError
 from pop.pruning.cost import speedup_limit
 from pop.pruning.plan import PrunePlan
@@ -52,7 +52,7 @@ def check_speedup(model, speedup: float, rank: int) -> None:
     if num_layers == 1:
         raise InputError("the model has a single layer, so prefill cannot skip any; there is nothing to calibrate")
     first = min(max(1, model.module.deepstack_layers), num_layers - 1)
-    most = _with_full_depth(model, range(first, num_layers), torch.zeros(num_layers))
+    most = _plan_of(model, range(first, num_layers), torch.zeros(num_layers))
     limit = _limit(model, most, rank)
     if limit < speedup:
         raise InputError(f"speedup is {speedup}, but this model allows at most {limit:.2f}; ask for less")
@@ -72,7 +72,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
-    few = enough([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
+    few = first_tokens([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
 
     def candidates() -> Iterator[PrunePlan]:
         for share in TAILS:
@@ -87,7 +87,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
     """The plan for given layers, with tokens at full depth. The layer that looks up best selects some of them."""
     _, passages = _samples(model, windows)
-    return _with_full_depth(model, layers, _lookup_scores(model, passages))
+    return _plan_of(model, layers, _lookup_scores(model, passages))
 
 
 # ---- What the layers do ----
@@ -134,7 +134,7 @@ def _smallest(model, share: float, needed: Tensor, lookups: Tensor, speedup: flo
         layers = layers_apart(needed, count, round(share * count), model.module.deepstack_layers)
         if layers is None:
             continue
-        plan = _with_full_depth(model, layers, lookups)
+        plan = _plan_of(model, layers, lookups)
         if _limit(model, plan, rank) >= speedup:
             return plan
     return None
@@ -161,19 +161,19 @@ def layers_apart(needed: Tensor, count: int, tail: int, deepstack_layers: int = 
     return (*sorted(chosen), *range(first, len(needed)))
 
 
-def _prompt(model) -> int:
+def _prompt_length(model) -> int:
     return min(PROMPT, model.config.max_positions)
 
 
-def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan:
+def _plan_of(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan:
     """The plan that prunes these layers, with tokens at full depth."""
     allowed = [index for index in range(max(layers)) if index not in layers]  # kept, with pruned layers after them
-    total = round(FULL_DEPTH_SHARE * _prompt(model))
+    total = round(FULL_DEPTH_SHARE * _prompt_length(model))
     if not allowed:
         return PrunePlan(layers, full_depth_first=1, full_depth_last=total)
     selecting = max(allowed, key=lambda index: lookups[index])
     last = min(LAST, total)
-    selected = round((total - last) / (_prompt(model) - last), 4)
+    selected = round((total - last) / (_prompt_length(model) - last), 4)
     return PrunePlan(
         layers, full_depth_first=1, full_depth_last=last, full_depth_selected=selected, selecting_layer=selecting
     )
@@ -181,4 +181,4 @@ def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan
 
 def _limit(model, plan: PrunePlan, rank: int) -> float:
     """The speedup that the shapes allow with corrections of a rank, at 2,048 tokens."""
-    return speedup_limit(model.config, _prompt(model), plan, rank=rank)
+    return speedup_limit(model.config, _prompt_length(model), plan, rank=rank)

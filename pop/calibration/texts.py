@@ -120,7 +120,7 @@ def without_images(windows: list[Window]) -> list[Window]:
     return [window for window in windows if not window[1]]
 
 
-def enough(windows: list[Window], count: int) -> list[Window]:
+def first_tokens(windows: list[Window], count: int) -> list[Window]:
     """The first windows that hold `count` tokens together, or all."""
     ends = accumulate(map(size_of, windows))
     return [window for window, end in zip(windows, ends, strict=True) if end - size_of(window) < count]

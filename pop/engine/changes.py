@@ -29,7 +29,7 @@ def sizes_of(weights: list[Tensor]) -> list:
     return [*dtypes, *shapes, *map(Tensor.stride, weights), *memory]
 
 
-class Look:
+class LayerSnapshot:
     """A layer's weights, classes and hooks at one time. Raises RuntimeError if a weight reaches beyond its memory."""
 
     def __init__(self, layer: nn.Module):
@@ -97,10 +97,10 @@ class Kinds(dict[nn.Module, int | None]):
 
     def forget(self) -> None:
         """Let the next question find a change."""
-        self.looks: dict[nn.Module, Look] = {}
+        self.snapshots: dict[nn.Module, LayerSnapshot] = {}
         self.newest_hook = None
 
-    def look(self, layers: Iterable[nn.Module]) -> None:
+    def take_snapshots(self, layers: Iterable[nn.Module]) -> None:
         """Number the layers as they are now. A kind that has been there before keeps its number."""
         self.clear()
         self.forget()
@@ -108,23 +108,23 @@ class Kinds(dict[nn.Module, int | None]):
         # set last, so that after an error the next question finds a change.
         newest_hook = RemovableHandle.next_id
         for layer in layers:
-            self._look_at(layer)
+            self._take_snapshot(layer)
         self.newest_hook = newest_hook
 
-    def _look_at(self, layer: nn.Module) -> None:
-        look = Look(layer)
-        self.looks[layer] = look
-        kind = look.kind()
+    def _take_snapshot(self, layer: nn.Module) -> None:
+        snapshot = LayerSnapshot(layer)
+        self.snapshots[layer] = snapshot
+        kind = snapshot.kind()
         self[layer] = None if kind is None else self.numbers.setdefault(kind, len(self.numbers))
 
     def of(self, layer: nn.Module) -> int | None:
         """The kind of a layer, which is looked at anew if its weights are no longer what compiled code may read."""
-        if layer in self.looks and not self.looks[layer].fits():
-            self._look_at(layer)
+        if layer in self.snapshots and not self.snapshots[layer].fits():
+            self._take_snapshot(layer)
         return self.get(layer)
 
-    def unchanged(self, look: bool = True) -> bool:
-        """Whether the layers are as they were. Unless `look`, only new hooks of any module are looked for."""
+    def unchanged(self, compare: bool = True) -> bool:
+        """Whether the layers are as they were. Unless `compare`, only new hooks of any module are looked for."""
         if self.newest_hook != RemovableHandle.next_id:
             return False
-        return not look or all(one.unchanged() for one in self.looks.values())
+        return not compare or all(one.unchanged() for one in self.snapshots.values())

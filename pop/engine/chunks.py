@@ -209,7 +209,7 @@ def _of_window(
     return AttentionMetadata(rope, *to_device([slots, spans, *keys], cache.device), band=band)
 
 
-def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary: bool) -> Tensor:
+def full_depth_by_position(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary: bool) -> Tensor:
     """Which tokens of prompts of `lengths` [B] are at full depth by their position: [B, T] bool, true for padding.
 
     Without a boundary, more of the prompts follows in a later call.

@@ -34,7 +34,7 @@ from pop.engine.stages import Stages
 from pop.errors import UnsupportedError, reason_of
 from pop.pruning.plan import PrunePlan
 
-SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
+SMALLEST_COMPILED = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
 COMPILED = ("full_layer", "pruned_layer", "corrected_layer", "code", "received", "head")  # all of stages.py
 PRUNED = (stages.pruned_layer, stages.corrected_layer)
@@ -97,11 +97,11 @@ class ReadyStages:
         with self._lock:
             self._kinds.forget()
 
-    def __call__(self, rows: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
-        """Stages that are warm for these rows and this kind of plan. Unless `look`, only new hooks are looked for."""
+    def __call__(self, rows: int, plan=PrunePlan.none(), compare: bool = True) -> Stages:  # noqa: B008 (frozen)
+        """Stages that are warm for these rows and this kind of plan. Unless `compare`, it looks for new hooks only."""
         with self._lock:
-            if (self.works or self.replay) and not self._kinds.unchanged(look):
-                self._kinds.look((self.module, *self.module.layers, *self.module.tower))
+            if (self.works or self.replay) and not self._kinds.unchanged(compare):
+                self._kinds.take_snapshots((self.module, *self.module.layers, *self.module.tower))
                 self._renew()
             self._warm_up_once(rows > 1, PrunePlan.none())
             self._warm_up_once(rows > 1, plan)

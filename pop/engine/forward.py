@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pop.engine.attention import rows_of
 from pop.engine.cache import KVCache
-from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
+from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_by_position
 from pop.engine.earlier import Earlier, attention_of, remember
 from pop.engine.layer_pass import LayerPass, ReplayedPasses
 from pop.engine.modes import engine_modes
@@ -48,7 +48,7 @@ def prefill(
         boundary: False if more of the same prompts follows in a later call. The logits are then meaningless, and the
             plan selects no tokens.
     """
-    full_depth = full_depth_tokens(cache, lengths, plan, boundary)
+    full_depth = full_depth_by_position(cache, lengths, plan, boundary)
     is_one_chunk = full_depth.shape[1] <= min(chunk_size, cache.chunk_size)
     is_replayable = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
     # Replayed passes are to have few sizes, so these go up in steps.
@@ -70,7 +70,7 @@ def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
     B, T = tokens.shape
     lengths = torch.full((B,), T)
     plan = PrunePlan.none()
-    prompts = Prompts(tokens, lengths, TEXT, full_depth_tokens(cache, lengths, plan, True))
+    prompts = Prompts(tokens, lengths, TEXT, full_depth_by_position(cache, lengths, plan, True))
     call = Call(module, cache, plan, stages, T)
     logits = [stages.head(module, h) for _, h in call.chunks(prompts)]
     call.commit(lengths)

@@ -7,7 +7,7 @@ from pop.errors import CacheMemoryError
 from pop.system.memory import free_bytes, stepped
 
 SHARE = 1 / 4  # of the memory that is free without them, which spare caches may take at most
-SMALLEST = 256  # tokens. All sizes are multiples of it, so that a spare cache fits many short answers.
+FEWEST_TOKENS = 256  # tokens. All sizes are multiples of it, so that a spare cache fits many short answers.
 
 
 class SpareCaches:
@@ -69,4 +69,4 @@ class SpareCaches:
 
 def size_of_cache(max_seq_len: int) -> int:
     """How many tokens a cache takes that is to fit many answers as long as this one."""
-    return SMALLEST * stepped(-(-max_seq_len // SMALLEST))
+    return FEWEST_TOKENS * stepped(-(-max_seq_len // FEWEST_TOKENS))

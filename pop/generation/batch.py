@@ -152,7 +152,7 @@ class Batch:
                 rows = [rows[number] for number in unfinished]
                 tokens = self._keep_rows(unfinished, tokens)
             tokens = tokens.clamp(min=0)  # a finished row may have -1
-            logits = self.model.decode_unchecked(tokens, self.cache)
+            logits = self.model.decode_prepared(tokens, self.cache)
 
     def _sample(self, logits: Tensor, rows: list[int]) -> Tensor:
         """Pick the next token of each row: logits [B, V] -> tokens [B], without waiting for the device."""
@@ -206,9 +206,9 @@ class Batch:
         left = self.earlier_tokens[held:]
         if left:
             tokens, lengths = padded([left] * B)
-            self.model.prefill_checked(tokens, self.cache, lengths, [()] * B, FULL_DEPTH)
+            self.model.prefill_prepared(tokens, self.cache, lengths, [()] * B, FULL_DEPTH)
         tokens, lengths = padded(self.prompts)
-        return self.model.prefill_checked(tokens, self.cache, lengths, self.media, self.plan)
+        return self.model.prefill_prepared(tokens, self.cache, lengths, self.media, self.plan)
 
 
 class Stream(Iterator[str]):

@@ -77,7 +77,7 @@ class Prefix:
             encoded = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] < cut]
             tokens, lengths = padded([self._encoded])
             self._cache = model.new_cache(1, cut)
-            model.prefill_checked(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
+            model.prefill_prepared(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
 
     def __repr__(self) -> str:
         return f"<Prefix: {len(self.tokens):,} tokens, {len(self._left_tokens):,} of them encoded with each prompt>"

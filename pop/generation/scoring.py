@@ -43,7 +43,7 @@ def score(
     room = tokens.shape[1] + T - 1  # the padding of the longest row may exceed the model's context
 
     cache = runner.unlimited_cache(len(contexts), room)
-    logits = runner.prefill_checked(tokens, cache, lengths, media, plan)  # [B, V] or [1, V]
+    logits = runner.prefill_prepared(tokens, cache, lengths, media, plan)  # [B, V] or [1, V]
     if len(contexts) < B and T > 1:  # for one token each, nothing is added to the cache
         single = cache
         cache = runner.unlimited_cache(B, room)

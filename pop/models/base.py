@@ -143,11 +143,11 @@ class DecoderLayer(PrunableLayer):
         attention = self.self_attn
         x = self.input_layernorm(h)
         q = attention.q_norm(attention.heads(attention.q_proj(x)))  # [B, T, H, E]
-        k, v = self.placed(attention.k_proj(x), attention.v_proj(x), rope)
+        k, v = self.finished_keys_values(attention.k_proj(x), attention.v_proj(x), rope)
         return rotate(q, rope), k, v
 
     def keys_values(self, h, rope):
-        return self.placed(*self.projected(h), rope)
+        return self.finished_keys_values(*self.projected(h), rope)
 
     def attention_update(self, attended):
         return self.self_attn.o_proj(attended)
@@ -164,7 +164,7 @@ class DecoderLayer(PrunableLayer):
         x = self.input_layernorm(h)
         return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
 
-    def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def finished_keys_values(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], as the cache holds them."""
         attention = self.self_attn
         k = attention.k_norm(attention.heads(k))

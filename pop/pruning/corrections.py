@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pop.errors import PlanError
 from pop.models.config import DTYPES
-from pop.pruning.sketch import NUMBERS
+from pop.pruning.sketch import SKETCH_SIZE
 
 
 class GroupCorrections(NamedTuple):
@@ -64,7 +64,7 @@ def corrected_keys_values(layer, h, z, weight, rope) -> tuple[Tensor, Tensor]:
     """
     own_k, own_v = layer.projected(h)  # [B, T, K * E] each
     k, v = layer.multiply(z, weight).chunk(2, dim=-1)  # [B, T, K * E] each
-    return layer.placed(own_k + k, own_v + v, rope)
+    return layer.finished_keys_values(own_k + k, own_v + v, rope)
 
 
 class Corrections:
@@ -107,7 +107,7 @@ class Corrections:
         shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if not self._fits(**shapes):
             raise PlanError(f"the corrections of {len(self.layers)} layers have the shapes {shapes}; calibrate again")
-        shape = (len(self.layers), 2, NUMBERS)
+        shape = (len(self.layers), 2, SKETCH_SIZE)
         if (self.sketch.shape, self.sketch.dtype) != (shape, torch.float32):
             raise PlanError(f"the corrections need a sketch of their layers' weights, {shape} float32; calibrate again")
 

@@ -61,7 +61,7 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, rank: int | None = N
         rank = rank_of(plan)
     total = 2 * config.hidden_size * config.vocab_size + selection_flops(config, num_tokens, plan)
     for group in plan.groups(config.num_layers):
-        full_depth = full_depth_tokens(plan, num_tokens, group)
+        full_depth = runs_group(plan, num_tokens, group)
         projected = 2 * int((~full_depth).sum()) * projected_weights(config, rank)
         for index in group.layers:
             total += layer_flops(config, index, full_depth) + projected
@@ -73,7 +73,7 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, rank: int | None = N
 # ---- Which tokens do what ----
 
 
-def selected_tokens(plan: PrunePlan, num_tokens: int) -> Tensor:
+def evenly_spread_tokens(plan: PrunePlan, num_tokens: int) -> Tensor:
     """The positions of selected tokens, as if they were evenly spread over the other tokens: int64."""
     position = torch.arange(num_tokens)
     others = position[~plan.at_full_depth(position, num_tokens)]
@@ -82,11 +82,11 @@ def selected_tokens(plan: PrunePlan, num_tokens: int) -> Tensor:
     return others[middles]
 
 
-def full_depth_tokens(plan: PrunePlan, num_tokens: int, group: Group) -> Tensor:
+def runs_group(plan: PrunePlan, num_tokens: int, group: Group) -> Tensor:
     """The tokens that run a group's layers whole, [N] bool. Of the others, the layers compute only K and V."""
     full_depth = plan.at_full_depth(torch.arange(num_tokens), num_tokens) | (not group.is_pruned)
     if group.is_pruned and group.layers[0] > plan.selects_at:
-        full_depth[selected_tokens(plan, num_tokens)] = True
+        full_depth[evenly_spread_tokens(plan, num_tokens)] = True
     return full_depth
 
 
@@ -130,5 +130,5 @@ def code_weights(config, group: Group, rank: int) -> int:
 
 def selection_flops(config, num_tokens: int, plan: PrunePlan) -> int:
     """FLOPs of the attention by which the last tokens select others. 0 if the plan selects none."""
-    queries = min(SELECTING, num_tokens) if len(selected_tokens(plan, num_tokens)) else 0
+    queries = min(SELECTING, num_tokens) if len(evenly_spread_tokens(plan, num_tokens)) else 0
     return 2 * queries * config.num_heads * config.head_dim * (config.hidden_size + num_tokens)

@@ -155,7 +155,7 @@ def corrected(layer, group: Group, index: int, h, z, rope, skips, k, v) -> KeysV
     correction = z @ group.corrections.weight[number].T  # [1, T, 2 * K * E]
     correction_k, correction_v = correction.chunk(2, dim=-1)
     own_k, own_v = layer.projected(h)  # before K's norm and rotary positions
-    pruned_k, pruned_v = layer.placed(own_k + correction_k, own_v + correction_v, rope)
+    pruned_k, pruned_v = layer.finished_keys_values(own_k + correction_k, own_v + correction_v, rope)
     is_pruned = skips[:, None, None]
     return torch.where(is_pruned, pruned_k, k), torch.where(is_pruned, pruned_v, v)
 

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from pop.errors import PlanError
 
-NUMBERS = 32  # J
+SKETCH_SIZE = 32  # J
 EQUAL = 0.005  # the most that another dtype or device changes
-NEAR = 0.25  # the most at which a plan is used. README.md in this folder has measurements
+MOST_DISTANCE = 0.25  # the most at which a plan is used. README.md in this folder has measurements
 
 
 def signs(width: int, seed: int) -> Tensor:
     """[J, width] float32 of +1 and -1, the same on every machine: numpy never changes the numbers of RandomState."""
-    draws = np.random.RandomState(seed).random_sample((NUMBERS, width))
+    draws = np.random.RandomState(seed).random_sample((SKETCH_SIZE, width))
     return torch.from_numpy(np.where(draws < 0.5, -1.0, 1.0)).float()
 
 
-def inputs(width: int) -> Tensor:
+def probe_states(width: int) -> Tensor:
     """The h [J, D] float32 whose K and V `sketch_of` takes."""
     return signs(width, 0)
 
@@ -38,7 +38,7 @@ def inputs(width: int) -> Tensor:
 def sketch_of(keys_values: Tensor) -> Tensor:
     """The sketch [n, 2, J] float32 on the CPU, from the K and V [n, 2, K * E, J] float32 of n layers.
 
-    These are projected from `inputs`, before K's norm and rotary positions: see `DecoderLayer.projected`.
+    These are projected from `probe_states`, before K's norm and rotary positions: see `DecoderLayer.projected`.
     """
     u = signs(keys_values.shape[2], 1).T  # [K * E, J]
     return (keys_values.cpu() * u).sum(2)
@@ -49,17 +49,17 @@ def distance(found: Tensor, fitted: Tensor) -> float:
     return ((found - fitted).norm() / fitted.norm()).item()
 
 
-def check_distance(distance: float, name: str) -> str:
+def check_distance(apart: float, name: str) -> str:
     """What to tell of a plan at this distance: nothing if the weights are its own. Raises PlanError if they are far.
 
     name: of the plan's file. Empty if there is none.
     """
     plan = name or "the plan"
-    if not distance <= NEAR:
+    if not apart <= MOST_DISTANCE:
         raise PlanError(
-            f"{plan} was calibrated for other weights ({distance:.0%} apart); "
+            f"{plan} was calibrated for other weights ({apart:.0%} apart); "
             "run `pop calibrate` for these, or give another plan"
         )
-    if distance <= EQUAL:
+    if apart <= EQUAL:
         return ""
-    return f"{plan} was calibrated for weights {distance:.1%} from these; `pop check` measures what it keeps"
+    return f"{plan} was calibrated for weights {apart:.1%} from these; `pop check` measures what it keeps"

@@ -176,7 +176,7 @@ def test_weights_that_lie_otherwise_in_memory_are_not_read_as_before():
     weight = layer.mlp.down_proj.weight
     whole = weight.data
     kinds = Kinds()
-    kinds.look(module.layers)
+    kinds.take_snapshots(module.layers)
     for smaller in (whole.bfloat16(), torch.zeros(1), whole[:, :48].clone()):
         for _ in range(4):
             found = engine.decode(module, torch.tensor([3]), cache, stages)

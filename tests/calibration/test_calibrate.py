@@ -88,7 +88,7 @@ def test_the_texts_that_come_along():
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (10, 1), (11, 2), (25, 3), (99, 4)])
 def test_a_fit_takes_as_many_windows_as_hold_its_tokens(count, expected):
     windows = [([n] * 10, []) for n in range(4)]
-    assert sources.enough(windows, count) == windows[:expected]
+    assert sources.first_tokens(windows, count) == windows[:expected]
 
 
 @given(st.lists(st.one_of(st.text("ab", max_size=50), st.lists(st.integers(0, 9), max_size=50)), max_size=5))

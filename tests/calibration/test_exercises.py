@@ -8,7 +8,16 @@ import pytest
 from support.chat_formats import TOKENIZERS
 from support.tiny import tiny_config, tiny_model
 
-from pop.calibration.exercises import CONTINUATION, FORMS, KINDS, PASSAGE, ROWS, SHORTEST_PROMPT, TOKENS, exercise
+from pop.calibration.exercises import (
+    CONTINUATION,
+    FORMS,
+    KINDS,
+    PASSAGE,
+    ROWS,
+    SHORTEST_PROMPT,
+    TOKENS_IN_BATCH,
+    exercise,
+)
 
 WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo"
 TEXT, REPETITION, TABLE = (KINDS.index(kind) for kind in ("text", "repetition", "table"))
@@ -40,7 +49,7 @@ def test_lengths_go_up_to_the_longest_window_by_their_logarithm(bare, longest):
         tokens, cut, media = exercise(bare, windows, TEXT, random.Random(seed))
         B, T = tokens.shape
         sizes.append(T)
-        assert min(ROWS, max(1, TOKENS // T)) == B and media == [[]] * B
+        assert min(ROWS, max(1, TOKENS_IN_BATCH // T)) == B and media == [[]] * B
         assert cut == T - min(CONTINUATION, T // 3)
         assert all([(row, [])] == texts(T, first=row[0]) for row in tokens.tolist())
     shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)

@@ -184,7 +184,7 @@ def test_the_pass_runs_no_layer_twice_or_in_vain(model, notes):
 def test_a_large_float32_model_is_fitted_in_bfloat16(model, monkeypatch, notes):
     """Where the processor has fast products for it, see working_copy. The sums and the plan are as exact as before."""
     expected = calibrate(model, TEXTS, PrunePlan((2, 3)), rank=60, progress=False, steps=0).corrections
-    monkeypatch.setattr(refit, "SMALLEST", 1)
+    monkeypatch.setattr(refit, "SMALLEST_COMPILED", 1)
     monkeypatch.setattr("pop.calibration.passes.WIDENED", set())
     passes = notes(refit, "accumulate", lambda *args: args)
     found = calibrate(model, TEXTS, PrunePlan((2, 3)), rank=60, progress=False, steps=0).corrections

@@ -197,7 +197,7 @@ def test_a_weight_that_reaches_beyond_its_memory_is_refused():
     """Products of torch would read on, and so would compiled code."""
     module = random_model(tiny_config(num_layers=2))
     kinds = Kinds()
-    kinds.look(module.layers)
+    kinds.take_snapshots(module.layers)
     memory = module.layers[1].mlp.up_proj.weight.untyped_storage()
     memory.resize_(memory.nbytes() - 1)
     with pytest.raises(RuntimeError, match="out of bounds for storage"):
@@ -205,7 +205,7 @@ def test_a_weight_that_reaches_beyond_its_memory_is_refused():
     for _ in range(2):
         assert not kinds.unchanged()
         with pytest.raises(RuntimeError, match="out of bounds for storage"):
-            kinds.look(module.layers)
+            kinds.take_snapshots(module.layers)
 
 
 @requires_new_torch
@@ -281,7 +281,7 @@ def test_the_memory_of_weights_stays_until_the_next_look():
     assert ready(1) is stages
     address = weight.data_ptr()
     weight.data = weight.data.clone()
-    assert ready(1, look=False) is stages  # as a decode step asks
-    held = {memory.data_ptr() for look in ready._kinds.looks.values() for memory in look.memory}
+    assert ready(1, compare=False) is stages  # as a decode step asks
+    held = {memory.data_ptr() for snapshot in ready._kinds.snapshots.values() for memory in snapshot.memory}
     assert address in held
     assert ready(1) is not stages

@@ -8,7 +8,7 @@ from support.tiny_images import both_ways
 
 from pop import engine
 from pop.engine import attention
-from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_tokens
+from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_by_position
 from pop.models.images import TEXT
 from pop.pruning.plan import PrunePlan
 
@@ -17,7 +17,7 @@ def prompts_of(cache, lengths, plan=NONE, images=TEXT):
     """Prompts of zeros."""
     lengths = torch.tensor(lengths)
     tokens = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
-    return Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, True))
+    return Prompts(tokens, lengths, images, full_depth_by_position(cache, lengths, plan, True))
 
 
 def chunks_of(module, cache, prompts, size=1000):
@@ -57,7 +57,7 @@ def test_a_prompt_that_goes_on_is_not_short():
     cache.lengths[:] = torch.tensor([0, 0, 6])
     plan = PrunePlan((2,), full_depth_below=9)
     for boundary, expected in ((False, [[0, 0, 0], [0, 1, 1], [0, 0, 0]]), (True, [[1, 1, 1], [1, 1, 1], [0, 0, 1]])):
-        found = full_depth_tokens(cache, torch.tensor([3, 1, 3]), plan, boundary)
+        found = full_depth_by_position(cache, torch.tensor([3, 1, 3]), plan, boundary)
         assert found.int().tolist() == expected
 
 

@@ -236,7 +236,7 @@ def test_where_nothing_compiles_auto_logs_it_once_and_true_is_refused(monkeypatc
         raise RuntimeError("no compiler\n  and a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr("pop.runner.SMALLEST", 0)
+    monkeypatch.setattr("pop.runner.SMALLEST_COMPILED", 0)
     module = random_model(tiny_config(), seed=1)
     model, eager = pop.Model(module, module.config), pop.Model(module, module.config, compile=False)
     with caplog.at_level(logging.WARNING):

@@ -132,8 +132,8 @@ def test_what_the_function_may_not_return(model):
 
 
 def test_a_model_that_overflows_is_not_blamed_on_the_function(model, monkeypatch):
-    prefill = model.prefill_checked
-    monkeypatch.setattr(model, "prefill_checked", lambda *a, **b: prefill(*a, **b) * math.nan)
+    prefill = model.prefill_prepared
+    monkeypatch.setattr(model, "prefill_prepared", lambda *a, **b: prefill(*a, **b) * math.nan)
     with pytest.raises(pop.InputError, match="the logits are not finite"):
         model.generate(PROMPTS, logits_processor=lambda tokens, logits: torch.zeros_like(logits))
 

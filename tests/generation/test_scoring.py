@@ -73,7 +73,7 @@ def test_contexts_and_continuations_must_be_as_many(model):
             model.score(contexts, continuations)
 
 
-@pytest.mark.parametrize("where", ["prefill_checked", "extend"])
+@pytest.mark.parametrize("where", ["prefill_prepared", "extend"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("continuations", [[1, 2, 3], [[1], [1, 2, 3]]], ids=["one", "several"])
 def test_a_logit_that_is_not_finite_gives_no_score(model, where, value, continuations, monkeypatch):

@@ -38,7 +38,7 @@ def test_a_step_takes_nothing_from_the_host(module):
         for layer in module.layers:
             rope = ropes[layer.window]
             h = layer(h, rope, attend)
-            k, v = layer.placed(*layer.projected(h), rope)
+            k, v = layer.finished_keys_values(*layer.projected(h), rope)
             assert [x.shape for x in (k, v)] == [x.shape for x in layer.keys_values(layer.normalised(h), rope)]
         logits = module.head(h)
     assert logits.shape == (2, 1, 67) and logits.device == META

@@ -15,10 +15,10 @@ from support.tiny import tiny_config
 
 from pop import PlanError, PrunePlan
 from pop.pruning.corrections import Corrections
-from pop.pruning.sketch import NUMBERS
+from pop.pruning.sketch import SKETCH_SIZE
 
 CPU = torch.device("cpu")
-SKETCH = torch.ones(2, 2, NUMBERS)
+SKETCH = torch.ones(2, 2, SKETCH_SIZE)
 
 
 def tensors(**changed):
@@ -111,7 +111,7 @@ def test_h_is_updated_after_all_groups_but_possibly_the_last(num_updates):
     tensors = {"weight": torch.zeros(3, 2, 20, 7), "shared": torch.zeros(2, 7, 60)}
     context = nullcontext() if num_updates in (1, 2) else pytest.raises(PlanError, match="update|shared")
     with context:
-        corrections((1, 3, 4), torch.ones(3, 2, NUMBERS), update=update, **tensors)
+        corrections((1, 3, 4), torch.ones(3, 2, SKETCH_SIZE), update=update, **tensors)
 
 
 @pytest.mark.parametrize(

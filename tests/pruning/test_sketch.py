@@ -8,7 +8,7 @@ from support.cases import random_corrections
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_olmo2_config
 
 import pop
-from pop.pruning.sketch import EQUAL, NEAR, NUMBERS, distance, signs, sketch_of
+from pop.pruning.sketch import EQUAL, MOST_DISTANCE, SKETCH_SIZE, distance, signs, sketch_of
 
 CONFIG = tiny_config(hidden_size=64, head_dim=32)
 LAYERS = (1, 3, 4)
@@ -57,7 +57,7 @@ def apart(model: pop.Model) -> float:
 def test_the_signs_are_the_same_everywhere():
     assert signs(3, 0)[0].tolist() == [1.0, 1.0, 1.0]
     found = signs(1000, 1)
-    assert found.shape == (NUMBERS, 1000) and found.dtype == torch.float32
+    assert found.shape == (SKETCH_SIZE, 1000) and found.dtype == torch.float32
     assert found.abs().eq(1).all() and found.mean().abs() < 0.03
     assert signs(64, 0).sum(1).int().tolist()[:8] == [4, 4, 8, -8, 0, -2, -14, -4]
 
@@ -69,7 +69,7 @@ def test_the_mean_square_is_that_of_the_weights():
     norm = layer.input_layernorm.weight
     squares = [(matrix.weight * norm).square().sum() for matrix in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
     found = model.sketch[3].square().mean(1)
-    torch.testing.assert_close(found, torch.stack(squares), rtol=4 * (2 / NUMBERS) ** 0.5, atol=0)
+    torch.testing.assert_close(found, torch.stack(squares), rtol=4 * (2 / SKETCH_SIZE) ** 0.5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_plan_of_near_weights_is_used_with_one_line(change, about, capsys):
 )
 def test_a_plan_of_other_weights_is_refused(change):
     model = model_of(change)
-    assert not apart(model) <= NEAR
+    assert not apart(model) <= MOST_DISTANCE
     with pytest.raises(pop.PlanError, match=r"other weights.*pop calibrate"):
         model.resolve(calibrated())
     for config in (CONFIG, tiny_config(hidden_size=64, head_dim=16), tiny_config(hidden_size=32, head_dim=32)):
@@ -126,7 +126,7 @@ def test_all_projections_and_norms_of_the_plan_s_layers_count():
 
 
 def test_a_sketch_is_linear_and_any_order_of_the_heads_matters():
-    keys_values = torch.randn(3, 2, 20, NUMBERS)
+    keys_values = torch.randn(3, 2, 20, SKETCH_SIZE)
     double = sketch_of(2 * keys_values)
     torch.testing.assert_close(double, 2 * sketch_of(keys_values))
     assert distance(sketch_of(keys_values.flip(2)), sketch_of(keys_values)) > 1

@@ -23,7 +23,7 @@ from pop.models.images import TEXT
 from pop.pruning import reference
 from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
-from pop.pruning.sketch import NUMBERS
+from pop.pruning.sketch import SKETCH_SIZE
 
 NONE = PrunePlan.none()
 FAMILIES = {
@@ -141,7 +141,7 @@ def random_corrections(config, layers, seed: int, rank: int = 9, model=None) -> 
     shared = torch.randn(groups, rank, 2 * D, generator=random) / (2 * D) ** 0.5
     num_updates = groups - (layers[-1] + 1 == config.num_layers)
     update = torch.randn(num_updates, D, rank, generator=random) / rank**0.5
-    sketch = torch.zeros(len(layers), 2, NUMBERS) if model is None else model.sketch[list(layers)]
+    sketch = torch.zeros(len(layers), 2, SKETCH_SIZE) if model is None else model.sketch[list(layers)]
     return Corrections(layers, weight, shared, update if num_updates else None, sketch=sketch)
 
 

@@ -58,7 +58,7 @@ def token_by_token(module, tokens, plans, ends=None, again=None):
                 z = plan.corrections.shared[group] @ torch.cat((x, before), dim=-1)[0, 0]  # position 0 is never pruned
                 own = layer.projected(entered[start][position])
                 weight = plan.corrections.weight[number]
-                k, v = layer.placed(own[0] + weight[0] @ z, own[1] + weight[1] @ z, rope[layer.window])
+                k, v = layer.finished_keys_values(own[0] + weight[0] @ z, own[1] + weight[1] @ z, rope[layer.window])
                 updates = [] if plan.corrections.update is None else plan.corrections.update
                 if index + 1 not in plan.layers and group < len(updates):
                     h = h + updates[group] @ z

@@ -125,7 +125,7 @@ def compile_or_not(folder: Path) -> list:
         torch.compile = partial(torch.compile, backend="eager")
     inductor.cpp.cxx = (None, "/no/compiler")
     inductor.force_disable_caches = True
-    runner.SMALLEST = 0
+    runner.SMALLEST_COMPILED = 0
     model = pop.load(folder / "llama", parallel="auto")
     found = [model.compiled, model.generate([1, 2, 3], max_new_tokens=4).tokens, model.compiled]
     try:

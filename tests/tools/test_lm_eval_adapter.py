@@ -29,7 +29,7 @@ PROMPTS = ["Once", "The capital of France is", "x", "Hello there", "def f(x):\n"
 @pytest.mark.parametrize("batch_size, rows", [(1, [1] * 5), (2, [2, 2, 1]), (8, [5])])
 def test_answers_are_the_references_in_the_order_of_the_requests(make, batch_size, rows, notes):
     adapter = make(batch_size)
-    calls = notes(adapter.model, "prefill_checked", lambda tokens, *_, **_more: len(tokens))
+    calls = notes(adapter.model, "prefill_prepared", lambda tokens, *_, **_more: len(tokens))
     answers = adapter.generate_until(instances(*[(prompt, {"max_gen_toks": 12}) for prompt in PROMPTS]))
     assert answers == [greedy_text(adapter, prompt, 12) for prompt in PROMPTS]
     assert calls == rows

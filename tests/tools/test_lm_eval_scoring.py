@@ -33,7 +33,7 @@ def test_log_likelihoods_are_the_references_in_the_order_of_the_requests(make, n
     pairs = [(context, choice) for context in CONTEXTS for choice in CHOICES]
     random.Random(0).shuffle(pairs)
     expected = [naive(adapter, ids(context), ids(choice)) for context, choice in pairs]
-    calls = notes(adapter.model, "prefill_checked", lambda tokens, *_, **_more: len(tokens))
+    calls = notes(adapter.model, "prefill_prepared", lambda tokens, *_, **_more: len(tokens))
     results = adapter.loglikelihood(instances(*pairs))
     assert close(results, expected)
     assert calls == rows

@@ -92,7 +92,7 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(family, name, logits, mo
     monkeypatch.setattr(engines, "WORTH_KEEPING", 4)
     model = make(family, PLANS[name])
     engine, plan = new_engine(model), model.plan
-    ran = notes(pop.Model, "prefill_checked", lambda model, tokens, *_, **__: len(tokens[0]))
+    ran = notes(pop.Model, "prefill_prepared", lambda model, tokens, *_, **__: len(tokens[0]))
     windows = any(model.config.windows)
     first = prompt(30, 1)
 
@@ -415,7 +415,7 @@ def test_a_cancelled_prompt_is_not_prefilled_to_its_end(paper, notes):
     long = new_job(prompt(100, 1))
     engine.submit([new_job(prompt(5, 2), max_new_tokens=100)])
     engine.turn()
-    ran = notes(pop.Model, "prefill_checked", lambda model, tokens, *_, **__: engine.cancel([long]) or len(tokens[0]))
+    ran = notes(pop.Model, "prefill_prepared", lambda model, tokens, *_, **__: engine.cancel([long]) or len(tokens[0]))
     engine.submit([long])
     engine.turn()
     assert ran == [7]
@@ -442,7 +442,7 @@ def test_errors_reach_those_whom_they_concern(paper, monkeypatch, caplog, notes)
         if tokens[0][0] == jobs[1].tokens[0]:
             raise RuntimeError("prefill")
 
-    notes(pop.Model, "prefill_checked", fail)
+    notes(pop.Model, "prefill_prepared", fail)
     work(engine, jobs)
     assert [str(job.events[-1].error) for job in jobs] == ["None", "prefill", "None"]
     monkeypatch.undo()

@@ -75,7 +75,7 @@ def _parts(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int], chu
 
 def _group_parts(config, plan: PrunePlan, group: Group, chunk: torch.Tensor) -> Iterator[Part]:
     """What a group of layers does for the tokens in `chunk` [N] bool."""
-    at_full_depth = cost.full_depth_tokens(plan, len(chunk), group)
+    at_full_depth = cost.runs_group(plan, len(chunk), group)
     full_depth = at_full_depth & chunk
     projected = ~at_full_depth & chunk
     for index in group.layers:

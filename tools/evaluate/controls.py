@@ -48,7 +48,7 @@ class FromEmbedding(OneByOne):
             h[:, :1] = layer(h[:, :1], first, write_and_attend(cache, index, slots[:, :1]))
             W, b = self.weights[index]
             k, v = (x @ W + b).chunk(2, dim=-1)  # [1, T - 2, K * E] each
-            k, v = layer.placed(k, v, rest)
+            k, v = layer.finished_keys_values(k, v, rest)
             write(cache.keys[index], cache.values[index], slots[:, 1:], k, v)
         cache.lengths += len(tokens) - 1
         return self.extend(tokens[-1:], cache)[0]  # the boundary token

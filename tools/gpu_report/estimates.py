@@ -13,7 +13,7 @@ import torch
 import pop
 from pop.pruning import cost
 from pop.pruning.corrections import Corrections
-from pop.pruning.sketch import NUMBERS
+from pop.pruning.sketch import SKETCH_SIZE
 from tools.bench.roofline import Machine, speedup_limit
 from tools.bench.shapes import decode_bytes
 from tools.bench.subject import _read_shape
@@ -87,7 +87,7 @@ def calibrated_plans(config, count: int) -> dict[str, pop.PrunePlan]:
         weight=zero.expand(count, 2, config.num_kv_heads * config.head_dim, rank),
         shared=zero.expand(1, rank, 2 * config.hidden_size),
         update=None,
-        sketch=torch.zeros(count, 2, NUMBERS),
+        sketch=torch.zeros(count, 2, SKETCH_SIZE),
     )
     plan = pop.PrunePlan(layers, full_depth_last=96, full_depth_first=1, corrections=corrections)
     selecting = dataclasses.replace(plan, full_depth_selected=SELECTED)

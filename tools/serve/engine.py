@@ -118,7 +118,7 @@ class Engine:
         for begin, cut in pairwise([n, *cuts, end]):
             fresh = [one for one, at in zip(job.media, images, strict=True) if begin <= at.start < cut]
             part, lengths = padded([tokens[begin:cut]])
-            row.logits = model.prefill_checked(part, row.cache, lengths, [fresh], plan, boundary=cut == end)
+            row.logits = model.prefill_prepared(part, row.cache, lengths, [fresh], plan, boundary=cut == end)
             if cut == shared:
                 self.kept.add(Filled.of(keys[:cut], row.cache, images, cut, row.whole, job.plan))
             if cut < end:

@@ -80,7 +80,7 @@ class Filled:
                 cache.copy_from(view)
                 tokens, lengths = padded([[self.keys[token]]])
                 depth = FULL_DEPTH if self.whole[token] else plan
-                model.prefill_checked(tokens, cache, lengths, [()], depth, boundary=False)
+                model.prefill_prepared(tokens, cache, lengths, [()], depth, boundary=False)
                 view.previous_hidden = cache.previous_hidden
             view.lengths = torch.tensor([n])
         cache.copy_from(view)

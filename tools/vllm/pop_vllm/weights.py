@@ -5,7 +5,7 @@ import logging
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
-from pop.pruning.sketch import check_distance, distance, inputs, sketch_of
+from pop.pruning.sketch import check_distance, distance, probe_states, sketch_of
 
 logger = logging.getLogger("vllm.pop")
 
@@ -21,7 +21,7 @@ def check_weights(model, plan) -> None:
         return
     layers = model.model.layers
     width = layers[0].input_layernorm.weight.shape[0]
-    h = inputs(width).to(model.device, model.dtype)  # [J, D]
+    h = probe_states(width).to(model.device, model.dtype)  # [J, D]
     projected = [torch.stack(model.projected(index, h)) for index in plan.layers]  # [2, J, rows] each
     projected = torch.stack(projected).transpose(2, 3).float()  # [n, 2, rows, J]: this rank's heads
     ranks = get_tensor_model_parallel_world_size()
