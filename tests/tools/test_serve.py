@@ -468,6 +468,16 @@ def test_the_first_plan_is_the_default_and_has_its_own_name_too(start, tmp_path,
     assert "requests that name no plan" not in capsys.readouterr().err  # `load` says it
 
 
+@pytest.mark.parametrize(("host", "is_local"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_the_key_and_whether_others_reach_the_host_go_to_the_server(host, is_local, start, monkeypatch):
+    """Without the first, anybody could use it. The second decides which names of hosts are checked."""
+    made = Mock()
+    monkeypatch.setattr("tools.serve.__main__.Server", made)
+    monkeypatch.setenv("POP_API_KEY", "secret")
+    assert start("--prune", "none", "--host", host) == 0
+    assert made.call_args.args[2:4] == ("secret", is_local)
+
+
 @pytest.mark.parametrize("files", [["a/my.plan", "b/my.plan"], ["a/none.plan"]])
 def test_two_plans_of_one_name_are_refused(files, start, tmp_path, capsys):
     """Requests could not say which of them they mean."""
