@@ -256,7 +256,8 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
         print(f"a fit of this width can use {useful:,} tokens; more texts would improve it", file=sys.stderr)
     # Tokens through the whole model, about. The judge sees each plan of the search, each lambda and each check.
     judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
-    passed = 4 * min(num_tokens, useful) + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
+    fitted_on = min(num_tokens, useful) + len(search.TAILS) * min(num_tokens, search.FEW)
+    passed = 4 * fitted_on + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
     print(

@@ -38,7 +38,7 @@ RESPONSE = 48  # tokens of it that count
 CUES_IN_REPEATED = 4  # a quarter of a repeated passage is its cue
 LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
-FEW = 12_000  # tokens from which a set of layers is fitted to be compared
+FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with a third of them, a worse set wins
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 
 Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
