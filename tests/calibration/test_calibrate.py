@@ -45,7 +45,7 @@ def test_layers_and_tokens_are_decided_and_two_runs_give_the_same_file(model, de
 def test_the_layers_are_those_that_are_given(model):
     plan = calibrate(model, TEXTS, "1,3", steps=0, progress=False)
     assert plan.layers == (1, 3) and plan.corrections is not None
-    assert plan.selecting_layer in (0, 2) and plan.full_depth_last == round(0.1 * 512)
+    assert plan.selecting_layer in (0, 2) and plan.full_depth_last == round(search.FULL_DEPTH_SHARE * 512)
     assert plan.full_depth_below == search.SHORT
     given = calibrate(model, TEXTS, PrunePlan((1, 3), full_depth_last=7), steps=0, progress=False)
     assert (given.full_depth_last, given.full_depth_selected, given.selecting_layer) == (7, 0, None)
