@@ -44,7 +44,7 @@ def assert_close(actual, expected, where=""):
     assert actual.shape == expected.shape
     errors = (actual - expected).abs()
     error = errors.max().item()
-    allowed = 1e-4 * expected.std(correction=0).item() + 1e-7
+    allowed = max(1e-4 * expected.std(correction=0).item(), 1e-7)
     place = tuple(map(int, torch.unravel_index(errors.argmax(), errors.shape)))
     assert error <= allowed, f"{where} values differ by up to {error:.2g}, at {place}, but {allowed:.2g} is allowed"
 
