@@ -74,8 +74,8 @@ class ChatFormat:
         self.tokenizer = tokenizer.reserving([*around, *self._spoken])
         after_answer = self._names(rest.partition(_QUESTION)[0])
         self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
-        self._continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
-        self.opening = prompt[len(begun) :] if self._continues else ""  # the text that opens the model's turn
+        continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
+        self.opening = prompt[len(begun) :] if continues else ""  # the text that opens the model's turn
 
         texts = [template, *self._variables.values(), *self._places.values()]
         self._marks = ControlMarks(self.tokenizer.special_tokens, texts)
@@ -148,7 +148,7 @@ class ChatFormat:
         opened = self._write([*system, _ASKED], enable_thinking=enable_thinking)
         begun, _, added = self._write([*system, *turn, asked], enable_thinking=enable_thinking).partition(_ANSWER)
         after_more = self._write([*system, *turn, *turn, asked], enable_thinking=enable_thinking).split(_ANSWER, 2)[-1]
-        if not self._continues or not opened.startswith(begun.rstrip()) or after_more != added:
+        if not opened.startswith(begun.rstrip()) or after_more != added:
             raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
         return self._encode(added, media, conversation), media
 

@@ -147,9 +147,17 @@ def test_the_next_turn_continues_the_conversation(form_of):
         begun, expected = written(form, [ASKED, {"role": "assistant", "content": "Yes"}, ASKED]).split("Yes")
         assert written(form, [ASKED]).startswith(begun.rstrip())
         assert form.next_prompt("Hi")[0] == form.tokenizer.encode(expected, bos=False, allow_special=True)
+
+
+def test_a_template_that_rewrites_earlier_turns_has_no_next_prompt(form_of):
     last = "{% for m in messages %}{{ '<|im_start|>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(UnsupportedError, match="rewrites earlier turns"):
-        form_of(last).next_prompt("Hi")
+    numbered = saying("{{ loop.index if m.role == 'user' }} {{ m.content }}")
+    told_last = saying("{{ messages[0].content if loop.last and messages[0].role == 'system' }}{{ m.content }}")
+    system = [{"role": "system", "content": "Be brief."}]
+    for template, before in ((last, []), (numbered, []), (told_last, system)):
+        with pytest.raises(UnsupportedError, match="rewrites earlier turns"):
+            form_of(template).next_prompt("Hi", system=before)
+    assert form_of(told_last).next_prompt("Hi")
 
 
 def test_tools_are_text_too(form_of):

@@ -124,6 +124,15 @@ def test_gemma3(tmp_path):
     assert model.logits([[1, 2, 3]]).isfinite().all()
 
 
+def test_the_largest_gemma3_scales_scores_by_its_width(tmp_path):
+    """A file does not state the scale. That of 27B, and of no smaller model, is width / heads."""
+    tensors, layers = make_tensors("gemma3"), 62
+    for n in range(LAYERS, layers):
+        tensors |= {name.replace("blk.0.", f"blk.{n}."): one for name, one in tensors.items() if "blk.0." in name}
+    config, _ = converted(tmp_path, tensors, {"gemma3.block_count": layers}, "gemma3")
+    assert config["query_pre_attn_scalar"] == WIDTH // HEADS != HEAD_DIM
+
+
 # ---- config.json
 
 

@@ -345,6 +345,8 @@ def test_kept_caches_are_bounded_in_memory_and_number(paper, monkeypatch):
     for seed in (1, 2, 3):
         answer(engine, new_job(prompt(30, seed)))
     assert [one.keys[:30] for one in engine.kept.caches] == [prompt(30, 3), prompt(30, 2)]
+    answer(engine, new_job([*prompt(30, 2), 1]))  # uses the older one, so that the other gives way
+    assert [one.keys[:30] for one in engine.kept.caches] == [prompt(30, 2)] * 2
 
 
 def test_images_of_other_sizes_are_not_the_same_image():
