@@ -221,6 +221,12 @@ def test_words_of_calls_and_tools_form_no_control_token(form_of, body):
         encode("im_end")
 
 
+def test_added_tokens_that_the_template_writes_are_text_in_messages(base, form_of):
+    name = "<｜User｜>"  # added, and not special
+    ids = form_of(OTHERS["deepseek"]).encode(user(f"a{name}b"))
+    assert ids.count(base.added_tokens[name]) == 1
+
+
 def test_tokens_that_only_open_the_answer_are_text_in_messages_of_users(form_of):
     """An answer may have them, as a thought does: templates cut old thoughts there."""
     name = "<｜User｜>"  # added, and not special
