@@ -1,7 +1,6 @@
 """What a plan changes in the answers to your own requests, where they are served.
 
-    python -m tools.check_chats log.jsonl --out answers.jsonl                 # vLLM with POP_PLAN
-    python -m tools.check_chats log.jsonl --out answers.jsonl --server pop    # tools.serve
+    python -m tools.check_chats log.jsonl --out answers.jsonl       # of tools.serve, or of vLLM with POP_PLAN
 
 A line of log.jsonl is a request: {"messages": [...]}. Of its other keys, these are sent: "tools", "tool_choice",
 "response_format" and "chat_template_kwargs". An answer at its end is not.
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +24,7 @@ from pop.cli.texts import conversation, read_lines
 from pop.errors import InputError, check_count
 from pop.system import files
 from pop.system.progress import progress_bar
-from tools.check_server import AT_ONCE, PLAN, Client, is_never
+from tools.check_server import AT_ONCE, KEY, Client, is_never
 from tools.common import exit_status, table
 
 WAYS = ("plan", "full depth", "full depth again")
@@ -99,8 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("requests", help="a .jsonl file", metavar="FILE")
     parser.add_argument("--out", help="write the answers to this file, a line for each request", required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (%(default)s)")
-    parser.add_argument("--key", help="the server's API key (VLLM_API_KEY)", default=os.environ.get("VLLM_API_KEY"))
-    parser.add_argument("--server", choices=PLAN, default="vllm", help="how it is asked for full depth (vllm)")
+    parser.add_argument("--key", help="the server's API key (POP_API_KEY, or VLLM_API_KEY)", default=KEY)
     parser.add_argument("--max-tokens", type=int, default=256, help="of an answer (256)", metavar="N")
     args = parser.parse_args(argv)
 
@@ -109,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         check_count("--max-tokens", args.max_tokens)
         files.check_writable(args.out, "the answers", InputError)
         client = Client(args.url, args.key)
-        client.check_plans(PLAN[args.server])
-        answers = ask(client, requests, PLAN[args.server]("none"), args.max_tokens)
+        client.check_plans()
+        answers = ask(client, requests, client.plan("none"), args.max_tokens)
         lines = [json.dumps(request | one) for request, one in zip(requests, answers, strict=True)]
         files.write_whole(args.out, "".join(f"{line}\n" for line in lines).encode(), "the answers", InputError)
         print(report(answers), f"The answers are in {args.out}.", sep="\n\n")

@@ -1,9 +1,9 @@
 """Does a plan hold where it is served? Ask a server the questions of `pop check`, with its plan and at full depth.
 
-    python -m tools.check_server weights/llama3.1-8b-instruct                 # vLLM with POP_PLAN
-    python -m tools.check_server smollm2-135m --server pop --questions 4      # tools.serve
-    python -m tools.check_server smollm2-135m --server pop --cached           # each text is in the cache
-    python -m tools.check_server smollm2-135m --server pop --text my.txt      # about your text
+    python -m tools.check_server weights/llama3.1-8b-instruct       # of tools.serve, or of vLLM with POP_PLAN
+    python -m tools.check_server smollm2-135m --questions 4
+    python -m tools.check_server smollm2-135m --cached              # each text is in the cache
+    python -m tools.check_server smollm2-135m --text my.txt         # about your text
 
 With --cached, the server has each prompt but for its last tokens, the question, before it gets the whole prompt. Then
 vLLM selects no tokens of the text for the question, and tools.serve does. vLLM tells what it took from its cache only
@@ -41,8 +41,7 @@ from pop.inputs.chat import chat_format
 from pop.system.progress import progress_bar
 from tools.common import exit_status, integers_in, table
 
-# What a request says of its plan. "none" is full depth, and any other text is refused by a server that reads it.
-PLAN = {"vllm": lambda plan: {"vllm_xargs": {"pop_plan": plan}}, "pop": lambda plan: {"plan": plan}}
+KEY = os.environ.get("POP_API_KEY") or os.environ.get("VLLM_API_KEY")
 LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that are asked without a proxy
 AT_ONCE = 4  # requests
 SECONDS = 600  # that an answer may take
@@ -94,18 +93,21 @@ class Client:
             longest = f"prompts of {max(lengths)} tokens and their answers"
             raise InputError(f"{longest} exceed the server's {most}; give shorter --lengths")
 
-    def check_plans(self, plan_of) -> None:
+    def plan(self, name: str) -> dict:
+        """What a request says to get a plan: of tools.serve, or otherwise of vLLM. "none" is full depth."""
+        if self.about.get("owned_by") == "pop":
+            return {"plan": name}
+        return {"vllm_xargs": {"pop_plan": name}}
+
+    def check_plans(self) -> None:
         """Raise InputError if the server ignores the plan of a request."""
         try:
-            self.answer([0, 1, 2], 1, plan_of("?"))
+            self.answer([0, 1, 2], 1, self.plan("?"))  # refused by a server that reads it
         except Refused as error:
             if "plan" in str(error):
                 return
             raise
-        raise InputError(
-            "the server ignores the plan of a request, so nothing can be compared; does it run a plan, and is --server "
-            "right?"
-        )
+        raise InputError("the server ignores the plan of a request, so nothing can be compared; does it run a plan?")
 
     def _asked(self, route: str, fields: dict | None = None, *, read):
         """What `read` takes from the JSON of an answer."""
@@ -235,8 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("model", help="a folder with the tokenizer, or a name that `pop models` lists")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (%(default)s)")
-    parser.add_argument("--key", help="the server's API key (VLLM_API_KEY)", default=os.environ.get("VLLM_API_KEY"))
-    parser.add_argument("--server", choices=PLAN, default="vllm", help="how it is asked for full depth (vllm)")
+    parser.add_argument("--key", help="the server's API key (POP_API_KEY, or VLLM_API_KEY)", default=KEY)
     parser.add_argument(
         "--lengths", default="1024,4096", help="of the prompts, in tokens (%(default)s)", metavar="N,..."
     )
@@ -254,8 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         questions, tokenizer = questions_of(find_folder(args.model), lengths, args.questions, args.seed, texts)
         client = Client(args.url, args.key)
         client.check_lengths(lengths)
-        client.check_plans(PLAN[args.server])
-        verdict = compare(client, questions, tokenizer, PLAN[args.server]("none"), args.cached)
+        client.check_plans()
+        verdict = compare(client, questions, tokenizer, client.plan("none"), args.cached)
         print(report(verdict))
         if is_unjudged(verdict):
             raise InputError(
