@@ -12,6 +12,7 @@ from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
 from pop.errors import InputError, PopError
 
 MOST = 20_000_000  # characters of a text
+NOT_WRITTEN = {"name", "parsed", "weight"}  # keys of logged messages that no template writes
 CONVERSATION = '{"messages": [{"role": "user", "content": "Hi"}]}'
 
 Text = str | list[tuple[str, dict]]  # a file's text; or its conversations, each after where it stands
@@ -58,12 +59,22 @@ def conversation(line: str, where: str) -> dict:
     """A conversation as ChatFormat.encode takes it. Other keys, such as those of a logged request, are left out."""
     try:
         read = json.loads(line)
-        messages = [{key: part for key, part in one.items() if part not in (None, [])} for one in read["messages"]]
+        messages = [_message(one) for one in read["messages"]]
         roles = [message["role"] for message in messages]
         is_open = roles[-1] != "assistant"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise InputError(f"{where} is not a conversation on one line, such as {CONVERSATION}") from None
     return {"messages": messages, "tools": read.get("tools"), "add_generation_prompt": is_open}
+
+
+def _message(one: dict) -> dict:
+    """A message as a chat format takes it: only with what is written, and with the older name of its role."""
+    message = {key: part for key, part in one.items() if part not in (None, [])}
+    if message["role"] != "tool":
+        message = {key: part for key, part in message.items() if key not in NOT_WRITTEN}
+    if message["role"] == "developer":
+        message["role"] = "system"
+    return message
 
 
 def encoded(model, text: Text) -> list[str] | list[list[int]]:

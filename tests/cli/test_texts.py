@@ -5,7 +5,7 @@ import json
 import pytest
 
 import pop
-from pop.cli.texts import CONVERSATION, calibration_texts, encoded, read_text
+from pop.cli.texts import CONVERSATION, calibration_texts, conversation, encoded, read_text
 from pop.errors import InputError
 
 ASKED = [{"role": "user", "content": "What is the square of two?\u2028And of three?"}]
@@ -23,7 +23,7 @@ def write(folder, *conversations) -> str:
 @pytest.fixture
 def file(tmp_path):
     """Ten conversations, of which every other ends with an answer, with keys that logs have."""
-    logged = [{**message, "refusal": None, "annotations": []} for message in ANSWERED]
+    logged = [{**message, "refusal": None, "annotations": [], "name": "Ann", "weight": 1} for message in ANSWERED]
     conversations = [{"model": "m", "messages": logged[: 1 + number % 2]} for number in range(10)]
     return write(tmp_path, *conversations)
 
@@ -45,11 +45,22 @@ def test_a_base_model_has_no_format_for_them(file, model):
 
 
 def test_conversations_that_cannot_be_used_are_left_out_with_a_note(tmp_path, model, ids, capsys):
-    odd = [{"messages": [{"role": "developer", "content": "Hi"}]}, {"messages": [{"role": "user", "content": ""}]}]
+    odd = [{"messages": [{"role": "critic", "content": "Hi"}]}, {"messages": [{"role": "user", "content": ""}]}]
     path = write(tmp_path, odd[0], {"messages": ASKED}, odd[1])
     assert encoded(model, read_text(path)) == ids[:1]
     note = capsys.readouterr().err
     assert note.startswith(f"2 of 3 conversations cannot be used; the first is {path}, line 1: message 0 has the role")
+
+
+def test_a_message_of_a_developer_is_one_of_the_system(tmp_path, model):
+    told = [{"role": "system", "content": "Be brief."}, *ASKED]
+    path = write(tmp_path, {"messages": [told[0] | {"role": "developer"}, *ASKED]})
+    assert encoded(model, read_text(path)) == [model.chat_format().encode(told)]
+
+
+def test_the_name_of_a_tool_stays():
+    messages = [{"role": "tool", "name": "f", "content": "1"}]
+    assert conversation(json.dumps({"messages": messages}), "line 1")["messages"] == messages
 
 
 def test_an_empty_system_message_stays(tmp_path, model):
@@ -114,7 +125,7 @@ def test_calibrate_and_check_get_what_ends_with_an_answer_or_where_one_begins(fi
         ('{"messages": [{"content": "Hi"}, {"role": "user", "content": "Hi"}]}', ", line 1 is not a conversation"),
         (" \n\n", " holds no conversation"),
         (f"{CONVERSATION}\n\nHi", ", line 3 is not a conversation"),  # blank lines are left out
-        ('{"messages": [{"role": "user", "name": "A"}]}', ", line 1: message 0 has ['name'], which the role user"),
+        ('{"messages": [{"role": "user", "mood": "A"}]}', ", line 1: message 0 has ['mood'], which the role user"),
         ('{"messages": [{"role": "me"}]}', ", line 1: message 0 has the role 'me'"),
         (f'{{"messages": {json.dumps(ASKED)}, "tools": 5}}', ", line 1: tools must be a list"),
     ],
