@@ -168,15 +168,21 @@ def _prompt_length(model) -> int:
 def _plan_of(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan:
     """The plan that prunes these layers, with tokens at full depth."""
     allowed = [index for index in range(max(layers)) if index not in layers]  # kept, with pruned layers after them
-    total = round(FULL_DEPTH_SHARE * _prompt_length(model))
     if not allowed:
+        total = round(FULL_DEPTH_SHARE * _prompt_length(model))
         return PrunePlan(layers, full_depth_first=1, full_depth_last=total)
     selecting = max(allowed, key=lambda index: lookups[index])
-    last = min(LAST, total)
-    selected = round((total - last) / (_prompt_length(model) - last), 4)
+    last, selected = full_depth_tokens(_prompt_length(model))
     return PrunePlan(
         layers, full_depth_first=1, full_depth_last=last, full_depth_selected=selected, selecting_layer=selecting
     )
+
+
+def full_depth_tokens(num_tokens: int = PROMPT) -> tuple[int, float]:
+    """How many last tokens of a prompt are at full depth, and the share of its other tokens that is selected."""
+    total = round(FULL_DEPTH_SHARE * num_tokens)
+    last = min(LAST, total)
+    return last, round((total - last) / (num_tokens - last), 4)
 
 
 def _limit(model, plan: PrunePlan, rank: int) -> float:

@@ -54,11 +54,11 @@ def test_two_plans_are_measured_beside_full_depth(run, tmp_path):
     (out, _), asked = run("--input-len", "300", "--tensor-parallel-size", "2")
     words = ["--model", str(tmp_path / "tiny"), "--input-len", "300", "--batch-size", "1", "--output-len", "1"]
     words += ["--tensor-parallel-size", "2"]
-    assert asked == [[words, [], 1, 0.0], [words, [4, 5], 96, 0.0], [words, [4, 5], 96, 0.056]]
+    assert asked == [[words, [], 1, 0.0], [words, [4, 5], 192, 0.0], [words, [4, 5], 192, 0.0291]]
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:3] for row in rows] == [["none", "2", "1.00x"], ["plain", "1", "2.00x"], ["selects", "1", "2.00x"]]
     model = pop.load(tmp_path / "tiny", prune=None)
-    plans = [pop.PrunePlan((4, 5), full_depth_first=1, full_depth_last=96, full_depth_selected=s) for s in (0.0, 0.056)]
+    plans = [pop.PrunePlan((4, 5), 192, 1, full_depth_selected=share) for share in (0.0, 0.0291)]
     assert [row[3] for row in rows[1:]] == [f"{plan.speedup(model, 300):.2f}x" for plan in plans]
 
 

@@ -23,9 +23,9 @@ import torch
 
 import pop
 from pop.errors import InputError, check_count
-from tools.common import ROOT, exit_status, machine, names_in, progress, table
+from tools.common import ROOT, commit, exit_status, machine, names_in, progress, table
 from tools.gpu_report import parts
-from tools.gpu_report.estimates import TARGETS, estimates
+from tools.gpu_report.estimates import SHAPE, TARGETS, estimates
 
 LIMIT = 480  # seconds of a part
 
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     option = parser.add_argument
     option("parts", nargs="*", help=f"any of {', '.join(parts.PARTS)} (all)")
     option("--layers", type=int, help="shorten the model to N layers", metavar="N")
-    option("--shape", help="as in tools.bench (llama3.1-8b)", default="llama3.1-8b")
+    option("--shape", help=f"as in tools.bench ({SHAPE})", default=SHAPE)
     option("--lengths", help="of prefills (512,2048,8192)", default="512,2048,8192", metavar="N,...")
     option("--device", help="(cuda)", default="cuda")
     option("--limit", type=int, help=f"seconds of a part ({LIMIT})", default=LIMIT, metavar="S")
@@ -63,14 +63,14 @@ def _run(args, argv: list[str], lines: list[dict]) -> None:
     if args.child:
         measure(setup, names[0])
         return
-    say({"machine": machine(setup.device), "pop": pop.__version__})
+    say({"machine": machine(setup.device), "cuda": torch.version.cuda, "pop": pop.__version__, "commit": commit()})
     options = [word for word in argv if word not in names]
     for name in names:
         progress(name)
         for line in in_child(name, options, args.limit):
             say(line)
             lines.append(line)
-    print("\n" + summary(lines))
+    print("\n" + summary(lines, estimates(of_model=args.shape == SHAPE and args.layers is None)))
 
 
 def measure(setup: parts.Setup, name: str) -> None:
@@ -126,9 +126,9 @@ def in_child(name: str, options: list[str], limit: float) -> Iterator[dict]:
         yield {"part": name, "failed": f"its process ended with status {child.returncode}"}
 
 
-def summary(lines: list[dict]) -> str:
+def summary(lines: list[dict], expected: dict[str, str]) -> str:
     """The table: for each figure its estimate, its target, its value, and whether it was measured, and how."""
-    expected = estimates()
+    targets = {what: target for what, target in TARGETS.items() if what in expected}
     slow = {line["part"] for line in lines if line.get("fallbacks")}
     rows = [["", "estimate for an H100", "target", "measured", "state"]]
     for line in lines:
@@ -136,12 +136,12 @@ def summary(lines: list[dict]) -> str:
             value = line["value"]
             shown = value if isinstance(value, str) else f"{value:,.4g} {line['unit']}".rstrip()
             state = "fallback" if line["part"] in slow else "measured"
-            rows.append([line["what"], expected.pop(line["what"], ""), TARGETS.get(line["what"], ""), shown, state])
+            rows.append([line["what"], expected.pop(line["what"], ""), targets.get(line["what"], ""), shown, state])
         elif "failed" in line:
             rows.append([line["part"], "", "", "", f"failed: {line['failed'].splitlines()[0][:60]}"])
         for fallback in line.get("fallbacks", ()):
             rows.append([line["part"], "", "", "", f"fallback: {fallback}"])
-    rows += [[what, value, TARGETS.get(what, ""), "", "estimated"] for what, value in expected.items()]
+    rows += [[what, value, targets.get(what, ""), "", "estimated"] for what, value in expected.items()]
     return table(rows, words=(0, 1, 2, 3, 4))
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 import pop
+from pop.calibration.search import full_depth_tokens
 from pop.pruning import cost
 from pop.pruning.corrections import Corrections
 from pop.pruning.sketch import SKETCH_SIZE
@@ -18,12 +19,12 @@ from tools.bench.roofline import Machine, speedup_limit
 from tools.bench.shapes import decode_bytes
 from tools.bench.subject import _read_shape
 
+SHAPE = "llama3.1-8b"
 FLOPS = 798e12  # per second, of a large matrix product
 BYTES = 3.0e12  # per second
 MFU = {512: (0.45, 0.55), 2048: (0.65, 0.71), 8192: (0.69, 0.74), 32_000: (0.60, 0.67)}  # by tokens of a prompt
 MBU = {"uncaptured": (0.50, 0.65), "captured": (0.72, 0.78)}
 POSITION = 1000  # of the decode step
-SELECTED = 0.06  # of the tokens of a calibrated plan, beside its last ones
 COLD = (611, 1203, 2222, 5003)  # prompt lengths that no other part uses
 
 # Speedups of 10 of 32 pruned layers. The limits are those of tools/bench/roofline.py at these rates.
@@ -40,10 +41,8 @@ TARGETS = {
 }
 
 
-def estimates() -> dict[str, str]:
-    """By the name of a figure."""
-    config, _ = _read_shape("llama3.1-8b")
-    read = decode_bytes(config, POSITION + 25, torch.bfloat16)
+def estimates(of_model: bool = True) -> dict[str, str]:
+    """By the name of a figure: of the device and, unless another model is measured, of the model."""
     found = {
         "matrix product": f"{FLOPS / 1e12:.0f} TFLOP/s",
         "memory": f"{BYTES / 1e12:.1f} TB/s",
@@ -64,8 +63,13 @@ def estimates() -> dict[str, str]:
     for length in COLD:
         found[f"{length:,} tokens: first TTFT / second"] = "1"
     for name, (low, high) in MBU.items():
-        found[f"decode step at position 1,000, {name}"] = span(1e3 * read / BYTES, low, high, "ms")
         found[f"MBU, {name}"] = f"{low} to {high}"
+    if not of_model:
+        return found
+    config, _ = _read_shape(SHAPE)
+    read = decode_bytes(config, POSITION + 25, torch.bfloat16)
+    for name, (low, high) in MBU.items():
+        found[f"decode step at position 1,000, {name}"] = span(1e3 * read / BYTES, low, high, "ms")
     for length, (low, high) in MFU.items():
         work = cost.prefill_flops(config, length, pop.PrunePlan.none())
         found[f"prefill of {length:,} tokens"] = span(1e3 * work / FLOPS, low, high, "ms")
@@ -78,7 +82,7 @@ def estimates() -> dict[str, str]:
 
 
 def calibrated_plans(config, count: int) -> dict[str, pop.PrunePlan]:
-    """Plans of the kind that ships, for the deepest `count` layers: corrections of half of the width, all zeros."""
+    """Plans as `pop calibrate` makes them, for the deepest `count` layers. The corrections are all zeros."""
     layers = tuple(range(config.num_layers - count, config.num_layers))
     rank = config.hidden_size // 2
     zero = torch.zeros(1)
@@ -89,8 +93,9 @@ def calibrated_plans(config, count: int) -> dict[str, pop.PrunePlan]:
         update=None,
         sketch=torch.zeros(count, 2, SKETCH_SIZE),
     )
-    plan = pop.PrunePlan(layers, full_depth_last=96, full_depth_first=1, corrections=corrections)
-    selecting = dataclasses.replace(plan, full_depth_selected=SELECTED)
+    last, selected = full_depth_tokens()
+    plan = pop.PrunePlan(layers, full_depth_last=last, full_depth_first=1, corrections=corrections)
+    selecting = dataclasses.replace(plan, full_depth_selected=selected)
     return {"calibrated": plan, "calibrated, with selection": selecting}
 
 

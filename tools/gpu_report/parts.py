@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import pop
 from pop import engine
 from pop.backends import cuda, cuda_graph, span_attention
+from pop.calibration.search import full_depth_tokens
 from pop.engine.decode_step import DecodeStep
 from pop.engine.layer_pass import ReplayedPasses
 from tools.bench import __main__ as bench
@@ -28,10 +29,11 @@ from tools.bench.shapes import decode_bytes
 from tools.bench.subject import load_subject, parse_plan, random_prompt
 from tools.bench.turns import bandwidth_turn, peak_turn
 from tools.common import ROOT, progress
-from tools.gpu_report.estimates import COLD, POSITION, SELECTED
+from tools.gpu_report.estimates import COLD, POSITION
 
 PRUNED = "0.3125"  # 10 of 32 layers
-SHIPPED = "corrected:0.3125:96"  # with codes and 96 tokens at full depth, as the plans that ship
+LAST, SELECTED = full_depth_tokens()
+CALIBRATED = f"corrected:0.3125:{LAST}"  # with codes, and as many last tokens at full depth as calibration decides
 LONG = 32_000  # tokens
 KEYS = (512, 2048, 8192, 32_768)  # that one token attends to
 BREAK_EVEN = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens
@@ -173,9 +175,12 @@ def attention(setup: Setup) -> Iterator[Figure]:
 
 def fa3(setup: Setup) -> Iterator[Figure]:
     """Prompts by FlashAttention-3, which replaces torch's own operator."""
+    if find_spec("flash_attn_interface") is None:
+        yield "FlashAttention-3", "its package flash_attn_interface is not installed", ""
+        return
     from torch.nn.attention import activate_flash_attention_impl
 
-    activate_flash_attention_impl("FA3")  # raises without the package flash_attn_interface
+    activate_flash_attention_impl("FA3")
     yield from _prompts("FA3", setup.device)
 
 
@@ -304,10 +309,10 @@ def _prefills(model: pop.Model, args) -> Iterator[Figure]:
         yield f"efficiency at {length:,} tokens", pruned["efficiency"]["median"], ""
 
 
-def shipped(setup: Setup) -> Iterator[Figure]:
-    """A plan of the kind that ships: calibrated, with its last tokens and selected ones at full depth."""
+def calibrated(setup: Setup) -> Iterator[Figure]:
+    """A plan as calibration makes it, with its last tokens and selected ones at full depth."""
     model = setup.model
-    plan = parse_plan(SHIPPED, model)
+    plan = parse_plan(CALIBRATED, model)
     plans = {"calibrated": plan, "calibrated, with selection": dataclasses.replace(plan, full_depth_selected=SELECTED)}
     model.warmup(plans=list(plans.values()))
     for length, row in measure_prefill(model, plans, [], setup.args).items():
@@ -410,6 +415,6 @@ def tests(setup: Setup) -> Iterator[Figure]:
 # In the order of what a wrong result would make the next ones worthless.
 ALL = (
     rates, paths, attention, tests, decode, prefill, cold, waits, kernels, products,
-    shipped, long, batches, memory, small, moe, pdl, fa3, fp8,
+    calibrated, long, batches, memory, small, moe, pdl, fa3, fp8,
 )  # fmt: skip
 PARTS = {part.__name__: part for part in ALL}

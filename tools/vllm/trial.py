@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import pop
+from pop.calibration.search import full_depth_tokens
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import find_folder
 from pop.errors import InputError, PopError, check_count
@@ -32,8 +33,6 @@ parser = FlexibleArgumentParser()
 latency.add_cli_args(parser)
 latency.main(parser.parse_args())
 """
-LAST = 96  # tokens at full depth at a prompt's end, as pop.calibrate decides
-SELECTED = 0.056  # of the others
 LINES = 15  # of a log that shows why vLLM has failed
 
 
@@ -57,9 +56,10 @@ def plans_of(config, given: list[str], length: int) -> dict[str, pop.PrunePlan]:
     plans = {name: pop.PrunePlan.of(name, config.num_layers) for name in given}
     if not given:
         layers = range(2 * config.num_layers // 3, config.num_layers)
-        options = {"full_depth_first": 1, "full_depth_last": LAST}
+        last, selected = full_depth_tokens()
+        options = {"full_depth_first": 1, "full_depth_last": last}
         plans["plain"] = pop.PrunePlan(layers, **options)
-        plans["selects"] = pop.PrunePlan(layers, **options, full_depth_selected=SELECTED)
+        plans["selects"] = pop.PrunePlan(layers, **options, full_depth_selected=selected)
     for name, plan in plans.items():
         if not plan.num_pruned(length):
             raise InputError(f"the plan {name} prunes no prompt of {length} tokens; give a longer --input-len")
