@@ -37,7 +37,7 @@ class AttentionMetadata(NamedTuple):
         spans       [[[4, 6], [5, 7]]]   position 6 attends to 4, 5 and 6, and position 7 to 5, 6 and 7
         band        [2, 2, 0, 1]         key number 2 is the first token's own
 
-    One token a row needs none of the last three: see `decode_attention`.
+    One token a row needs no key_slots, held or band: see `decode_attention`.
     """
 
     rope: Rope  # the tokens' rotary tables
@@ -86,10 +86,10 @@ def empty_output(q: Tensor, *_) -> Tensor:
 
 @torch.library.custom_op("pop::chunk_attention", mutates_args=())
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
-    """Several consecutive tokens a row attend to the keys that `read` returns, one block of queries at a time.
+    """Several tokens a row attend to the keys that `read` returns, one block of queries at a time.
 
-    With a window, T tokens cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. This is a
-    custom operator because the number of blocks depends on lengths.
+    With a window, T consecutive tokens cost T * (window + QUERY_BLOCK) products, whatever N is. No mask has T rows.
+    This is a custom operator because the number of blocks depends on lengths.
     """
     T = q.shape[1]
     own, before, after, is_exact = Band(*band.tolist())

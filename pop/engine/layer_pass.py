@@ -90,7 +90,15 @@ class LayerPass:
 
         Each row's latest state, as it enters a layer, goes into `hidden`.
         """
-        passed = self.write_keys_values(chunk, h, group, previous)
+        corrections = group.corrections
+        z = None
+        passed = h
+        if corrections is not None:
+            first = group.layers[0]
+            layer = self.module.layers[first]
+            z = self.stages.code(layer, h, previous[first], corrections.shared)  # [B, C, R]
+            passed = corrections.updated(h, z, layer.multiply)
+        self.write_keys_values(chunk, h, z, group)
         latest = chunk.latest(h)
         if full.columns.shape[1] == 0:
             for index in group.layers:
@@ -105,16 +113,8 @@ class LayerPass:
         f = f.where(full.valid[..., None], passed.gather(1, columns))
         return passed.scatter(1, columns, f)
 
-    def write_keys_values(self, chunk: Chunk, h: Tensor, group: Group, previous: Tensor) -> Tensor:
-        """Write K and V of pruned layers, all from the h [B, C, D] that enters. Returns the h that leaves the group."""
-        corrections = group.corrections
-        z = None
-        passed = h
-        if corrections is not None:
-            first = group.layers[0]
-            layer = self.module.layers[first]
-            z = self.stages.code(layer, h, previous[first], corrections.shared)  # [B, C, R]
-            passed = corrections.updated(h, z, layer.multiply)
+    def write_keys_values(self, chunk: Chunk, h: Tensor, z: Tensor | None, group: Group) -> None:
+        """Write K and V of pruned layers, all from the h [B, C, D] that enters and its code z [B, C, R], if any."""
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             at = chunk.attention[layer.window]
@@ -122,8 +122,8 @@ class LayerPass:
             if z is None:
                 self.stages.pruned_layer(layer, h, at.rope, at.slots, keys, values)
             else:
-                self.stages.corrected_layer(layer, h, z, corrections.weight[number], at.rope, at.slots, keys, values)
-        return passed
+                correction = group.corrections.weight[number]
+                self.stages.corrected_layer(layer, h, z, correction, at.rope, at.slots, keys, values)
 
 
 class ReplayedPasses(LayerPass):

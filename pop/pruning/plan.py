@@ -52,10 +52,10 @@ class PrunePlan:
         full_depth_first: The first s tokens of the sequence, the attention sinks, also run it. The paper has s = 0.
         corrections: What pop.calibrate adds: corrections of the pruned layers' K and V, and updates of h. They need
             full_depth_first >= 1, since they are not fitted to the first token. None: plain pruning, as in the paper.
-        full_depth_selected: The share of a prompt's other tokens that run all layers after the selecting layer. These
-            are the tokens that the prompt's last tokens attend to most there. They skip the pruned layers before it.
-            Tokens of earlier prompts in the cache that have skipped layers compete with them.
-            Prefill reads this field as `selects`, `num_selected` and `selects_at`.
+        full_depth_selected: The share of a prompt's tokens, without those at full depth by their position, that run all
+            layers after the selecting layer. These are the tokens that the prompt's last tokens attend to most there.
+            They skip the pruned layers before it. Tokens of earlier prompts in the cache that have skipped layers
+            compete with them. Prefill asks `selects` whether, `num_selected` how many, and `selects_at` where.
         selecting_layer: A kept layer with pruned ones after it. None: the layer before the first pruned one.
         full_depth_below: All tokens of a sequence run at full depth if its prompt, with what the cache holds before it,
             has fewer tokens. In a short prompt, what pruning costs is more than what it saves.

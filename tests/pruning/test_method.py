@@ -1,7 +1,8 @@
 """What must hold for prefill-only pruning, whatever the model, the plan, the batch and the chunks.
 
-The first three tests hold the reference (pop/pruning/reference.py) to the paper. The others run the engine, which
-tests/engine/test_forward.py holds to the reference. All use float32 and tiny random models with awkward sizes.
+The first test holds the reference (pop/pruning/reference.py) to the paper, and the next two check what it does beyond
+that. The others run the engine, which tests/engine/test_forward.py holds to the reference. All use float32 and tiny
+random models with awkward sizes.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks", "short_averages")
 
 @given(models(), st.data())
 def test_the_reference_is_the_paper_read_literally(module, data):
-    """One pass encodes the prompt without its last w tokens, pruned. Another decodes these w at full depth, one by one.
+    """The prompt without its last w tokens is encoded pruned, and these w are decoded at full depth, token by token.
 
     The first tokens of a plan with sinks run at full depth, and so do those that it selects, and short prompts.
     """

@@ -98,7 +98,7 @@ class Contender:
 
 
 class OneByOne(Contender):
-    """A contender whose `prefill` and `extend` are its own, for one row. They write position p to slot p."""
+    """A contender with its own `prefill`, and `extend` if need be, for one row. They write position p to slot p."""
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> pop.KVCache:
         """An empty cache that has a slot for each position, even in layers with a sliding window."""
