@@ -55,7 +55,8 @@ FULL = "the full model"
 TITLE = """# All plans
 
 `python -m tools.results.leaderboard > tools/results/PLANS.md` writes this page. [README.md](README.md#all-plans)
-explains the columns, and how to add a row. Compare rows of one table only, and speedups of one machine and commit only.
+explains the columns, and how to add a row. Compare rows of one table only, and speedups only where the column "machine"
+says the same of them: the commit is that of the losses.
 Questions of ruler are left out, so shares differ from those of tables that count them. The rows of novel, manual and c
 are those of the [unseen texts](README.md#on-unseen-texts).
 """
