@@ -13,7 +13,9 @@ from support.tiny import write_checkpoint
 
 import pop
 from pop.backends import cuda_graph
+from pop.pruning import cost
 from tools.bench.roofline import Machine, speedup_limit
+from tools.bench.shapes import decode_bytes
 from tools.bench.subject import _read_shape
 from tools.common import ROOT
 from tools.gpu_report import __main__ as gpu_report
@@ -70,6 +72,32 @@ def test_the_limits_of_plans_are_those_of_the_readme():
         (row,) = (row for row in rows if row.startswith(f"| {name}"))
         limits = [speedup_limit(config, length, plan, machine) for length in (512, 2048, 8192)]
         assert re.findall(r"(\d\.\d\d)x", row) == [f"{limit:.2f}" for limit in limits]
+
+
+def test_the_gains_that_the_rollout_expects_follow_from_shapes():
+    """Of 11 layers of Llama-3.1-8B. Selected tokens cost nothing, or each of them reads all keys and values again."""
+    config, _ = _read_shape("llama3.1-8b")
+    plan = estimates.calibrated_plans(config, 11)["calibrated, with selection"]
+    answer, rows = 200, 32  # new tokens of an answer, and answers at a time
+    table = []
+    for length in (2048, 8000):
+        full = 1e3 * cost.prefill_flops(config, length, pop.PrunePlan.none()) / (0.69 * estimates.FLOPS)  # ms
+        least = full / speedup_limit(config, length, plan, Machine(estimates.FLOPS, estimates.BYTES))
+        selected = plan.num_selected(length - plan.full_depth_last - plan.full_depth_first)
+        in_layer = 2 * 2 * config.num_kv_heads * config.head_dim * length  # bytes of keys and values
+        most = least + 1e3 * len(plan.layers) * selected * in_layer / estimates.BYTES
+        one, two = (decode_bytes(config, position, torch.bfloat16) for position in (length, length + 100))
+        read = two + (rows - 1) * (length + 100) * (two - one) / 100  # each row has keys and values of its own
+        decode = answer * 1e3 * read / estimates.BYTES / rows  # ms of an answer
+        requests = [f"{(full + decode) / (taken + decode):.2f}x" for taken in (most, least)]
+        wait = f"{least:.0f} to {most:.0f} ms, {full:.0f} without the plan"
+        table.append([f"{full / least:.2f}x", f"{full / most:.2f}x", " to ".join(requests), "1.00x", wait])
+    lines = (ROOT / "tools" / "vllm" / "ROLLOUT.md").read_text(encoding="utf-8").splitlines()
+    (first,) = (
+        number for number, line in enumerate(lines) if line.startswith("| first token, if selected tokens cost")
+    )
+    cells = [[cell.strip() for cell in line.split("|")[2:4]] for line in lines[first : first + 5]]
+    assert cells == [[*row] for row in zip(*table, strict=True)]
 
 
 CHILD = """#!/bin/sh
