@@ -18,7 +18,7 @@ from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.errors import CacheMemoryError, InputError, TokenizerError, printable, reason_of
 from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, load_tokenizer
-from pop.model import REPORTED_TOKENS, Model
+from pop.model import Model
 from pop.models.config import DTYPES
 from pop.pruning.plan import SHIPPED, PrunePlan
 from pop.pruning.sketch import MOST_DISTANCE, distance
@@ -138,7 +138,7 @@ def build(folder: str | os.PathLike):
 def shipped_plans(model: Model) -> list[PrunePlan]:
     """The plans of the package that were calibrated for weights near a model's, the best first.
 
-    Best is what holds by its verdict, and of several the fastest. If none holds, it is the one with the fewest layers.
+    Best is what holds by its verdict, and of several what prunes the fewest layers.
     """
     found = []
     for path in SHIPPED.glob("*.plan"):
@@ -147,10 +147,7 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
         if layers[-1] < len(model.sketch) and distance(model.sketch[layers], tensors["sketch"]) <= MOST_DISTANCE:
             found.append(PrunePlan.load(path))
 
-    def merit(plan: PrunePlan) -> tuple:
-        return plan.holds, plan.holds and plan.speedup(model, REPORTED_TOKENS), -len(plan.layers)
-
-    return sorted(found, key=merit, reverse=True)
+    return sorted(found, key=lambda plan: (not plan.holds, len(plan.layers)))
 
 
 def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: int) -> None:

@@ -68,8 +68,8 @@ def test_the_default_is_the_best_plan_that_ships_for_the_weights(folder, tmp_pat
         ("b", (1, 2, 3), {}),
         ("c", (3, 4), {}),
         ("d", (2,), {"verdict": {"holds": False, "kept": [0.8, 0.7, 0.9]}}),
-        ("e", (2, 3), {"verdict": {"holds": True, "kept": [0.98, 0.9, 1.0]}}),
-        ("f", (2, 3, 4), {"verdict": {"holds": True, "kept": [0.97, 0.91, 1.0]}}),
+        ("e", (2, 3, 4), {"verdict": {"holds": True, "kept": [0.98, 0.9, 1.0]}}),
+        ("f", (2, 3), {"verdict": {"holds": True, "kept": [0.97, 0.91, 1.0]}}),
     ]
     for name, layers, about in steps:  # each is better than those before
         plan = calibrated(folder, layers, **about)
