@@ -24,8 +24,11 @@ def engine():
 
 def test_the_plan_of_14_layers_equals_the_reference(engine):
     """Corrections, updates, sinks, the last tokens and selected ones, all in one plan."""
-    plan = dataclasses.replace(PrunePlan.load("smollm2-135m-14"), full_depth_below=0)  # the prompts are short
+    shipped = PrunePlan.load("smollm2-135m-14")
+    # The prompts are short.
+    plan = dataclasses.replace(shipped, full_depth_below=0, full_depth_last=96, full_depth_selected=0.05)
     ids = pop.load_tokenizer(engine.folder).encode(TEXT.read_text(encoding="utf-8")[:10_000])
     prompts = [ids[:40], ids[100:240]]
+    assert plan.num_selected(len(prompts[1]) - 96 - 1) == 2
     engine.use(plan, budget=64)
     engine.assert_equal(engine.generate(prompts), prompts, plan)
