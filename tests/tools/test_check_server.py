@@ -59,6 +59,13 @@ def test_the_plan_of_a_server_is_compared_with_its_full_depth(tmp_path, monkeypa
     assert f"it keeps {sum(kept.values()) / 8:.0%}" in out
 
 
+@pytest.mark.parametrize(("owner", "said"), [("pop", {"plan": "none"}), ("vllm", {"vllm_xargs": {"pop_plan": "none"}})])
+def test_a_plan_is_asked_for_in_the_words_of_the_server(owner, said):
+    models = {"data": [{"id": "m", "owned_by": owner}]}
+    with fake(models, lambda _: []) as url:
+        assert check_server.Client(url).plan("none") == said
+
+
 def test_a_server_may_tell_what_it_took_from_its_cache():
     answer = {"choices": [{"text": "a"}]}
     for usage in ({}, {"prompt_tokens_details": None}, None):

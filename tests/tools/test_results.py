@@ -1,6 +1,7 @@
 """tools/results: rows from figures, and a table that states what the other README.md files state."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import re
@@ -338,7 +339,7 @@ SHIPPED = {path.stem for path in (Path(pop.__file__).parent / "data" / "plans").
 
 @pytest.mark.parametrize("weights", ["smollm2", "gemma3"])
 def test_limits_of_plans_are_those_of_the_shapes(weights, request):
-    """Of the plans that ship, and of plain ones, whose name says how many of the deepest layers they prune."""
+    """Of the plans that ship, also as they were, and of plain ones, whose name says how many layers they prune."""
     folder = request.getfixturevalue(weights)
     config = read_config(folder)
     found = 0
@@ -350,11 +351,14 @@ def test_limits_of_plans_are_those_of_the_shapes(weights, request):
             plan = pop.PrunePlan(range(layers - pruned, layers))
         elif name in SHIPPED:
             plan = pop.PrunePlan.load(name)
+        elif name.removesuffix(":96") in SHIPPED:
+            now = pop.PrunePlan.load(name.removesuffix(":96"))
+            plan = dataclasses.replace(now, full_depth_last=96, full_depth_selected=0.0558)
         else:
             continue
         found += 1
         assert row["limit_2048"] == round(speedup_limit(config, 2048, plan), 2), row["plan"]
-    assert found >= 3
+    assert found >= 4
 
 
 def rows(path: str) -> list[list[str]]:
@@ -391,6 +395,19 @@ def test_the_tables_are_those_of_the_run():
             assert [speed, kl, kept] in rows("README.md")
             lost, gained = lost_and_gained(answers, name)
             assert f": {lost} lost, {gained} gained |" in READMES["README.md"]
+
+
+def test_the_row_of_14_layers_in_the_readme_is_that_of_its_own_runs():
+    run, speeds = (
+        json.loads((RESULTS / "runs" / f"smollm2-135m-{name}.json").read_bytes()) for name in ("2048-14", "speed-192")
+    )
+    name = "smollm2-135m-14"
+    answers, ttft = run["retrieval"]["rows"], speeds["ttft"][name]
+    speed = f"{ttft['speedup']:.2f}x of {ttft['limit']:.2f}x"
+    kl = f"{run['text']['all']['rows'][name]['kl']['value']:.3f}"
+    assert [speed, kl, percent(answers[name]["share"]["value"])] in rows("README.md")
+    lost, gained = lost_and_gained(answers, name)
+    assert f": {lost} lost, {gained} gained |" in READMES["README.md"]
 
 
 @pytest.mark.parametrize(
