@@ -172,13 +172,13 @@ def _plan_of(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan:
         total = round(FULL_DEPTH_SHARE * _prompt_length(model))
         return PrunePlan(layers, full_depth_first=1, full_depth_last=total)
     selecting = max(allowed, key=lambda index: lookups[index])
-    last, selected = full_depth_tokens(_prompt_length(model))
+    last, selected = last_and_selected(_prompt_length(model))
     return PrunePlan(
         layers, full_depth_first=1, full_depth_last=last, full_depth_selected=selected, selecting_layer=selecting
     )
 
 
-def full_depth_tokens(num_tokens: int = PROMPT) -> tuple[int, float]:
+def last_and_selected(num_tokens: int = PROMPT) -> tuple[int, float]:
     """How many last tokens of a prompt are at full depth, and the share of its other tokens that is selected."""
     total = round(FULL_DEPTH_SHARE * num_tokens)
     last = min(LAST, total)

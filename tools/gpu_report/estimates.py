@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 import pop
-from pop.calibration.search import full_depth_tokens
+from pop.calibration.search import last_and_selected
 from pop.pruning import cost
 from pop.pruning.corrections import Corrections
 from pop.pruning.sketch import SKETCH_SIZE
@@ -93,7 +93,7 @@ def calibrated_plans(config, count: int) -> dict[str, pop.PrunePlan]:
         update=None,
         sketch=torch.zeros(count, 2, SKETCH_SIZE),
     )
-    last, selected = full_depth_tokens()
+    last, selected = last_and_selected()
     plan = pop.PrunePlan(layers, full_depth_last=last, full_depth_first=1, corrections=corrections)
     selecting = dataclasses.replace(plan, full_depth_selected=selected)
     return {"calibrated": plan, "calibrated, with selection": selecting}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import pop
 from pop import engine
 from pop.backends import cuda, cuda_graph, span_attention
-from pop.calibration.search import full_depth_tokens
+from pop.calibration.search import last_and_selected
 from pop.engine.decode_step import DecodeStep
 from pop.engine.layer_pass import ReplayedPasses
 from tools.bench import __main__ as bench
@@ -32,7 +32,7 @@ from tools.common import ROOT, progress
 from tools.gpu_report.estimates import COLD, POSITION
 
 PRUNED = "0.3125"  # 10 of 32 layers
-LAST, SELECTED = full_depth_tokens()
+LAST, SELECTED = last_and_selected()
 CALIBRATED = f"corrected:0.3125:{LAST}"  # with codes, and as many last tokens at full depth as calibration decides
 LONG = 32_000  # tokens
 KEYS = (512, 2048, 8192, 32_768)  # that one token attends to

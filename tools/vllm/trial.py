@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import pop
-from pop.calibration.search import full_depth_tokens
+from pop.calibration.search import last_and_selected
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import find_folder
 from pop.errors import InputError, PopError, check_count
@@ -56,7 +56,7 @@ def plans_of(config, given: list[str], length: int) -> dict[str, pop.PrunePlan]:
     plans = {name: pop.PrunePlan.of(name, config.num_layers) for name in given}
     if not given:
         layers = range(2 * config.num_layers // 3, config.num_layers)
-        last, selected = full_depth_tokens()
+        last, selected = last_and_selected()
         options = {"full_depth_first": 1, "full_depth_last": last}
         plans["plain"] = pop.PrunePlan(layers, **options)
         plans["selects"] = pop.PrunePlan(layers, **options, full_depth_selected=selected)
