@@ -132,14 +132,16 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
     builtin, _ = parted(default_texts(model))
     if not given:
         return builtin, None
-    found = _tokens_in(model, fitted)
+    given_tokens = _tokens_in(model, fitted)
     needed = tokens_needed(model) * HELD_OUT // (HELD_OUT - 1)  # some are held out
-    if found < needed:
-        print(f"{found:,} of {needed:,} tokens are given, so built-in texts make up the rest", file=sys.stderr)
+    found = given_tokens
     random.Random(0).shuffle(builtin)
     while found < needed and builtin:
         fitted.append(builtin.pop())
         found += _tokens_in(model, fitted[-1:])
+    if found > given_tokens:
+        made_up = f"{given_tokens:,} of {needed:,} tokens are given; with built-in texts, there are {found:,}"
+        print(made_up, file=sys.stderr)
     return fitted, rest
 
 

@@ -1,7 +1,6 @@
 """How the method runs: pruned prefill and full-depth decode on a static KV cache, eager or compiled.
 
-Reading order: cache.py, stages.py, layer_pass.py, forward.py; chunks.py and attention.py are index bookkeeping, and
-compile.py runs the stages through torch.compile. May import pop.models, pop.pruning and what these import.
+README.md in this folder has the reading order. May import pop.models, pop.pruning and what these import.
 """
 
 from pop.engine.decode_step import decode

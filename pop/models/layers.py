@@ -2,7 +2,8 @@
 
 pop/backends has faster forms of some parts. Attribute names are the checkpoint's names.
 
-Outside of brackets, K and V are keys and values. Shape letters, here and in the rest of `pop`:
+In text, K and V are keys and values. In shapes and products they are numbers, as all of these letters are, here and in
+the rest of `pop`:
 
     B batch rows      T tokens of a call   S cache slots       L layers
     D model width     H query heads        K key-value heads   G = H / K query heads that share a key-value head

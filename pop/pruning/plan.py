@@ -313,7 +313,8 @@ class PrunePlan:
                 raise PlanError("it names no layers")
             return cls(**fields, name=name)
         except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
-            raise PlanError(f"{file} is not a pruning plan ({error}); write one with plan.save(path)") from None
+            advice = "use the version that wrote it, or calibrate again"
+            raise PlanError(f"{file} is not a pruning plan that this version reads ({error}); {advice}") from None
 
 
 def _read(path: str | os.PathLike) -> dict:

@@ -1,9 +1,9 @@
 """Sketches of weights: how far a model is from the one that a plan was calibrated for.
 
 Let W [K * E, D] be a layer's projection of K or of V, with the weight of the norm before it. For J fixed pairs of
-vectors u_j and h_j of random signs, the sketch holds
+vectors u_j and e_j of random signs, the sketch holds
 
-    s_j = u_j' W h_j                     E[s_j^2] = |W|^2, the sum of the squares of W's values
+    s_j = u_j' W e_j                     E[s_j^2] = |W|^2, the sum of the squares of W's values
 
 The sketch of W' - W is s' - s, since s is linear in W. So, over the K and V of n layers,
 

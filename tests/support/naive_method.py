@@ -85,8 +85,9 @@ def selection_scores(layer, h, rope, begin=0, asking=16):
     """What decides which of the tokens `begin` and later a plan selects, token by token: [N].
 
     A token receives the most attention that any of the last 16 tokens gives it in any head, but only of the last
-    `asking`, if those are fewer. Its score is the average of what it and the two tokens before it receive. Tokens
-    before `begin` do not count in the softmax, and lower the first averages.
+    `asking`, if those are fewer. Its score is the average of what it and the two tokens before it receive, since
+    `short_averages` in tests/conftest.py makes POOLED 3. Tokens before `begin` do not count in the softmax, and lower
+    the first averages.
 
     Args:
         layer: the selecting layer, which h [1, T, D] enters with a rotation.

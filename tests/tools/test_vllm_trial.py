@@ -51,9 +51,9 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_two_plans_are_measured_beside_full_depth(run, tmp_path):
-    (out, _), asked = run("--input-len", "300", "--tensor-parallel-size", "2")
+    (out, _), asked = run("--input-len", "300", "--tensor-parallel-size", "2", "--enable-prefix-caching")
     words = ["--model", str(tmp_path / "tiny"), "--input-len", "300", "--batch-size", "1", "--output-len", "1"]
-    words += ["--tensor-parallel-size", "2"]
+    words += ["--tensor-parallel-size", "2", "--enable-prefix-caching", "--no-enable-prefix-caching"]
     assert asked == [[words, [], 1, 0.0], [words, [4, 5], 192, 0.0], [words, [4, 5], 192, 0.0291]]
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:3] for row in rows] == [["none", "2", "1.00x"], ["plain", "1", "2.00x"], ["selects", "1", "2.00x"]]

@@ -1,7 +1,8 @@
 """Find the layer that should select tokens: `python -m tools.evaluate.lookup`, see README.md in this folder.
 
-It asks the full model questions of retrieval: codes, documents and quotations. Each layer selects a share of a prompt's
-tokens, and the table says how many of the answer's tokens are among them. Chance finds as many as the share.
+It asks the full model for codes, as pop check does, and for documents and quotations of retrieval. Each layer selects
+a share of a prompt's tokens, and the table says how many of the answer's tokens are among them. Chance finds as many as
+the share.
 """
 
 from __future__ import annotations

@@ -71,8 +71,12 @@ class Setup:
     def warm(self, args) -> pop.Model:
         """A model that is compiled, for one row and for several."""
         progress("making and compiling the model")
-        model = load_subject(args).model
+        subject = load_subject(args)
+        model = subject.model
         self.models.append(model)
+        if args.layers is None and model.config.num_layers < subject.all_layers:
+            fit = f"{model.config.num_layers} of {subject.all_layers} layers"
+            self.slow.append(f"only {fit} fit into the free memory")
         model.warmup(batch_size=2)
         if not model.compiled:
             self.slow.append("the model is not compiled")

@@ -132,7 +132,7 @@ def row_of(path: Path, plan: str) -> dict:
             "limit_2048": None,
             "kl": round(first["rows"][plan].get("kl", {"value": 0})["value"], 3),
             "retrieved": round(figures["exact"], 2),
-            "kept": _kept(figures["share"]),
+            "kept": None if plan == "full" else _kept(figures["share"]),
             "kinds": _pooled(figures["kinds"]),
             "prompt_tokens": result["tokens"]["prompt"],
             "windows": first["windows"],
