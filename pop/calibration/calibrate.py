@@ -144,7 +144,7 @@ def calibrate(
     plan = _unfinished(resume, run)
     begin = 0 if plan is None else plan.about["steps"]
     needed = needed_bytes(model, rank, steps, longest)
-    check_memory(model.device, needed)
+    check_memory(model, needed)
     if progress:
         _announce(model, windows, judged, steps - begin, needed, size)
     judge = Judge(model, judged)
@@ -231,13 +231,13 @@ def needed_bytes(model, rank: int, steps: int, longest: int) -> int:
     return copy + max(sums, trained) + states + logits
 
 
-def check_memory(device: torch.device, needed: int) -> None:
-    """Raise CacheMemoryError if the device lacks the `needed` bytes to calibrate."""
-    free = free_bytes(device)
+def check_memory(model, needed: int) -> None:
+    """Raise CacheMemoryError if the model's device lacks the `needed` bytes to calibrate."""
+    free = free_bytes(model.device)
     if free is not None and needed > free:
         raise CacheMemoryError(
             f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free; "
-            "give a smaller rank or longest, load the model in bfloat16, or take a larger machine"
+            f"give a smaller rank or longest, load the model in {working_dtype(model)}, or take a larger machine"
         )
 
 

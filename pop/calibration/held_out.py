@@ -8,6 +8,7 @@ it, because the full model copies such a passage almost surely, whatever the tex
            by the plan             ┊           at full depth
 """
 
+import copy
 import random
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
+BEGINNING = 16  # of its tokens. One alone can differ so much from the full model's that it would decide
 JUDGED_LENGTHS = (512, 1024)  # prompt lengths by which plans are judged, besides the longest
 ROUNDS = 3  # windows of each length
 HELD_OUT = 5  # at most one of this many tokens is held out
@@ -37,7 +39,7 @@ class Losses(NamedTuple):
     continuation: float  # KL(full || pruned), in nats a token
     repetition: float  # likewise, of repeated passages after their cues; 0 if no window is long enough
     copied: float  # the share of these tokens that are the pruned model's likeliest
-    first: float  # KL at the first token of each continuation
+    first: float  # KL of the first 16 tokens of each continuation
 
     @property
     def mean(self) -> float:
@@ -52,7 +54,7 @@ class Case(NamedTuple):
     continuation: list[int]
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
     model_pass: Pass  # over all three, without the passage's last token
-    entering: dict[int, Tensor]  # h [1, T, D] that enters the first pruned layers of judged plans, by index
+    entering: dict[int, Tensor]  # h [1, T, D] that enters the first pruned layer of the last judged plan, by its index
     full: Tensor  # h [N + 1, D] that predicts the N tokens after the prompt, and the next one
 
 
@@ -106,23 +108,32 @@ class Judge:
             targets = torch.tensor(case.passage[cue:], dtype=torch.int64, device=pruned.device)
             begin = len(case.continuation) + cue  # where the first token to copy is predicted
             copied = pruned[begin:].argmax(-1) == targets
-            parts.append((kl[: len(case.continuation) + 1], kl[begin:], copied, kl[:1]))
+            continued = kl[: len(case.continuation) + 1]
+            parts.append((continued, kl[begin:], copied, continued[:BEGINNING]))
         return Losses(*(_mean(torch.cat(kind)) for kind in zip(*parts, strict=True)))
 
     def best(self, plans: Iterable[PrunePlan]) -> PrunePlan:
         """The plan with the least loss. Raises InputError if a loss is not finite."""
 
-        def loss(plan: PrunePlan) -> float:
-            mean = self.losses(plan).mean
-            check_finite(torch.tensor(mean), "predictions on the texts")
-            return mean
+        return min(plans, key=self.loss)
 
-        return min(plans, key=loss)
+    def loss(self, plan: PrunePlan) -> float:
+        """The loss of a plan, to minimise. Raises InputError if it is not finite."""
+        mean = self.losses(plan).mean
+        check_finite(torch.tensor(mean), "predictions on the texts")
+        return mean
+
+    def on_shortest(self, count: int) -> "Judge":
+        """A judge of only so many windows, the shortest ones. It is quicker."""
+        judge = copy.copy(self)
+        judge.cases = sorted(self.cases, key=lambda case: len(case.prompt))[:count]
+        return judge
 
     def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:
         """As Case.full, by a plan."""
         first = first_layer(plan)
         if first not in case.entering:
+            case.entering.clear()  # the states of each layer would take much memory
             case.entering[first] = case.model_pass.run_layers(case.model_pass.embed(), 0, first)
         length = len(case.prompt)
         return case.model_pass.run_pruned(plan, case.entering[first], length)[0, length - 1 :]

@@ -6,12 +6,16 @@ may need one of these most. So several sets of layers of equal speed are tried:
     the deepest layers                          ─────────────────[///////////]
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
 
-Which layers lie apart is decided by virtual gates (importance.py), on text and on repeated passages. Each set gets
-corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a clock, so two runs on
-a machine give the same plan.
+Which layers lie apart is decided in two steps. Virtual gates (importance.py), on text and on repeated passages, propose
+twice as many. Gates tell what a layer does, and not how much of it a correction can supply. So each of these is pruned
+alone, with a correction, and those that lose least on held-out windows are taken.
+
+Then each set gets corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a
+clock, so two runs on a machine give the same plan.
 """
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -40,6 +44,9 @@ LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
 FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with a third of them, a worse set wins
 LONGEST_WINDOW = 512  # the most tokens of a window of these
+PROPOSED = 2  # layers that gates propose, for each layer that is to lie apart
+FEWER = 12_000  # tokens from which a layer that is pruned alone is fitted
+QUICK = 3  # of the held-out windows, which then judge it
 
 Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
@@ -73,12 +80,27 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
     few = first_tokens([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
+    fewer = first_tokens(few, FEWER)
+    quick = judge.on_shortest(QUICK)
+    deepstack_layers = model.module.deepstack_layers
+
+    def plan_of(layers: Sequence[int]) -> PrunePlan:
+        return _plan_of(model, layers, lookups)
+
+    def is_fast(layers: Sequence[int]) -> bool:
+        return _limit(model, plan_of(layers), rank) >= speedup
+
+    @functools.cache
+    def alone(index: int) -> float:
+        """The loss if prefill skips a single layer, with a correction."""
+        (plan,) = fitted(model, fewer, plan_of([index]), rank)
+        return quick.loss(plan)
 
     def candidates() -> Iterator[PrunePlan]:
         for share in TAILS:
-            plan = _smallest(model, share, needed, lookups, speedup, rank)
-            if plan is not None:
-                yield from fitted(model, few, plan, rank)
+            layers = _fewest(share, needed, deepstack_layers, is_fast, alone)
+            if layers is not None:
+                yield from fitted(model, few, plan_of(layers), rank)
             step(1)
 
     return dataclasses.replace(judge.best(candidates()), corrections=None)
@@ -128,15 +150,29 @@ def _lookup_scores(model, passages: list[Sample]) -> Tensor:
 # ---- Plans of a speedup ----
 
 
-def _smallest(model, share: float, needed: Tensor, lookups: Tensor, speedup: float, rank: int) -> PrunePlan | None:
-    """The plan with the fewest pruned layers that allows the speedup, a share of which are the deepest. None: none."""
-    for count in range(1, model.config.num_layers):
-        layers = layers_apart(needed, count, round(share * count), model.module.deepstack_layers)
-        if layers is None:
+def _fewest(
+    share: float, needed: Tensor, deepstack_layers: int, is_fast: Callable, alone: Callable
+) -> tuple[int, ...] | None:
+    """The fewest layers that are fast enough, a share of which are the deepest. None: there are no such layers.
+
+    Args:
+        share: Of the layers, the deepest ones.
+        needed: How much prefill needs each layer, as shares [L].
+        deepstack_layers: After so many layers, DeepStack adds features of images.
+        is_fast: Whether a plan of these layers allows the speedup.
+        alone: From a layer's index to the loss if it is pruned alone.
+    """
+    for count in range(1, len(needed)):
+        tail = round(share * count)
+        apart = count - tail
+        layers = layers_apart(needed, count, tail, deepstack_layers)
+        if layers is None or not is_fast(layers):
             continue
-        plan = _plan_of(model, layers, lookups)
-        if _limit(model, plan, rank) >= speedup:
-            return plan
+        proposed = layers_apart(needed, PROPOSED * apart + tail, tail, deepstack_layers) or layers
+        best = sorted(proposed[: len(proposed) - tail], key=alone)[:apart]
+        layers = (*sorted(best), *layers[apart:])
+        if is_fast(layers):
+            return layers
     return None
 
 

@@ -12,7 +12,7 @@ from support.texts import random_texts, windows_of
 from support.tiny import tiny_config, tiny_gemma3_config, tiny_model, tiny_qwen3_moe_config
 
 from pop import PrunePlan
-from pop.calibration.held_out import CUES_IN_PASSAGE, Judge, hold_out, repeated_passage
+from pop.calibration.held_out import BEGINNING, CUES_IN_PASSAGE, Judge, hold_out, repeated_passage
 
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 
@@ -32,11 +32,11 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
         assert len(passage) == (min(64, cut // 4) if cut >= 8 else 0)
         kl = naive_kl(model, PLAN, window + passage, cut)
         texts.append(kl[: len(window) - cut + 1])
-        firsts.append(kl[0])
+        firsts.append(texts[-1][:BEGINNING])
         passages.append(kl[len(window) - cut + cue : -1])
         assert len(passages[-1]) == max(0, len(passage) - cue)
     losses = judge.losses(PLAN)
-    expected = [torch.cat(texts).mean(), torch.cat(passages).mean(), torch.stack(firsts).mean()]
+    expected = [torch.cat(texts).mean(), torch.cat(passages).mean(), torch.cat(firsts).mean()]
     expected = [float(mean) for mean in expected]
     assert (losses.continuation, losses.repetition, losses.first) == pytest.approx(expected, rel=1e-4)
     assert losses.mean == pytest.approx(sum(expected) / 3, rel=1e-4)
@@ -50,6 +50,16 @@ def test_the_layers_below_the_pruned_ones_run_once(model, notes):
     losses = [judge.losses(PLAN) for _ in range(2)]
     assert runs == [0, 1] + 2 * [2, 3, 4]
     assert losses[0] == losses[1]
+    judge.losses(PrunePlan((1,)))
+    assert [[*case.entering] for case in judge.cases] == [[1]], "states of other layers are kept"
+
+
+def test_a_quick_judge_has_the_shortest_windows(model):
+    judge = Judge(model, windows_of(random_texts(2, 60, 30, 90, 45)))
+    quick = judge.on_shortest(2)
+    assert [len(case.prompt) for case in quick.cases] == [20, 30]
+    assert [len(case.prompt) for case in judge.cases] == [40, 20, 60, 30]
+    assert quick.losses(PLAN) != judge.losses(PLAN)
 
 
 def test_tokens_are_copied_if_they_are_the_likeliest(model):

@@ -66,11 +66,31 @@ def limit(model, plan):
     return dataclasses.replace(plan, corrections=corrections).speedup(model, PROMPT)
 
 
+class MadeUpAlone(MadeUp):
+    """Also with given losses of layers that are pruned alone, [L]."""
+
+    def __init__(self, alone, *losses: float):
+        super().__init__(*losses)
+        self.alone = alone
+        self.asked = []  # about these layers
+
+    def on_shortest(self, count):
+        assert count == search.QUICK
+        return self
+
+    def loss(self, plan) -> float:
+        if len(plan.layers) > 1:
+            return super().loss(plan)
+        self.asked += plan.layers
+        return self.alone[plan.layers[0]].item()
+
+
 @pytest.mark.parametrize("winner", range(len(search.TAILS)))
 def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, winner, monkeypatch):
-    """The first set is the deepest layers. In the others, the layers apart are those that are needed least."""
-    needed = torch.rand(14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    judge = MadeUp(*(float(number != winner) for number in range(len(search.TAILS))))
+    """The first set is the deepest layers. In the others, layers lie apart: of the twice as many that are needed least,
+    those that lose least alone."""
+    needed, alone = torch.rand(2, 14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    judge = MadeUpAlone(alone, *(float(number != winner) for number in range(len(search.TAILS))))
     counted = []
     monkeypatch.setattr(search, "fitted", lambda model, few, plan, rank: [plan])
     monkeypatch.setattr(search, "_needed", lambda model, samples: needed)
@@ -80,11 +100,16 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, w
     assert judge.seen[0].layers == tuple(range(14 - len(judge.seen[0].layers), 14))
     for plan, share in zip(judge.seen, search.TAILS, strict=True):
         count = len(plan.layers)
-        assert plan.layers == layers_apart(needed, count, round(share * count))
+        tail = round(share * count)
+        apart = count - tail
+        proposed = layers_apart(needed, 2 * apart + tail, tail) or layers_apart(needed, count, tail)
+        best = sorted(proposed[: len(proposed) - tail], key=lambda index: alone[index])[:apart]
+        assert plan.layers == (*sorted(best), *range(14 - tail, 14))
         assert limit(deep, plan) >= 1.5 and plan.corrections is None
         assert search._limit(deep, plan, RANK) == limit(deep, plan)  # corrections to come are counted
         fewer = layers_apart(needed, count - 1, round(share * (count - 1)))
         assert limit(deep, with_full_depth(deep, fewer, windows)) < 1.5
+    assert judge.asked and len(judge.asked) == len({*judge.asked}), "a layer is judged once"
 
 
 @pytest.mark.parametrize("speedup", [1.5, 1.8])

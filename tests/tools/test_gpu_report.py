@@ -173,6 +173,16 @@ def test_slow_paths_and_refused_captures_are_fallbacks(argv, monkeypatch):
     assert marked[-2:] == [f"{what} could not be captured" for what in ("decode of 8 rows", "prefill")]
 
 
+def test_a_model_that_memory_shortens_is_a_fallback(argv, monkeypatch):
+    """Its figures would stand beside estimates for all layers. With --layers, these estimates are left out."""
+    monkeypatch.setattr("tools.bench.subject.fitting_layers", lambda *_: 3)
+    monkeypatch.setattr(pop.Model, "warmup", lambda self, **_: None)
+    for options, slow in ((argv[:-2], ["only 3 of 8 layers fit into the free memory"]), (argv, [])):
+        setup = parts.Setup(gpu_report.parser().parse_args(options))
+        assert setup.model.config.num_layers == (3 if slow else 4)
+        assert [one for one in setup.slow if "compiled" not in one] == slow
+
+
 @requires_new_torch  # kernels for float32 spill registers with the Triton of torch 2.8
 @pytest.mark.parametrize("capability", [86, 90])
 def test_no_kernel_spills_or_needs_more_shared_memory_than_a_gpu_has(capability):
