@@ -144,7 +144,7 @@ def calibrate(
     plan = _unfinished(resume, run)
     begin = 0 if plan is None else plan.about["steps"]
     needed = needed_bytes(model, rank, steps, longest)
-    check_memory(model, needed)
+    check_memory(model.device, needed)
     if progress:
         _announce(model, windows, judged, steps - begin, needed, size)
     judge = Judge(model, judged)
@@ -231,13 +231,13 @@ def needed_bytes(model, rank: int, steps: int, longest: int) -> int:
     return copy + max(sums, trained) + states + logits
 
 
-def check_memory(model, needed: int) -> None:
-    """Raise CacheMemoryError if the model's device lacks the `needed` bytes to calibrate."""
-    free = free_bytes(model.device)
+def check_memory(device: torch.device, needed: int) -> None:
+    """Raise CacheMemoryError if the device lacks the `needed` bytes to calibrate."""
+    free = free_bytes(device)
     if free is not None and needed > free:
         raise CacheMemoryError(
             f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free; "
-            f"give a smaller rank or longest, load the model in {working_dtype(model)}, or take a larger machine"
+            "give a smaller rank or longest, or take a larger machine"
         )
 
 
@@ -254,10 +254,12 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     useful = tokens_needed(model)
     if num_tokens < useful:
         print(f"a fit of this width can use {useful:,} tokens; more texts would improve it", file=sys.stderr)
-    # Tokens through the whole model, about. The judge sees each plan of the search, each lambda and each check.
+    # Tokens through the whole model, about. The judge sees each set of the search, each lambda and each check. About
+    # half of the layers are pruned alone, for which tokens pass half of them.
     judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
     fitted_on = min(num_tokens, useful) + len(search.TAILS) * min(num_tokens, search.FEW)
-    passed = 4 * fitted_on + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
+    passed = model.config.num_layers // 4 * min(num_tokens, search.FEWER)
+    passed += 4 * fitted_on + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))
     print(

@@ -25,7 +25,7 @@ from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
-BEGINNING = 16  # of its tokens. One alone can differ so much from the full model's that it would decide
+BEGINNING = 16  # the first tokens of a continuation, which also count by themselves; a single one could decide
 JUDGED_LENGTHS = (512, 1024)  # prompt lengths by which plans are judged, besides the longest
 ROUNDS = 3  # windows of each length
 HELD_OUT = 5  # at most one of this many tokens is held out
@@ -39,12 +39,12 @@ class Losses(NamedTuple):
     continuation: float  # KL(full || pruned), in nats a token
     repetition: float  # likewise, of repeated passages after their cues; 0 if no window is long enough
     copied: float  # the share of these tokens that are the pruned model's likeliest
-    first: float  # KL of the first 16 tokens of each continuation
+    beginning: float  # KL of the first 16 tokens of each continuation
 
     @property
     def mean(self) -> float:
         """The loss to minimise: the three kinds of tokens weigh the same."""
-        return (self.continuation + self.repetition + self.first) / 3
+        return (self.continuation + self.repetition + self.beginning) / 3
 
 
 class Case(NamedTuple):
@@ -54,7 +54,7 @@ class Case(NamedTuple):
     continuation: list[int]
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
     model_pass: Pass  # over all three, without the passage's last token
-    entering: dict[int, Tensor]  # h [1, T, D] that enters the first pruned layer of the last judged plan, by its index
+    entering: dict[int, Tensor]  # h [1, T, D] where the last judged plan leaves the full pass, by that layer's index
     full: Tensor  # h [N + 1, D] that predicts the N tokens after the prompt, and the next one
 
 
@@ -123,10 +123,14 @@ class Judge:
         check_finite(torch.tensor(mean), "predictions on the texts")
         return mean
 
-    def on_shortest(self, count: int) -> "Judge":
-        """A judge of only so many windows, the shortest ones. It is quicker."""
+    def on_shortest(self, count: int, least: int) -> "Judge":
+        """A quicker judge, of the shortest windows only: `count` of those whose prompts have `least` tokens or more.
+
+        If there are none, it has all windows.
+        """
         judge = copy.copy(self)
-        judge.cases = sorted(self.cases, key=lambda case: len(case.prompt))[:count]
+        long_enough = [case for case in self.cases if len(case.prompt) >= least]
+        judge.cases = sorted(long_enough or self.cases, key=lambda case: len(case.prompt))[:count]
         return judge
 
     def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:

@@ -7,8 +7,8 @@ may need one of these most. So several sets of layers of equal speed are tried:
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
 
 Which layers lie apart is decided in two steps. Virtual gates (importance.py), on text and on repeated passages, propose
-twice as many. Gates tell what a layer does, and not how much of it a correction can supply. So each of these is pruned
-alone, with a correction, and those that lose least on held-out windows are taken.
+up to twice as many. A gate tells what a layer does, and not how much of it a correction can supply. So each proposed
+layer is pruned alone, with a correction. The layers with the least loss on short held-out windows are taken.
 
 Then each set gets corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a
 clock, so two runs on a machine give the same plan.
@@ -45,8 +45,8 @@ SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be com
 FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with a third of them, a worse set wins
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 2  # layers that gates propose, for each layer that is to lie apart
-FEWER = 12_000  # tokens from which a layer that is pruned alone is fitted
-QUICK = 3  # of the held-out windows, which then judge it
+FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
+QUICK = 3  # of the held-out windows judge it. At most half of their prompts is at full depth
 
 Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
@@ -81,7 +81,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     needed = _needed(model, texts) + _needed(model, passages)
     few = first_tokens([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
     fewer = first_tokens(few, FEWER)
-    quick = judge.on_shortest(QUICK)
+    quick = judge.on_shortest(QUICK, 2 * last_and_selected(_prompt_length(model))[0])
     deepstack_layers = model.module.deepstack_layers
 
     def plan_of(layers: Sequence[int]) -> PrunePlan:
@@ -168,11 +168,12 @@ def _fewest(
         layers = layers_apart(needed, count, tail, deepstack_layers)
         if layers is None or not is_fast(layers):
             continue
-        proposed = layers_apart(needed, PROPOSED * apart + tail, tail, deepstack_layers) or layers
+        numbers = range(PROPOSED * apart, apart - 1, -1)  # of proposed layers, as many as neighbours allow
+        proposals = (layers_apart(needed, number + tail, tail, deepstack_layers) for number in numbers)
+        proposed = next(filter(None, proposals))
         best = sorted(proposed[: len(proposed) - tail], key=alone)[:apart]
-        layers = (*sorted(best), *layers[apart:])
-        if is_fast(layers):
-            return layers
+        chosen = (*sorted(best), *layers[apart:])
+        return chosen if is_fast(chosen) else layers  # with fewer neighbours, there are more corrections
     return None
 
 

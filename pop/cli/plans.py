@@ -15,7 +15,14 @@ from pop.pruning.plan import SHIPPED, PrunePlan
 WIDTH = 400  # characters of a line
 # How numbers of a record are shown, by their name.
 NATS = "{:.4f} nats a token"
-UNITS = {"continuation": NATS, "repetition": NATS, "first": NATS, "copied": "{:.0%}", "speedup_limit": "{:.2f}x"}
+UNITS = {
+    "continuation": NATS,
+    "repetition": NATS,
+    "beginning": NATS,
+    "first": NATS,  # in plans from before 2026-12
+    "copied": "{:.0%}",
+    "speedup_limit": "{:.2f}x",
+}
 
 
 def plans(args) -> None:

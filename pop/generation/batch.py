@@ -228,7 +228,7 @@ class Stream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the answer here, for the reason "cancelled". Only the thread that reads it can do so."""
+        """End the answer here, for the reason "cancelled". Call it while no thread reads the stream."""
         self._steps.close()
         (answer,) = self._batch.answers
         if answer.tokens and not answer.finish_reason:

@@ -112,12 +112,11 @@ def test_memory_that_is_short_is_refused_with_the_numbers(model, monkeypatch):
     monkeypatch.setattr(calibrate_file, "free_bytes", lambda device: needed - 1)
     monkeypatch.setattr(calibrate_file, "Judge", None)
     numbers = f"about {needed / 1e9:.1f} GB beside the weights, but {(needed - 1) / 1e9:.1f} GB are free"
-    monkeypatch.setattr(calibrate_file, "working_dtype", lambda model: torch.float16)
-    with pytest.raises(pop.CacheMemoryError, match=f"{numbers}.* load the model in torch.float16, or"):
+    with pytest.raises(pop.CacheMemoryError, match=numbers):
         calibrate(model, TEXTS, PrunePlan((3,)), steps=2, progress=False)
     for free in (needed, None):
         monkeypatch.setattr(calibrate_file, "free_bytes", lambda device, free=free: free)
-        calibrate_file.check_memory(model, needed)
+        calibrate_file.check_memory(model.device, needed)
 
 
 def test_a_longest_window_that_is_longer_than_a_batch_needs_its_states(model):

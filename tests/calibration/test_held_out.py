@@ -38,7 +38,7 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
     losses = judge.losses(PLAN)
     expected = [torch.cat(texts).mean(), torch.cat(passages).mean(), torch.cat(firsts).mean()]
     expected = [float(mean) for mean in expected]
-    assert (losses.continuation, losses.repetition, losses.first) == pytest.approx(expected, rel=1e-4)
+    assert (losses.continuation, losses.repetition, losses.beginning) == pytest.approx(expected, rel=1e-4)
     assert losses.mean == pytest.approx(sum(expected) / 3, rel=1e-4)
     assert judge.losses(PrunePlan.none()).mean == 0
 
@@ -56,8 +56,9 @@ def test_the_layers_below_the_pruned_ones_run_once(model, notes):
 
 def test_a_quick_judge_has_the_shortest_windows(model):
     judge = Judge(model, windows_of(random_texts(2, 60, 30, 90, 45)))
-    quick = judge.on_shortest(2)
-    assert [len(case.prompt) for case in quick.cases] == [20, 30]
+    quick = judge.on_shortest(2, least=30)
+    assert [len(case.prompt) for case in quick.cases] == [30, 40]
+    assert [len(case.prompt) for case in judge.on_shortest(2, least=61).cases] == [20, 30], "none is long enough"
     assert [len(case.prompt) for case in judge.cases] == [40, 20, 60, 30]
     assert quick.losses(PLAN) != judge.losses(PLAN)
 

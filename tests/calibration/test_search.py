@@ -1,6 +1,7 @@
 """What calibration decides: sets of layers of a speedup, and the tokens at full depth. The judge is made up."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import pop
 from pop import PrunePlan
 from pop.calibration import search
 from pop.calibration.search import FULL_DEPTH_SHARE, LAST, PROMPT, layers_apart, with_full_depth
+from pop.calibration.texts import total_size
 
 RANK = 15
 
@@ -67,49 +69,64 @@ def limit(model, plan):
 
 
 class MadeUpAlone(MadeUp):
-    """Also with given losses of layers that are pruned alone, [L]."""
+    """Its quick form has given losses of layers that are pruned alone, [L], and notes which ones it sees: `asked`."""
 
     def __init__(self, alone, *losses: float):
         super().__init__(*losses)
-        self.alone = alone
-        self.asked = []  # about these layers
+        self.asked = []
+        self.quick = SimpleNamespace(loss=lambda plan: self.asked.extend(plan.layers) or alone[plan.layers[0]].item())
 
-    def on_shortest(self, count):
-        assert count == search.QUICK
-        return self
-
-    def loss(self, plan) -> float:
-        if len(plan.layers) > 1:
-            return super().loss(plan)
-        self.asked += plan.layers
-        return self.alone[plan.layers[0]].item()
+    def on_shortest(self, count, least):
+        assert (count, least) == (search.QUICK, 2 * LAST)
+        return self.quick
 
 
 @pytest.mark.parametrize("winner", range(len(search.TAILS)))
-def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, winner, monkeypatch):
-    """The first set is the deepest layers. In the others, layers lie apart: of the twice as many that are needed least,
-    those that lose least alone."""
+def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, winner, monkeypatch):
+    """The first set is the deepest layers. In the others, layers lie apart: those that lose least alone, among up to
+    twice as many that are needed least. A layer alone is fitted to fewer tokens, and judged once."""
     needed, alone = torch.rand(2, 14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     judge = MadeUpAlone(alone, *(float(number != winner) for number in range(len(search.TAILS))))
     counted = []
-    monkeypatch.setattr(search, "fitted", lambda model, few, plan, rank: [plan])
+    sizes = []
+
+    def fake_fitted(model, windows, plan, rank):
+        sizes.append((len(plan.layers) > 1, total_size(windows)))
+        return [plan]
+
+    monkeypatch.setattr(search, "FEW", 900)
+    monkeypatch.setattr(search, "FEWER", 300)
+    monkeypatch.setattr(search, "fitted", fake_fitted)
     monkeypatch.setattr(search, "_needed", lambda model, samples: needed)
     monkeypatch.setattr(search, "_lookup_scores", lambda model, samples: needed)
+    windows = windows_of(random_texts(0, *[300] * 4))
     found = search.search(deep, windows, judge, 1.5, RANK, counted.append)
     assert found == judge.seen[winner] and counted == [1] * len(search.TAILS)
+    assert {*sizes} == {(True, 900), (False, 300)}
     assert judge.seen[0].layers == tuple(range(14 - len(judge.seen[0].layers), 14))
     for plan, share in zip(judge.seen, search.TAILS, strict=True):
         count = len(plan.layers)
         tail = round(share * count)
         apart = count - tail
-        proposed = layers_apart(needed, 2 * apart + tail, tail) or layers_apart(needed, count, tail)
-        best = sorted(proposed[: len(proposed) - tail], key=lambda index: alone[index])[:apart]
+        most = max(number for number in range(apart, 2 * apart + 1) if layers_apart(needed, number + tail, tail))
+        proposed = layers_apart(needed, most + tail, tail)[:most]
+        best = sorted(proposed, key=lambda index: alone[index])[:apart]
         assert plan.layers == (*sorted(best), *range(14 - tail, 14))
         assert limit(deep, plan) >= 1.5 and plan.corrections is None
         assert search._limit(deep, plan, RANK) == limit(deep, plan)  # corrections to come are counted
         fewer = layers_apart(needed, count - 1, round(share * (count - 1)))
         assert limit(deep, with_full_depth(deep, fewer, windows)) < 1.5
-    assert judge.asked and len(judge.asked) == len({*judge.asked}), "a layer is judged once"
+    assert len(judge.asked) == len({*judge.asked}) > 3
+
+
+@pytest.mark.parametrize(("slow", "expected"), [((), (4, 5, 10, 11)), ((4, 5, 10, 11), (1, 2, 10, 11))])
+def test_the_layers_that_are_needed_least_stay_if_better_ones_are_too_slow(slow, expected):
+    """These may have fewer neighbours among them, and so more corrections."""
+
+    def is_fast(layers) -> bool:
+        return len(layers) >= 4 and layers != slow
+
+    assert search._fewest(0.5, torch.arange(12.0), 0, is_fast, alone=lambda index: -index) == expected
 
 
 @pytest.mark.parametrize("speedup", [1.5, 1.8])

@@ -175,6 +175,7 @@ def test_slow_paths_and_refused_captures_are_fallbacks(argv, monkeypatch):
 
 def test_a_model_that_memory_shortens_is_a_fallback(argv, monkeypatch):
     """Its figures would stand beside estimates for all layers. With --layers, these estimates are left out."""
+    monkeypatch.setattr("tools.bench.subject.free_bytes", lambda device: 1)
     monkeypatch.setattr("tools.bench.subject.fitting_layers", lambda *_: 3)
     monkeypatch.setattr(pop.Model, "warmup", lambda self, **_: None)
     for options, slow in ((argv[:-2], ["only 3 of 8 layers fit into the free memory"]), (argv, [])):
