@@ -56,7 +56,6 @@ def prefill(
     prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes, boundary)
     call = Call(module, cache, plan, stages, chunk_size, replays=has_stepped_sizes)
     last = 0.0  # then [B, D], each row's h after the last layer, at its last token so far
-    # A prompt that goes on selects nothing: its last token, which decides, comes later.
     for chunk, h in call.chunks(prompts):
         last = chunk.latest(h).where(chunk.has_tokens[:, None], last)  # each row has tokens in the first chunk
     logits = stages.head(module, last[:, None])[:, 0]  # [B, 1, D] as in decode, so one compiled head serves both

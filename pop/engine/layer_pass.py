@@ -71,7 +71,7 @@ class LayerPass:
             if group.is_pruned:
                 h = self.run_pruned(chunk, full, h, group, previous, hidden)
             else:
-                # Not in a method: while one runs, this frame would hold the h that it was called with.
+                # This loop is no method of its own. While it ran, this frame would keep the h that it was given.
                 for index in inside:
                     hidden[index] = chunk.latest(h)
                     h = self.run_layer(index, h, chunk.attention)

@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> the same shape and dtype."""
-        return self.weight * self.normalise(x)  # rounded before and after, as in the reference implementation
+        return self.weight * self.normalise(x)  # rounded before and after, as in transformers
 
 
 class GemmaRMSNorm(RMSNorm):
@@ -63,9 +63,9 @@ class GemmaRMSNorm(RMSNorm):
 def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
     """The angle per position of each rotated pair: [E/2] float32 (Su et al. 2021, with Llama-3.1's scaling).
 
-    "linear" divides all frequencies by `factor`. "llama3" decides by wavelength. With a context of C original tokens,
-    it divides frequencies whose wavelength is above C / low_freq_factor. It keeps those whose wavelength is below
-    C / high_freq_factor, and blends the rest.
+    "linear" divides all frequencies by `factor`. "llama3" decides by wavelength. With a context of M original tokens,
+    it divides frequencies whose wavelength is above M / low_freq_factor. It keeps those whose wavelength is below
+    M / high_freq_factor, and blends the rest.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = 1.0 / rope.base**exponents

@@ -113,7 +113,7 @@ def test_a_rank_holds_and_reads_its_part(ranks, folder):
     N = len(ranks)
     for name in [name for name in CONFIGS if name in RUNS[N]]:
         config = read_config(folder / name)
-        held = 2 if name == "llama" and N == 2 else 1  # K/V heads of each rank
+        held = max(1, config.num_kv_heads // N)  # K/V heads of each rank
         slots = sum((40 if window is None else min(40, window - 1 + 2048)) + 1 for window in config.windows)
         cache = 2 * 4 * (2 * slots * held * config.head_dim + (config.num_layers + 1) * config.hidden_size)
         expected = 0

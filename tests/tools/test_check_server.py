@@ -11,7 +11,7 @@ from support.serving import fake, serving
 from support.tiny_chat import begin_with_bos, write_chat_checkpoint
 
 import pop
-from pop.calibration.questions import Question
+from pop.calibration.questions import KINDS, Question
 from pop.calibration.verdict import Verdict
 from pop.errors import InputError
 from tools import check_server
@@ -90,7 +90,8 @@ def test_a_cached_text_is_sent_before_its_question(cached, expected, tiny_folder
 def test_questions_come_from_the_tokenizer_alone(tiny_folder):
     """Each kind at each length, in prompts of exactly that length."""
     questions, tokenizer = check_server.questions_of(tiny_folder, [900, 1200], 1, seed=3, texts=[])
-    assert [[len(question.prompt) for question in group] for group in questions.values()] == [[900] * 7, [1200] * 7]
+    lengths = [[len(question.prompt) for question in group] for group in questions.values()]
+    assert lengths == [[900] * len(KINDS), [1200] * len(KINDS)]
     assert {question.kind for question in questions[900]} >= {"codes", "brackets", "tool calls"}
     assert "\ufffd" not in tokenizer.decode(questions[900][0].answer)
 

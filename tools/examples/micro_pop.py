@@ -54,7 +54,7 @@ class Decoder(nn.Module):
             skipped: Layers that these tokens skip. Their keys and values are computed all the same.
             gates: For each layer, a factor [T, 1] of its updates. It is 1 unless importance is measured.
         """
-        start = max(known.shape[1] for known in cache)  # some layers' may have been dropped
+        start = max(known.shape[1] for known in cache)  # in some layers, those of the prompt may have been dropped
         h = self.embedding(tokens) + self.positions.weight[start : start + tokens.shape[1]]
         for number, layer in enumerate(self.layers):
             kv = layer.keys_values(layer.norm(h))  # a skipped layer has them too, from an earlier layer's h

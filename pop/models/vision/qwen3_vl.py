@@ -54,7 +54,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """x [N, P, C] -> [N, P, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, P, H, E] each
-        q = rotate(q.float(), rope).to(x.dtype)  # in float32, as in the reference
+        q = rotate(q.float(), rope).to(x.dtype)  # in float32, as in transformers
         k = rotate(k.float(), rope).to(x.dtype)
         attended = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # scores times E ** -0.5
         return self.proj(attended.transpose(1, 2).flatten(2))
