@@ -147,7 +147,7 @@ def test_parts_run_in_processes_that_may_hang_or_die(names, status, argv, capsys
     ("status", "said"), [(1, "1 failed, 115 passed in 9s"), (0, "116 skipped in 1s"), (4, "usage"), (0, "116 passed")]
 )
 def test_tests_that_fail_or_are_skipped_are_a_part_that_failed(status, said, capsys, monkeypatch):
-    done = SimpleNamespace(returncode=status, stdout=f"...\n{said}\n", stderr="")
+    done = SimpleNamespace(returncode=status, stdout=f"...\n{said}\n", stderr="a worker says goodbye\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
     setup = SimpleNamespace(device=torch.device("cpu"))
     gpu_report.measure(setup, "tests")

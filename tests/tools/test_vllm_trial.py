@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from support.tiny_chat import write_chat_checkpoint
@@ -92,4 +94,7 @@ def test_a_saved_plan_is_measured_in_their_place(run, tmp_path):
 )
 def test_a_run_that_measures_nothing_is_an_error(words, says, tried, run):
     (_, err), asked = run(*words, status=2)
+    for kept in re.findall(r"the lines above are from (\S+)", err):
+        assert says.partition("\n")[0] in Path(kept).read_text()
+        shutil.rmtree(Path(kept).parent)
     assert says in err and "late" not in err and "\n83\n" not in err and len(asked) == tried

@@ -151,7 +151,7 @@ def run(args) -> str:
     if not args.file.endswith(".jsonl"):
         raise InputError(f"{args.file} must end in .jsonl, and hold a conversation in each line")
     read_text(args.file)  # before the model, which takes longer
-    model = pop.load(args.model, prune=args.prune)
+    model = pop.load(args.model, prune=args.prune, compile=args.compile)
     if not model.plan.layers:
         raise InputError("the plan prunes nothing; give another one with --prune")
     answers, refused = split(model, args.file, most)
@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prune", help="the plan, as in pop.load (default)", default="default", metavar="PLAN")
     parser.add_argument("--max-tokens", help="of an answer that count (256)", type=int, default=256, metavar="N")
     parser.add_argument("--worst", help="name so many answers that lose most (3)", type=int, default=3, metavar="N")
+    parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, default="auto")
     args = parser.parse_args(argv)
 
     return exit_status("answers", lambda: print(run(args)))

@@ -12,6 +12,7 @@ arithmetic allows.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,8 @@ def first_token_ms(plan: pop.PrunePlan, name: str, words: list[str], folder: Pat
     if status:
         lines = [line for line in said.splitlines() if "pop.errors" in line] or said.splitlines()[-LINES:]
         print(*lines, sep="\n", file=sys.stderr)
-        raise PopError(f"vLLM has ended with status {status} for the plan {name}; the lines above are from its log")
+        kept = shutil.copy(log, tempfile.mkdtemp(prefix="pop-trial-"))  # an engine's own error is further above
+        raise PopError(f"vLLM has ended with status {status} for the plan {name}; the lines above are from {kept}")
     if plan.layers and "now pruning" not in said:
         raise PopError(
             f"with the plan {name}, vLLM has pruned nothing: is pop-prefill-vllm installed where {sys.executable} is?"

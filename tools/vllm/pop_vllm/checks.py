@@ -34,9 +34,12 @@ def check_architecture(config) -> None:
 
 def check_config(config) -> None:
     """Raise UnsupportedError for a model or for options in a VllmConfig that pruning does not work with."""
+    from vllm import envs
+
     check_architecture(config)
     parallel = config.parallel_config
     refused = {
+        "the Rust frontend": envs.VLLM_USE_RUST_FRONTEND,  # POP_LONGEST would have no effect
         "LoRA": config.lora_config,
         "speculative decoding": config.speculative_config,
         "a KV connector": config.kv_transfer_config,

@@ -63,6 +63,12 @@ def test_options_that_do_not_go_with_pruning_are_refused(changed):
         checks.check_config(config(**changed))
 
 
+def test_a_frontend_without_pythons_input_processor_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UnsupportedError, match="the Rust frontend"):
+        checks.check_config(config())
+
+
 def test_other_models_and_versions_are_refused(monkeypatch):
     checks.check_version()
     checks.check_architecture(config())
