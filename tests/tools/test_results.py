@@ -332,6 +332,7 @@ def test_rows_that_name_a_stored_run_have_its_figures():
             wanted -= {"speedup_2048", "limit_2048"}
         assert [all(row[name] == figures[name] for name in wanted) for figures in measured].count(True) == 1, row
         assert result["commit"].startswith(row["commit"])
+    assert leaderboard.row_of(RESULTS / "runs" / "smollm2-135m.json", "full")["kept"] is None
 
 
 SHIPPED = {path.stem for path in (Path(pop.__file__).parent / "data" / "plans").glob("*.plan")}
