@@ -46,7 +46,7 @@ FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 2  # layers that gates propose, for each layer that is to lie apart
 FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
-QUICK = 3  # of the held-out windows judge it. At most half of their prompts is at full depth
+QUICK = 3  # held-out windows that judge such a layer: the shortest with at most half of the prompt at full depth
 
 Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
@@ -83,9 +83,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     fewer = first_tokens(few, FEWER)
     quick = judge.on_shortest(QUICK, 2 * last_and_selected(_prompt_length(model))[0])
     deepstack_layers = model.module.deepstack_layers
-
-    def plan_of(layers: Sequence[int]) -> PrunePlan:
-        return _plan_of(model, layers, lookups)
+    plan_of = functools.partial(_plan_of, model, lookups=lookups)
 
     def is_fast(layers: Sequence[int]) -> bool:
         return _limit(model, plan_of(layers), rank) >= speedup
@@ -158,7 +156,7 @@ def _fewest(
     Args:
         share: Of the layers, the deepest ones.
         needed: How much prefill needs each layer, as shares [L].
-        deepstack_layers: After so many layers, DeepStack adds features of images.
+        deepstack_layers: The number of layers after each of which DeepStack adds features of images.
         is_fast: Whether a plan of these layers allows the speedup.
         alone: From a layer's index to the loss if it is pruned alone.
     """

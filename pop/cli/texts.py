@@ -140,8 +140,8 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
         fitted.append(builtin.pop())
         found += _tokens_in(model, fitted[-1:])
     if found > given_tokens:
-        made_up = f"{given_tokens:,} of {needed:,} tokens are given; with built-in texts, there are {found:,}"
-        print(made_up, file=sys.stderr)
+        note = f"{given_tokens:,} of {needed:,} tokens are given; with built-in texts, there are {found:,}"
+        print(note, file=sys.stderr)
     return fitted, rest
 
 

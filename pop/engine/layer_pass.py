@@ -71,7 +71,7 @@ class LayerPass:
             if group.is_pruned:
                 h = self.run_pruned(chunk, full, h, group, previous, hidden)
             else:
-                # This loop is no method of its own. While it ran, this frame would keep the h that it was given.
+                # If this loop were a method, this frame would keep the h that it passed while the method runs.
                 for index in inside:
                     hidden[index] = chunk.latest(h)
                     h = self.run_layer(index, h, chunk.attention)
