@@ -7,6 +7,7 @@ package. The demo also imports the converter.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import pop
 from pop.errors import InputError, MissingExtra, PopError
 from pop.system import files
 
@@ -66,6 +68,24 @@ def integers_in(option: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise InputError(f"{option} is {text!r}; write numbers of tokens, as in 512,1024") from None
+
+
+def plan_of(text: str, model: pop.Model, mark: str) -> tuple[bool, str, pop.PrunePlan, dict]:
+    """The parts of a value of --prune, [MARK:] PLAN [:LAST [:SHARE [:LAYER]]].
+
+    Returns:
+        Whether the mark is there; PLAN, as written; the plan with the changes; and these, by the names of its fields.
+    """
+    pattern = rf"({mark}:)?(.*?)(?::(\d+)(?::(\d+(?:\.\d+)?)(?::(\d+))?)?)?"
+    marked, what, last, share, layer = re.fullmatch(pattern, text, re.S).groups()
+    changes = {}
+    if last:
+        changes["full_depth_last"] = int(last)
+    if share:
+        changes["full_depth_selected"] = float(share)
+    if layer:
+        changes["selecting_layer"] = int(layer)
+    return bool(marked), what, dataclasses.replace(model.resolve(what), **changes), changes
 
 
 # ---- Files ----

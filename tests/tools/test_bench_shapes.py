@@ -66,6 +66,9 @@ def test_plans_of_the_command_line():
     assert (plan.layers, plan.full_depth_last, plan.full_depth_first) == ((3, 4), 3, 1)
     assert plan.corrections.weight.shape == (2, 2, 20, 15) and plan.corrections.update is None
     assert parse_plan("third", model) == pop.PrunePlan((4,))
+    assert parse_plan("third:7:0.25:2", model) == pop.PrunePlan(
+        (4,), full_depth_last=7, full_depth_selected=0.25, selecting_layer=2
+    )
     model.plan = pop.PrunePlan((2,))
     assert parse_plan("default", model) == pop.PrunePlan((2,))
     assert model.prefill([[1, 2, 3, 4, 5]], model.new_cache(1, 8), plan=plan).isfinite().all()

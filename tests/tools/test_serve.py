@@ -672,8 +672,10 @@ def test_a_lack_of_memory_is_no_failure_of_the_server():
 
 def test_a_package_that_the_server_lacks_is_named(url, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    status, answer = ask(url, "/completions", TEXT | {"response_format": {"type": "json_object"}})
-    assert status == 501 and "pip install llguidance" in answer["error"]["message"]
+    with pytest.raises(openai.APIStatusError, match="pip install llguidance") as caught:
+        client_of(url).completions.create(**TEXT, extra_body={"response_format": {"type": "json_object"}})
+    assert caught.value.status_code == 501
+    assert caught.value.response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(("path", "body", "status", "says"), WRONG)

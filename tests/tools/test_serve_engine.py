@@ -254,7 +254,7 @@ def test_jobs_of_several_plans_share_a_batch_and_no_cache():
     assert len(texts) > 1
 
 
-def test_a_job_that_uses_no_kept_cache_gets_the_logits_of_an_empty_one(paper, logits):
+def test_a_job_that_uses_no_kept_cache_gets_the_logits_of_an_empty_one_and_leaves_none(paper, logits):
     """In the next turn of a conversation, a kept cache holds an answer at full depth."""
     engine = new_engine(paper)
     first = prompt(30, 1)
@@ -264,6 +264,19 @@ def test_a_job_that_uses_no_kept_cache_gets_the_logits_of_an_empty_one(paper, lo
     answer(engine, turn)
     assert turn.cached_tokens == 0
     assert_close(logits[turn][0], reference.prefill(paper.module, torch.tensor(turn.tokens), paper.plan))
+
+    again = new_job(turn.tokens)
+    answer(engine, again)
+    assert again.cached_tokens <= len(first) + len(answered)  # nothing of the turn's own tokens
+
+
+def test_a_job_in_progress_that_uses_no_kept_cache_is_no_source(paper):
+    engine = new_engine(paper)
+    private, other = jobs_of((30, 30))
+    other.tokens = private.tokens
+    private.uses_kept = False
+    work(engine, [private, other])
+    assert other.cached_tokens == 0
 
 
 def test_a_processor_that_fails_ends_its_own_answer(paper):

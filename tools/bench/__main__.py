@@ -5,7 +5,8 @@
 
 --model measures a checkpoint. --shape measures random weights of a known shape or of a config.json.
 --prune takes default, third, a fraction of the layers, or a saved plan. `corrected:` before it adds random corrections,
-which are as fast as those of a calibrated plan. `:32` after it runs the last 32 tokens at full depth.
+which are as fast as those of a calibrated plan. `:32:0.03` after it runs the last 32 tokens at full depth, and has
+3 % of the others selected.
 tools/bench/README.md defines every figure. The last line of the output is one JSON object.
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pop.models.config import DTYPES
 from pop.pruning.corrections import Corrections
 from pop.system.memory import free_bytes
 from tools.bench.shapes import SHAPES, fitting_layers, shortened
+from tools.common import plan_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +87,10 @@ def random_module(config, dtype: torch.dtype, device: torch.device):
 
 
 def parse_plan(text: str, model: pop.Model) -> pop.PrunePlan:
-    """The plan of one --prune value: [corrected:] PLAN [:LAST], see the help text of tools.bench."""
-    corrected, what, last = re.fullmatch(r"(corrected:)?(.*?)(?::(\d+))?", text, re.S).groups()
-    plan = model.resolve(what)
+    """The plan of one --prune value, see the help text of tools.bench."""
+    corrected, _, plan, _ = plan_of(text, model, "corrected")
     if not plan.layers:
         raise InputError(f"--prune {text} prunes none of the {model.config.num_layers} layers; give a larger fraction")
-    if last:
-        plan = dataclasses.replace(plan, full_depth_last=int(last))
     if not corrected:
         return plan
     corrections = random_corrections(model, plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable
@@ -13,12 +12,15 @@ import torch
 import pop
 from pop.calibration.texts import builtin_texts
 from pop.errors import InputError
+from tools.common import plan_of
 from tools.evaluate.attended import fastkv, snapkv
 from tools.evaluate.baselines import calibration_windows, deepest_dropped, first_kv, no_boundary, no_kv, shortgpt
 from tools.evaluate.contender import Contender
 from tools.evaluate.controls import constant_kv, embedding_kv
 from tools.evaluate.slicegpt import slicegpt
 
+# How the fields that --prune changes are shown in a contender's name.
+CHANGED = {"full_depth_last": " w=", "full_depth_selected": " s=", "selecting_layer": " at "}
 # Each takes a model, the fraction to cut and calibration windows (token ids, each [T]).
 BASELINES: dict[str, Callable[[pop.Model, float, list[torch.Tensor]], Contender]] = {
     "shortgpt": shortgpt,
@@ -75,23 +77,12 @@ def make_contenders(
 
 def _plan_contender(model: pop.Model, prune: str) -> Contender:
     """The contender of one --prune value. One that is to be calibrated still has its plain plan."""
-    pattern = r"(calibrated:)?(.*?)(?::(\d+)(?::(\d+(?:\.\d+)?)(?::(\d+))?)?)?"
-    calibrated, what, last, share, layer = re.fullmatch(pattern, prune, re.S).groups()
-    plan = model.resolve(what)
+    calibrated, what, plan, changes = plan_of(prune, model, "calibrated")
     name = Path(what).name
     if calibrated:
         name = f"calibrated {name}"
-    changes = {}
-    if last:
-        changes["full_depth_last"] = int(last)
-        name += f" w={int(last)}"
-    if share:
-        changes["full_depth_selected"] = float(share)
-        name += f" s={float(share):g}"
-    if layer:
-        changes["selecting_layer"] = int(layer)
-        name += f" at {int(layer)}"
-    plan = dataclasses.replace(plan, **changes)
+    for field, value in changes.items():
+        name += f"{CHANGED[field]}{value:g}"
     method = "calibrated" if calibrated else _method(plan, model.config.num_layers)
     if plan.full_depth_selected:
         method += f", {100 * plan.full_depth_selected:g} % of the tokens selected"

@@ -199,7 +199,11 @@ def sent(chunk: dict) -> str:
 
 
 def json_response(content: dict, status: int = 200) -> Response:
-    headers = {"retry-after": "1"} if status == 429 else None
+    headers = {}
+    if status == 429:
+        headers["retry-after"] = "1"
+    elif status == 501:
+        headers["x-should-retry"] = "false"  # read by the package openai: the same request would fail again
     return Response(json.dumps(content), status, headers, media_type="application/json")  # in ASCII: any text fits
 
 

@@ -45,7 +45,7 @@ class Job:
     top_logprobs: int
     emit: Callable[[Event], object]  # called in the engine's thread
     plan: pop.PrunePlan | None = None  # None: the model's
-    uses_kept: bool = True  # whether it may continue a filled cache
+    uses_kept: bool = True  # whether it continues caches of others, and leaves its own to them
     cancelled: bool = False
     cached_tokens: int = 0  # of the prompt, taken from a filled cache
     pruned_tokens: int = 0  # of the others
