@@ -40,6 +40,8 @@ from tools.evaluate import selection
 from tools.evaluate.ruler import RULER
 
 REAL = "smollm2-135m"
+# Pages with links and without commands to run.
+OTHERS = ("tests/README.md", "tools/results/LOG.md", "tools/results/DECISIONS.md", "tools/results/PLANS.md")
 real_load = functools.cache(functools.partial(pop.load, compile=False))  # compiling would take most of the time
 read_tokenizer = functools.cache(load_tokenizer)
 qwen3_vl = functools.cache(functools.partial(seeing_model, QWEN3))  # stands for any Qwen3 and Qwen3-VL
@@ -139,9 +141,9 @@ def test_the_head_of_a_table_has_rows(path):
     assert not re.search(r"^\|[-:| ]+\|\n(?!\|)|\| \|-", READMES[path], re.M)
 
 
-@pytest.mark.parametrize("path", READMES)
+@pytest.mark.parametrize("path", [*READMES, *OTHERS])
 def test_every_link_leads_to_a_file(path):
-    for link in re.findall(r"\]\(([^)]+)\)", READMES[path]):
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / path).read_text(encoding="utf-8")):
         if link.startswith("https://"):
             continue
         file, _, heading = link.partition("#")
