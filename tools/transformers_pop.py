@@ -206,7 +206,7 @@ class PrunedLayer:
         previous = latest(cache, self.index, x)[:, None]  # [B, 1, D]
         x = x.where(is_token[..., None], previous)  # padding precedes a row's first token
         before = torch.cat((previous, x[:, :-1]), dim=1)  # [B, T, D]
-        return self.corrections.code(x, before)
+        return F.linear(torch.cat((x, before), dim=-1), self.corrections.shared)
 
     def _run_rows(self, h, prompt, kwargs) -> torch.Tensor:
         """The full-depth rows f [B, W, D] after the layer. Writes K and V of all tokens to the cache."""

@@ -2,7 +2,7 @@
 
 A scalar gate g_l = 1 multiplies what layer l adds to the residual stream (He et al., Findings of ACL 2026):
 
-    h = h + g_l * attention_update(h)
+    h = h + g_l * attention_update(attended)      attended: the output of attention over h
     h = h + g_l * mlp_update(h)
 
 Each layer has two gates. Its prefill gate acts on the prompt without the last token. Its decode gate acts on that token

@@ -25,7 +25,7 @@ from pop.engine.selection import select
 from pop.models.base import PrunableLayer
 from pop.models.images import TEXT, Images
 from pop.models.layers import causal_mask, masked_attention
-from pop.pruning.corrections import corrected_keys_values
+from pop.pruning.corrections import code, corrected_keys_values
 from pop.pruning.plan import Group, PrunePlan
 from pop.pruning.reference import full_depth_tokens
 
@@ -117,8 +117,8 @@ class Pass:
         corrections = group.corrections
         z = None
         if corrections is not None:
-            x = self.module.layers[group.layers.start].normalised(h)
-            z = corrections.code(x, F.pad(x, (0, 0, 1, -1)))  # [B, T, rank]; the state before the first one is zero
+            first = self.module.layers[group.layers.start]
+            z = code(first, h, torch.zeros_like(h[:, 0]), corrections.shared)  # [B, T, rank]
         masks = {
             window: causal_mask(T, window, self.last_attended, h.device).expand(B, -1, -1)[rows]  # [B, W, T]
             for window in self.ropes
@@ -134,7 +134,7 @@ class Pass:
             attend = functools.partial(_attend_prompt, prompt_k=k, prompt_v=v, rows=rows, mask=masks[layer.window])
             f = layer(f, tuple(table[rows] for table in rope), attend)
         if corrections is not None:
-            h = corrections.updated(h, z)
+            h = corrections.updated(h, z, first.multiply)
         return self.images.add_deepstack(h.index_put(rows, f), group.layers[-1])
 
 

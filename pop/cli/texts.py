@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pop.calibration.held_out import HELD_OUT
 from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
 from pop.errors import InputError, PopError
+from pop.inputs.messages import with_one_system_message
 
 MOST = 20_000_000  # characters of a text
 NOT_WRITTEN = {"name", "parsed", "weight"}  # keys of logged messages that no template writes
@@ -43,7 +44,11 @@ def read_text(path: str) -> Text:
     """The text of a file or, if its name ends in .jsonl, its conversations: a JSON object with "messages" a line."""
     if not path.endswith(".jsonl"):
         return read_file(path)
-    return [(where, conversation(line, where)) for where, line in read_lines(path)]
+    found = []
+    for where, line in read_lines(path):
+        told = conversation(line, where)
+        found.append((where, told | {"messages": with_one_system_message(told["messages"])}))
+    return found
 
 
 def read_lines(path: str) -> list[tuple[str, str]]:

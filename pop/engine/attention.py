@@ -52,7 +52,10 @@ ByWindow = dict[int | None, AttentionMetadata]  # how tokens attend, by the laye
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """The row numbers [B, 1] of a tensor [B, ...]: table[rows_of(index), index] takes places [B, T] of its rows."""
+    """The row numbers 0 to B - 1 of a tensor [B, ...], as [B, 1].
+
+    So table[rows_of(index), index] has table[b, index[b, t]] at [b, t].
+    """
     return torch.arange(len(tensor), device=tensor.device)[:, None]
 
 
@@ -88,8 +91,8 @@ def empty_output(q: Tensor, *_) -> Tensor:
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
     """Several tokens a row attend to the keys that `read` returns, one block of queries at a time.
 
-    With a window, T consecutive tokens cost T * (window + QUERY_BLOCK) products, whatever N is. No mask has T rows.
-    This is a custom operator because the number of blocks depends on lengths.
+    With a window, T consecutive tokens cost T * (window + QUERY_BLOCK) products, whatever N is. No mask has more than
+    QUERY_BLOCK rows. This is a custom operator because the number of blocks depends on lengths.
     """
     T = q.shape[1]
     own, before, after, is_exact = Band(*band.tolist())

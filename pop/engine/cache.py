@@ -121,7 +121,7 @@ class KVCache:
     def check(
         self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: Tensor, advice: str
     ) -> None:
-        """Raise a PopError unless it is intact, and has B rows of such a model with room for `added` [B] more tokens.
+        """Raise a PopError unless the cache is intact, for such a model, and has B rows with room for `added` [B] more.
 
         It must also take chunks of `chunk_size` tokens. `advice` says what else to do about a prompt that is too long.
         """

@@ -1,9 +1,9 @@
 """Which tokens a chunk has, which of them run at full depth, and what each attends to.
 
-Sizes are computed on the CPU, and so is all of a chunk. It is copied to the device without waiting for it. There, what
-the full-depth tokens attend to is taken from what all tokens attend to, since only the device knows which tokens are
-selected (selection.py). Shape letters: pop/models/layers.py. T is the length of the longest prompt. C is the number of
-columns of a chunk, and W that of its full-depth tokens.
+Sizes, positions and what is padding are computed on the CPU and copied to the device. Nothing here waits for it.
+There, what the full-depth tokens attend to is taken from what all tokens attend to, since only the device knows which
+tokens are selected (selection.py). Shape letters: pop/models/layers.py. T is the length of the longest prompt. C is the
+number of columns of a chunk, and W that of its full-depth tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band, ByWindow, rows_of
 from pop.engine.cache import KVCache
 from pop.models.images import Images
-from pop.models.layers import Rope, Ropes
+from pop.models.layers import Ropes
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import stepped, to_device
 
@@ -29,7 +29,7 @@ Bounds = tuple[Tensor, Tensor]  # where a chunk begins and ends in each row's pr
 class Prompts(NamedTuple):
     """What a call appends to the cache: right-padded prompts [B, T]. All tensors are on the CPU, but ids may not be."""
 
-    tokens: Tensor  # [B, T], ids
+    tokens: Tensor  # [B, T or more], ids
     lengths: Tensor  # [B]
     images: Images  # what images bring to these prompts
     full_depth: Tensor  # [B, T] bool: which tokens run at full depth by their position. True for padding.
@@ -49,7 +49,7 @@ class Selection(NamedTuple):
 class Chunk(NamedTuple):
     """Consecutive tokens of each batch row, which go through the model together. Unless stated, on the device."""
 
-    in_prompt: Tensor  # [B, C], the columns of the prompts [B, T], a row's last one in padding. On the CPU
+    in_prompt: Tensor  # [B, C], the columns of the prompts [B, T]; in padding, some column of the row. On the CPU
     valid: Tensor  # [B, C] bool, false for padding. On the CPU
     images: Images  # what images bring to these tokens; all but their features is on the CPU
     attention: ByWindow  # how the tokens attend
@@ -105,7 +105,7 @@ class FullDepth(NamedTuple):
     # and V go to the spare slot, and h is put back. So the last column is that of each row's latest full-depth token.
     columns: Tensor
     valid: Tensor  # [B, W] bool, false for this padding
-    last_is_full: Tensor  # [B, 1] bool, whether a row's last token in the chunk is one of them, the last
+    last_is_full: Tensor  # [B, 1] bool, whether a row's last token in the chunk is at full depth in `prompts`
 
     @classmethod
     def of(
@@ -155,7 +155,9 @@ class FullDepth(NamedTuple):
 def attention_metadata(
     ropes: Ropes, cache: KVCache, positions: Tensor, ends: Tensor, last_attended: Tensor | None = None
 ) -> ByWindow:
-    """How tokens attend to the cache, for each window that the layers have. Bands are those of consecutive tokens.
+    """How consecutive tokens attend to the cache, for each window that the layers have.
+
+    Of the keys, several tokens with a window read only those that they may attend to.
 
     Args:
         ropes: The tokens' rotary tables, on the device. The other tensors are on the CPU, or all on the device.
@@ -164,49 +166,47 @@ def attention_metadata(
         ends: The rows' lengths [B] once the tokens are in the cache.
         last_attended: [B, C] int64, the last position that each attends to. None: its own.
     """
-    return {window: _of_window(rope, cache, positions, ends, last_attended, window) for window, rope in ropes.items()}
-
-
-def _of_window(
-    rope: Rope, cache: KVCache, positions: Tensor, ends: Tensor, last_attended: Tensor | None, window: int | None
-) -> AttentionMetadata:
-    """How the tokens attend in the layers with one window. Of the keys, only a band is read."""
     C = positions.shape[1]
-    ring = cache.slots(window)
-    before = UNBOUNDED if window is None else window - 1
     valid = positions < ends[:, None]  # [B, C]
     # Padding attends to what the row's last token attends to, so no softmax is empty.
     final = ends[:, None] - 1  # [B, 1]
     own = torch.minimum(positions, final)
     last = own if last_attended is None else torch.minimum(last_attended, final)
-    first = (own - before).clamp(min=0)
-    slots = torch.where(valid, positions % ring, ring)  # padding goes to the spare slot
-    spans = torch.stack((first, last), dim=-1).to(torch.int32)
-    if C == 1:
-        return AttentionMetadata(rope, *to_device([slots, spans], cache.device))
-    starts = positions[valid[:, 0], 0]  # of the rows with tokens
-    start = int(starts.max())
-    is_exact = bool((starts == start).all())
-    look_ahead = 0
-    if last_attended is not None:
-        look_ahead = int((last_attended - positions).max())
-        is_exact = False
-    if window is None:
-        # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the
-        # rest.
-        own_key = start
-        # At least as many keys as columns, so that replayed passes have few sizes.
-        held = torch.arange(min(max(int(ends.max()), C), ring)).expand(len(ends), -1)
-        keys = [held.to(torch.int32)]
-    else:
-        # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
-        # start. All rows have as many keys before it, those of the row that begins last. Negative positions hold no
-        # key, and spans mask them.
-        own_key = min(start, before)
-        held = positions[:, :1] - own_key + torch.arange(own_key + C)
-        keys = [held.to(torch.int32), held % ring]
-    band = torch.tensor(Band(own_key, before, look_ahead, is_exact))
-    return AttentionMetadata(rope, *to_device([slots, spans, *keys], cache.device), band=band)
+    attention = {}
+    for window, rope in ropes.items():
+        ring = cache.slots(window)
+        before = UNBOUNDED if window is None else window - 1
+        first = (own - before).clamp(min=0)
+        slots = torch.where(valid, positions % ring, ring)  # padding goes to the spare slot
+        spans = torch.stack((first, last), dim=-1).to(torch.int32)
+        if C == 1:
+            attention[window] = AttentionMetadata(rope, *to_device([slots, spans], cache.device))
+            continue
+        starts = positions[valid[:, 0], 0]  # of the rows with tokens
+        start = int(starts.max())
+        is_exact = bool((starts == start).all())
+        look_ahead = 0
+        if last_attended is not None:
+            look_ahead = int((last_attended - positions).max())
+            is_exact = False
+        if window is None:
+            # One band for all rows, that of the row which begins last. It covers the keys of the others. Spans mask the
+            # rest.
+            own_key = start
+            # At least as many keys as columns, so that replayed passes have few sizes.
+            held = torch.arange(min(max(int(ends.max()), C), ring)).expand(len(ends), -1)
+            keys = [held.to(torch.int32)]
+        else:
+            # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
+            # start. All rows have as many keys before it, those of the row that begins last. Negative positions hold no
+            # key, and spans mask them.
+            own_key = min(start, before)
+            held = positions[:, :1] - own_key + torch.arange(own_key + C)
+            keys = [held.to(torch.int32), held % ring]
+        band = torch.tensor(Band(own_key, before, look_ahead, is_exact))
+        tensors = to_device([slots, spans, *keys], cache.device)
+        attention[window] = AttentionMetadata(rope, *tensors, band=band)
+    return attention
 
 
 def full_depth_by_position(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary: bool) -> Tensor:
@@ -215,9 +215,9 @@ def full_depth_by_position(cache: KVCache, lengths: Tensor, plan: PrunePlan, bou
     Without a boundary, more of the prompts follows in a later call.
     """
     ends = cache.lengths + lengths  # [B]
-    if not boundary:  # the prompts go on, so none is short, and none of these tokens is among the last
+    if not boundary:  # more follows, so no prompt is short, and none of these tokens is among the last
         plan = dataclasses.replace(plan, full_depth_below=0)
-        ends += plan.full_depth_last  # so that no position is among the last
+        ends += plan.full_depth_last
     positions = cache.lengths[:, None] + torch.arange(int(lengths.max()))  # [B, T]
     return plan.at_full_depth(positions, ends[:, None])
 

@@ -36,7 +36,7 @@ from pop.pruning.plan import PrunePlan
 
 SMALLEST_COMPILED = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
-COMPILED = ("full_layer", "pruned_layer", "corrected_layer", "code", "received", "head")  # all of stages.py
+COMPILED = ("full_layer", "pruned_layer", "corrected_layer", "code", "received", "head")  # all functions of Stages
 PRUNED = (stages.pruned_layer, stages.corrected_layer)
 
 logger = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ class DecodeStep(LayerPass):
         self.ends = torch.full_like(self.positions, cache.max_seq_len)  # the token of a full row goes to the spare slot
         # The cache.lengths and rope_offsets that are on the device now. None: unknown.
         self.on_device: tuple[Tensor, Tensor] | None = None
-        # It does not hold this object, which would be a cycle.
+        # The runner does not hold this object, which would be a cycle.
         self.replay = stages.replay and stages.replay(module, f"decode of {cache.batch_size} rows")
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:

@@ -68,9 +68,8 @@ def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
     B, T = tokens.shape
     lengths = torch.full((B,), T)
-    plan = PrunePlan.none()
-    prompts = Prompts(tokens, lengths, TEXT, full_depth_by_position(cache, lengths, plan, True))
-    call = Call(module, cache, plan, stages, T)
+    prompts = Prompts(tokens, lengths, TEXT, full_depth=torch.ones(B, T, dtype=torch.bool))
+    call = Call(module, cache, PrunePlan.none(), stages, T)
     logits = [stages.head(module, h) for _, h in call.chunks(prompts)]
     call.commit(lengths)
     return torch.cat(logits, dim=1)
@@ -105,9 +104,9 @@ class Call:
     def chunks(self, prompts: Prompts) -> Iterator[tuple[Chunk, Tensor]]:
         """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
 
-        A plan that selects tokens needs the last token's state at the selecting layer. So all chunks run up to that
-        layer before the first one continues. It selects among the new tokens, and among earlier ones in the cache, if
-        the prompts end with their `boundary`.
+        A plan that selects tokens needs the states of a prompt's last tokens at the selecting layer. So all chunks run
+        up to that layer before the first one continues. It selects among the new tokens, and among earlier ones in the
+        cache, if the prompts end with their `boundary`.
         """
         cache = self.cache
         # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that it counts.

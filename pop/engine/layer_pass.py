@@ -10,8 +10,8 @@ write their K and V, computed from the h that enters the group. Then only the fu
 layers. They overwrite their K and V, and attend to the cache. After the group, a calibrated plan may update the h of
 the other tokens for the kept layers that follow.
 
-The tensors of a chunk are laid out before (chunks.py). Nothing here takes a number from the device, or copies one to
-it. So a GPU can capture a pass, and replay it for other tokens with the same sizes. Shape letters:
+The tensors of a chunk are laid out before (chunks.py). For text, nothing here takes a number from the device, or copies
+one to it. So a GPU can capture a pass of text, and replay it for other tokens with the same sizes. Shape letters:
 pop/models/layers.py. C is the number of columns of a chunk, and W that of its full-depth tokens.
 """
 
@@ -37,7 +37,7 @@ class LayerPass:
         self.module = module
         self.stages = stages
         # The tensors and not the cache, which may hold this object: a cycle would delay freeing them.
-        self.slots = list(zip(cache.keys, cache.values, strict=True))
+        self.keys_values = list(zip(cache.keys, cache.values, strict=True))  # of each layer, [B, S + 1, K, E] each
 
     @classmethod
     def of(cls, module, cache: KVCache, stages: Stages):
@@ -81,7 +81,7 @@ class LayerPass:
     def run_layer(self, index: int, h: Tensor, attention: ByWindow) -> Tensor:
         """One layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V go to the cache."""
         layer = self.module.layers[index]
-        return self.stages.full_layer(layer, h, *self.slots[index], attention[layer.window])
+        return self.stages.full_layer(layer, h, *self.keys_values[index], attention[layer.window])
 
     def run_pruned(
         self, chunk: Chunk, full: FullDepth, h: Tensor, group: Group, previous: Tensor, hidden: list[Tensor]
@@ -118,7 +118,7 @@ class LayerPass:
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             at = chunk.attention[layer.window]
-            keys, values = self.slots[index]
+            keys, values = self.keys_values[index]
             if z is None:
                 self.stages.pruned_layer(layer, h, at.rope, at.slots, keys, values)
             else:

@@ -1,8 +1,8 @@
 """The stages: what a layer computes in prefill and decode, and the output head.
 
-Each stage of a layer takes the layer and its slice of the cache, keys and values [B, S + 1, K, E], as arguments, so one
-compiled graph serves all layers. (compile.py knows the layer by the name of its parameter, `layer`.) Lengths enter as
-tensor shapes, never as Python ints.
+Each stage but the head takes a layer as an argument, and those that write K and V also its slice of the cache, keys and
+values [B, S + 1, K, E]. So one compiled graph serves all layers. (compile.py knows the layer by the name of its
+parameter, `layer`.) Lengths enter as tensor shapes, never as Python ints.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata, cache_attention, write
 from pop.engine.selection import received
-from pop.pruning.corrections import GroupCorrections, corrected_keys_values, shifted
+from pop.pruning.corrections import code, corrected_keys_values
 
 
 def full_layer(layer, h, keys, values, metadata: AttentionMetadata):
-    """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended."""
+    """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended to."""
     attention = layer.cache_attention or cache_attention
 
     def attend(layer, q, k, v):
@@ -39,23 +39,13 @@ def corrected_layer(layer, h, z, weight, rope, slots, keys, values):
     write(keys, values, slots, *corrected_keys_values(layer, h, z, weight, rope))
 
 
-def code(layer, h, previous, shared):
-    """The code z [B, T, R] of h [B, T, D], which enters a group of pruned layers that begins with `layer`.
-
-    `previous` [B, D] is the state before each row's first one, and `shared` [R, 2 * D] is the group's.
-    """
-    group = GroupCorrections(shared, None, None)
-    x = layer.normalised(h)
-    return group.code(x, shifted(x, layer.normalised(previous)), layer.multiply)
-
-
 def head(module, h):
     """h [..., D] after the last layer -> logits [..., V]."""
     return module.head(h)
 
 
 class Stages(NamedTuple):
-    """The functions that a call uses: those of this file, or replacements such as compiled ones.
+    """The functions that a call uses: the plain ones, or replacements such as compiled ones.
 
     `replay(module, what, other)` returns a runner. Each call of the runner takes the same function, a decode step
     (decode_step.py) or a pass (layer_pass.py), and runs it once. The runner may record the function, and repeat the

@@ -1,6 +1,7 @@
 """The messages of a conversation: checks them, and brings them into the form that chat templates take."""
 
 import json
+from itertools import takewhile
 from typing import Any
 
 from pop.errors import InputError
@@ -33,6 +34,16 @@ def read_messages(messages: list[dict], vision: Processor) -> tuple[list[dict], 
         told.append(checked)
         media += shown
     return told, media
+
+
+def with_one_system_message(messages: list[dict]) -> list[dict]:
+    """The messages, with one system message at the beginning: chat formats have one, and agents send several."""
+    # Those with a text and nothing else, which a joined message could not hold.
+    leading = takewhile(lambda one: one == {"role": "system", "content": str(one.get("content"))}, messages)
+    texts = [message["content"] for message in leading]
+    if len(texts) < 2:
+        return messages
+    return [{"role": "system", "content": "\n\n".join(texts)}, *messages[len(texts) :]]
 
 
 def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[Prepared]]:

@@ -156,7 +156,7 @@ class DecoderLayer(PrunableLayer):
         return self.mlp(self.post_attention_layernorm(h))
 
     def normalised(self, h: Tensor) -> Tensor:
-        """h [B, T, D] / rms(h), without a weight: the state that a calibrated plan reads."""
+        """h [..., D] / rms(h), without a weight: the state that a calibrated plan reads."""
         return self.input_layernorm.normalise(h)
 
     def projected(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +187,7 @@ class DecoderModel(PrunableModel):
     Args:
         config: of the family.
         model: the module that checkpoints call `model`: a Decoder, or a module that holds one, which `decoder` returns.
+            None: there is no such module, and the family overrides `decoder` (Gemma-3 with a tower).
     """
 
     def __init__(self, config, model: nn.Module | None):

@@ -162,7 +162,7 @@ def causal_attention(
 
 
 def causal_mask(T: int, window: int | None, last_attended: Tensor | None, device: torch.device) -> Tensor:
-    """What each of T tokens attends, as in `causal_attention`: [1, T, T] bool, or [B, T, T] with last_attended."""
+    """Which tokens each token attends to, as in `causal_attention`: [1, T, T] bool, or [B, T, T] with last_attended."""
     key = torch.arange(T, device=device)
     query = key[None, :, None]  # [1, T, 1]
     last = query if last_attended is None else last_attended[..., None]  # [1 or B, T, 1]
@@ -175,7 +175,7 @@ def causal_mask(T: int, window: int | None, last_attended: Tensor | None, device
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """q [B, T, H, E] attends to the keys of k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E].
 
-    None: each of the T = N tokens attends to itself and those before it.
+    Without a mask, each of the T = N tokens attends to itself and those before it.
     """
     B, T, H, E = q.shape
     k = k.transpose(1, 2)  # [B, K, N, E]

@@ -1,8 +1,8 @@
 """What a calibrated plan adds to plain pruning: corrections of K and V, and updates of h.
 
-A pruned layer projects K and V from the h that enters its group of consecutive pruned layers. In all but the first
-layer of the first group, its weights were trained on another state. Calibration (pop/calibration) measures the
-resulting error and fits a correction to it. With x_t the state of token t, normalised without a weight, and x_{-1} = 0,
+A pruned layer projects K and V from the h that enters its group of consecutive pruned layers. Except in the first layer
+of the first group, its weights were trained on another state. Calibration (pop/calibration) measures the resulting
+error and fits a correction to it. With x_t the state of token t, normalised without a weight, and x_{-1} = 0,
 
     z_t = P [x_t ; x_{t-1}]               a code of R numbers for each token, shared by the layers of the group
     k_t, v_t  =  own projections of h_t  +  U z_t
@@ -35,18 +35,25 @@ class GroupCorrections(NamedTuple):
     weight: Tensor  # U [n, 2 * K * E, R]: K's rows come first, and then V's
     update: Tensor | None  # A [D, R], or None if no kept layer follows
 
-    def code(self, x: Tensor, before: Tensor, linear=F.linear) -> Tensor:
-        """The codes z [..., R] of tokens, from their normalised states x [..., D] and those of the tokens before."""
-        return linear(torch.cat((x, before), dim=-1), self.shared)
-
     def updated(self, h: Tensor, z: Tensor, linear=F.linear) -> Tensor:
         """h [B, T, D] after the group, from the h that entered it and its code z [B, T, R]."""
         return h if self.update is None else h + linear(z, self.update)
 
 
+def code(layer, h: Tensor, previous: Tensor, shared: Tensor) -> Tensor:
+    """The code z [B, T, R] of h [B, T, D], which enters a group of pruned layers that begins with `layer`.
+
+    `previous` [B, D] is the state before each row's first one, and `shared` [R, 2 * D] is the group's P. compile.py
+    knows the layer by the name of the parameter `layer`.
+    """
+    x = layer.normalised(h)
+    before = shifted(x, layer.normalised(previous))
+    return layer.multiply(torch.cat((x, before), dim=-1), shared)
+
+
 def shifted(x: Tensor, previous: Tensor) -> Tensor:
     """The state before each x [B, T, D] of consecutive tokens: [B, T, D], from `previous` [B, D] on."""
-    # Not a slice: compiled code would depend on whether it has one token.
+    # Not a slice: compiled code would depend on whether x has one token.
     column = torch.arange(x.shape[1], device=x.device)
     earlier = x[:, (column - 1).clamp(min=0)]
     return torch.where((column > 0)[:, None], earlier, previous[:, None])

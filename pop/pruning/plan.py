@@ -1,4 +1,4 @@
-"""The pruning plan: which layers the prompt skips, which tokens run at full depth, and their corrections."""
+"""The pruning plan: which layers the prompt skips, which tokens run at full depth, and the layers' corrections."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class PrunePlan:
         selecting_layer: A kept layer with pruned ones after it. None: the layer before the first pruned one.
         full_depth_below: All tokens of a sequence run at full depth if its prompt, with what the cache holds before it,
             has fewer tokens. In a short prompt, what pruning costs is more than what it saves.
-        about: A record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
+        about: How the plan was made and judged, as a small object of JSON. pop.calibrate fills it, and `holds` reads
+            its verdict. It is not compared.
         name: Of the file that `load` has read. It is not saved or compared.
 
     Raises:

@@ -27,7 +27,7 @@ from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan  # 20 and 16 to
 # `images` below is what images bring to a prompt (pop/models/images.py). TEXT: it has none. Then `last_attended` is
 # None, `at` returns TEXT, and `rotary`, `place` and `add_deepstack` return what they get.
 
-KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
+KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E], or [1, T, K, E] while the layers run
 
 
 def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> Tensor:
@@ -60,7 +60,7 @@ def run_layers(
     """
     full_depth = full_depth.to(tokens.device)
     position = torch.arange(len(tokens), device=tokens.device)[None]  # [1, T]
-    ropes = module.rope(images.rotary(position))
+    ropes = module.rope(images.rotary(position))  # cos and sin, by the layers' window (None: no window)
     images = images.at(position.cpu())
     last_attended = images.last_attended(position)
     groups = groups_by_layer(module, plan)
@@ -150,7 +150,10 @@ def code(layer, group: Group, h: Tensor) -> Tensor | None:
 
 
 def corrected(layer, group: Group, index: int, h, z, rope, skips, k, v) -> KeysValues:
-    """K and V [1, T, K, E] of a layer, in which tokens that skip it have k + U z and v + U z."""
+    """The layer's k and v [1, T, K, E]. Tokens that skip it get others: its projections of h, plus U z.
+
+    h [1, T, D] enters the layer, z [1, T, R] is the group's code, and skips [T] says which tokens skip the layer.
+    """
     number = index - group.layers[0]
     correction = z @ group.corrections.weight[number].T  # [1, T, 2 * K * E]
     correction_k, correction_v = correction.chunk(2, dim=-1)

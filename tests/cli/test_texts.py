@@ -58,6 +58,14 @@ def test_a_message_of_a_developer_is_one_of_the_system(tmp_path, model):
     assert encoded(model, read_text(path)) == [model.chat_format().encode(told)]
 
 
+def test_several_system_messages_at_the_beginning_become_one(tmp_path, model):
+    given = {"messages": [{"role": name, "content": name} for name in ("system", "developer")] + ASKED}
+    path = write(tmp_path, given)
+    told = [{"role": "system", "content": "system\n\ndeveloper"}, *ASKED]
+    assert encoded(model, read_text(path)) == [model.chat_format().encode(told)]
+    assert len(conversation(json.dumps(given), "line 1")["messages"]) == 2 + len(ASKED)  # as a server gets them
+
+
 def test_the_name_of_a_tool_stays():
     messages = [{"role": "tool", "name": "f", "content": "1"}]
     assert conversation(json.dumps({"messages": messages}), "line 1")["messages"] == messages

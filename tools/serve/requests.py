@@ -12,13 +12,13 @@ import difflib
 import functools
 import json
 from collections.abc import Callable
-from itertools import takewhile
 from typing import Any
 
 import pop
 from pop.errors import ContextOverflow, check_count
 from pop.generation.batch import as_prompts
 from pop.generation.sampling import SamplingParams
+from pop.inputs.messages import with_one_system_message
 from tools.examples.json_schema import JsonSchema, tokenizer_of
 from tools.serve.rows import Event, Job
 
@@ -289,16 +289,7 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
         read.append(message)
     if len(urls) > MAX_IMAGES:
         raise Wrong(f"there are {len(urls)} images; at most {MAX_IMAGES} are read", param="messages")
-    return _with_one_system_message(read), sum(map(len, urls))
-
-
-def _with_one_system_message(messages: list[dict]) -> list[dict]:
-    """The messages, with one system message at the beginning: chat formats have one, and agents send several."""
-    leading = [*takewhile(lambda message: message.get("role") == "system", messages)]
-    texts = [message.get("content") for message in leading]
-    if len(leading) < 2 or not all(isinstance(text, str) for text in texts):
-        return messages
-    return [{"role": "system", "content": "\n\n".join(texts)}, *messages[len(leading) :]]
+    return with_one_system_message(read), sum(map(len, urls))
 
 
 def _part(model: pop.Model, part: Any, urls: list[str]) -> dict:

@@ -248,7 +248,7 @@ class Pruned:
         passed = h
         if corrections is not None:
             x = normalised(h, self.model.layers[group.layers[0]])
-            z = corrections.code(x, step.before(x))  # [N, R]
+            z = F.linear(torch.cat((x, step.before(x)), dim=-1), corrections.shared)  # [N, R]
             passed = corrections.updated(h, z)
         for number, index in enumerate(group.layers):
             k, v = self.projected(index, h)
