@@ -65,7 +65,7 @@ def calibrate(
     videos=None,
     rank: int | None = None,
     longest: int = 4096,
-    steps: int = 150,
+    steps: int = 50,
     resume: str | os.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -278,7 +278,7 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
     windows = first_tokens(windows, tokens_needed(model))
     with progress_bar("fitting", num_groups * total_size(windows), "tokens", progress) as step:
-        return judge.best(fitted(model, windows, plan, rank, RIDGES, step))
+        return min(fitted(model, windows, plan, rank, RIDGES, step), key=judge.loss)
 
 
 def _keep(path, run: str, plan: PrunePlan, done: int) -> None:

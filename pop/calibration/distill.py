@@ -1,8 +1,8 @@
 """Distillation: improve a plan's corrections by gradients of the loss itself.
 
 The closed form (refit.py) brings each layer's K and V close to the full model's. But the loss depends on the model's
-predictions. So Adam starts from the closed form and minimises KL(full || pruned) of exercises (exercises.py) over the
-corrections. Everything else is frozen. README.md in this folder has the derivation.
+predictions. So Adam (Kingma and Ba 2015) starts from the closed form and minimises KL(full || pruned) of exercises
+(exercises.py) over the corrections. Everything else is frozen. README.md in this folder has the derivation.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from pop.calibration.texts import Window
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
-RATE = 0.25  # the share by which a step may change what a matrix computes, see `learning_rate`
-WARM_UP = 20  # steps up to the full rate
+RATE = 0.04  # the share by which a step may change what a matrix computes, see `learning_rate`
+WARM_UP = 4  # steps up to the full rate
 LEAST = 0.02  # the share of the full rate at the last step
 BETAS = (0.9, 0.95)  # Adam's
 LARGEST = 1.0  # the norm to which larger gradients are cut
-CHECKS = 8  # how often the held-out windows are judged
+CHECKS = 5  # how often the held-out windows are judged
 
 
 @torch.inference_mode(False)  # whatever the caller's mode is
@@ -63,7 +63,8 @@ def distill(
     least = judge.losses(best).mean
     given = best.corrections.tensors
     trained = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in given.items()}
-    groups = [{"params": [tensor], "rate": learning_rate(tensor.detach())} for tensor in trained.values()]
+    parameters = [*trained.values()]
+    groups = [{"params": [tensor], "rate": learning_rate(tensor.detach())} for tensor in parameters]
     adam = torch.optim.Adam(groups, betas=BETAS)
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
@@ -72,7 +73,13 @@ def distill(
         rng = random.Random(f"{seed} {number}")
         batch = exercise(model, windows, number, rng)
         loss = distillation_loss(module, model.vision, _with_tensors(best, trained), batch)
-        _step(adam, loss, schedule(number, steps))
+        adam.zero_grad()
+        loss.backward(inputs=parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, LARGEST)
+        check_finite(norm, "gradients of the corrections")
+        for group in adam.param_groups:
+            group["lr"] = group["rate"] * schedule(number, steps)
+        adam.step()
         if number + 1 in checks:
             rounded = {name: tensor.detach().to(model.dtype, copy=True) for name, tensor in trained.items()}
             candidate = _with_tensors(best, rounded)
@@ -88,18 +95,6 @@ def distill(
 def _with_tensors(plan: PrunePlan, tensors: dict[str, Tensor]) -> PrunePlan:
     """The plan with other tensors of its corrections."""
     return dataclasses.replace(plan, corrections=plan.corrections.replaced(tensors))
-
-
-def _step(adam: torch.optim.Adam, loss: Tensor, share: float) -> None:
-    """A step of Adam (Kingma and Ba 2015), with a share of the full learning rates."""
-    trained = [tensor for group in adam.param_groups for tensor in group["params"]]
-    adam.zero_grad()
-    loss.backward(inputs=trained)
-    norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST)
-    check_finite(norm, "gradients of the corrections")
-    for group in adam.param_groups:
-        group["lr"] = group["rate"] * share
-    adam.step()
 
 
 def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise) -> Tensor:

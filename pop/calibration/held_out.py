@@ -11,7 +11,7 @@ it, because the full model copies such a passage almost surely, whatever the tex
 import copy
 import random
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -111,11 +111,6 @@ class Judge:
             continued = kl[: len(case.continuation) + 1]
             parts.append((continued, kl[begin:], copied, continued[:BEGINNING]))
         return Losses(*(_mean(torch.cat(kind)) for kind in zip(*parts, strict=True)))
-
-    def best(self, plans: Iterable[PrunePlan]) -> PrunePlan:
-        """The plan with the least loss. Raises InputError if a loss is not finite."""
-
-        return min(plans, key=self.loss)
 
     def loss(self, plan: PrunePlan) -> float:
         """The loss of a plan, to minimise. Raises InputError if it is not finite."""

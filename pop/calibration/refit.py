@@ -12,7 +12,7 @@ rows s_t in X and r_t in Y, of N tokens, ridge regression toward no correction i
     min over C:   sum over t  |r_t - C s_t|^2  +  lambda N |C|^2            C = Y' X (X' X + lambda N I)^-1
 
 All layers of a group share a code of R numbers, so C is replaced by a product U P of rank R (`weight` and `shared`),
-the one that changes C s least on the text. README.md in this folder derives it.
+the one that raises this minimum least. README.md in this folder derives it.
 """
 
 import dataclasses
@@ -59,7 +59,12 @@ class Sums:
 
 
 def fitted(
-    model, windows: list[Window], plan: PrunePlan, rank: int, ridges: Sequence[float] = (RIDGE,), step: Callable = int
+    model,
+    windows: list[Window],
+    plan: PrunePlan,
+    rank: int,
+    ridges: Sequence[float] = (RIDGE,),
+    step: Callable = lambda count: None,
 ) -> Iterator[PrunePlan]:
     """Yield a plan with corrections that are fitted to windows, for each lambda of its last group.
 
@@ -101,8 +106,8 @@ def fitted(
 def solve(model, sums: Sums, rank: int, ridge: float) -> GroupCorrections:
     """Solve the normal equations of a group, and reduce the solution to the rank. It is in float64.
 
-    Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average. So
-    the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
+    Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by E raises the minimum by N |E F|^2. So the
+    best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
     P = Q' F^-1. Then P s has a mean square of about 1. C F is computed for one layer at a time, and twice, because all
     of it would be as large as X' Y.
     """

@@ -32,7 +32,7 @@ from pop.pruning.cost import speedup_limit
 from pop.pruning.plan import PrunePlan
 
 PROMPT = 2048  # tokens of the prompt for which a speedup is asked
-FULL_DEPTH_SHARE = 0.12  # the share of this prompt's tokens that are whole, but for the first
+FULL_DEPTH_SHARE = 0.14  # the share of this prompt's tokens that are whole, but for the first
 LAST = 192  # how many of them are its last ones (README.md says why no fewer); the others are selected
 SHORT = 512  # tokens. What pruning costs in shorter prompts is more than what it saves (data/README.md)
 TAILS = (1.0, 0.8, 0.6)  # of the pruned layers, the shares that are the deepest ones
@@ -46,9 +46,9 @@ FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 2  # layers that gates propose, for each layer that is to lie apart
 FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
-QUICK = 3  # held-out windows that judge such a layer: the shortest with at most half of the prompt at full depth
+QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts of twice the last tokens or more
 
-Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
+Pair = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
 
 def check_speedup(model, speedup: float, rank: int) -> None:
@@ -101,7 +101,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
                 yield from fitted(model, few, plan_of(layers), rank)
             step(1)
 
-    return dataclasses.replace(judge.best(candidates()), corrections=None)
+    return dataclasses.replace(min(candidates(), key=judge.loss), corrections=None)
 
 
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
@@ -113,7 +113,7 @@ def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> Prun
 # ---- What the layers do ----
 
 
-def _samples(model, windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
+def _samples(model, windows: list[Window]) -> tuple[list[Pair], list[Pair]]:
     """Texts with their continuations, and prompts of which a passage is repeated."""
     rng = random.Random(0)
     texts = without_images(windows)
@@ -131,14 +131,17 @@ def _samples(model, windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
     return plain, repeated
 
 
-def _needed(model, samples: list[Sample]) -> Tensor:
+def _needed(model, samples: list[Pair]) -> Tensor:
     """How much prefill needs each layer, as shares [L] float64 of the importance of all."""
     scores = importance(model, samples, batch_size=4, progress=False).prefill
     return scores / scores.sum().clamp(min=1e-30)
 
 
-def _lookup_scores(model, passages: list[Sample]) -> Tensor:
-    """How many of a repeated passage's tokens in the prompt each layer would select, as shares [L]."""
+def _lookup_scores(model, passages: list[Pair]) -> Tensor:
+    """The share of a passage's tokens that each layer would select where the passage first occurs, [L].
+
+    Zeros if all prompts are too short.
+    """
     repeated = [(prompt, passage) for prompt, passage in passages if len(prompt) >= 3 * LONGEST_CUE]
     if not repeated:
         return torch.zeros(model.config.num_layers)
@@ -163,11 +166,11 @@ def _fewest(
     for count in range(1, len(needed)):
         tail = round(share * count)
         apart = count - tail
-        layers = layers_apart(needed, count, tail, deepstack_layers)
+        layers = layers_apart(needed, apart, tail, deepstack_layers)
         if layers is None or not is_fast(layers):
             continue
         numbers = range(PROPOSED * apart, apart - 1, -1)  # of proposed layers, as many as neighbours allow
-        proposals = (layers_apart(needed, number + tail, tail, deepstack_layers) for number in numbers)
+        proposals = (layers_apart(needed, number, tail, deepstack_layers) for number in numbers)
         proposed = next(filter(None, proposals))
         best = sorted(proposed[: len(proposed) - tail], key=alone)[:apart]
         chosen = (*sorted(best), *layers[apart:])
@@ -175,8 +178,8 @@ def _fewest(
     return None
 
 
-def layers_apart(needed: Tensor, count: int, tail: int, deepstack_layers: int = 0) -> tuple[int, ...] | None:
-    """The `tail` deepest layers, and those others, `count` layers in all, that prefill needs least.
+def layers_apart(needed: Tensor, apart: int, tail: int, deepstack_layers: int = 0) -> tuple[int, ...] | None:
+    """The `tail` deepest layers, and those `apart` others that prefill needs least.
 
     No three of the others are neighbours, and no two where DeepStack adds features of images between layers. Layer 0
     and the layer before the deepest ones are kept. None: there are too few others, or DeepStack reaches the deepest.
@@ -189,9 +192,9 @@ def layers_apart(needed: Tensor, count: int, tail: int, deepstack_layers: int = 
         most = 1 if index <= deepstack_layers else 2
         with_it = chosen | {index}
         runs = [range(begin, begin + most + 1) for begin in range(index - most, index + 1)]  # one layer too long
-        if len(chosen) < count - tail and not any(with_it.issuperset(run) for run in runs):
+        if len(chosen) < apart and not any(with_it.issuperset(run) for run in runs):
             chosen = with_it
-    if len(chosen) < count - tail:
+    if len(chosen) < apart:
         return None
     return (*sorted(chosen), *range(first, len(needed)))
 

@@ -135,7 +135,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("--out", help="write the plan to this file; default: default.plan beside the weights", metavar="FILE")
     integer(add, "--rank", "numbers in the code of a token; default: half of the model's width")
     integer(add, "--longest", "the most tokens of a prompt to train on and to judge by", 4096)
-    integer(add, "--steps", "steps of distillation after the closed form", 150)
+    integer(add, "--steps", "steps of distillation after the closed form", 50)
     integer(add, "--seed", "chooses the windows that are held out, and what the steps train on", 0)
 
     add = command(

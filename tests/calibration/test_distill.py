@@ -22,7 +22,7 @@ from pop import InputError, PrunePlan, calibrate
 from pop.calibration import calibrate as calibrate_file
 from pop.calibration import distill as distillation
 from pop.calibration import passes
-from pop.calibration.distill import distill, distillation_loss, learning_rate, schedule
+from pop.calibration.distill import RATE, distill, distillation_loss, learning_rate, schedule
 from pop.calibration.exercises import Exercise
 from pop.calibration.held_out import Judge
 from pop.inputs.processors import processor_of
@@ -83,21 +83,21 @@ def test_the_loss_and_its_gradients_are_the_references(case):
 
 
 def test_the_rate_rises_and_falls():
-    shares = [schedule(number, 150) for number in range(150)]
-    assert shares[0] == 1 / 20
-    assert shares.index(max(shares)) in range(18, 22) and max(shares) > 0.95
-    assert shares[19:] == sorted(shares[19:], reverse=True)
+    shares = [schedule(number, 50) for number in range(50)]
+    assert shares[0] == 1 / 4
+    assert shares.index(max(shares)) == 3 and max(shares) > 0.95
+    assert shares[3:] == sorted(shares[3:], reverse=True)
     assert 0.02 < shares[-1] < 0.03
     assert 0 < schedule(0, 1) <= 1
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_a_step_changes_what_is_computed_by_a_quarter(scale):
+def test_a_step_changes_what_is_computed_by_the_rate(scale):
     """At most, for inputs with a mean square of 1: all weights change by the rate, and each in the worst direction."""
     weight = scale * torch.randn(2, 2, 10, 600, generator=torch.Generator().manual_seed(0))
     x = torch.randn(600, generator=torch.Generator().manual_seed(1))
     change = learning_rate(weight) * x.abs().sum()
-    assert 0.1 < change / (weight @ x).square().mean().sqrt() < 0.25
+    assert 0.4 * RATE < change / (weight @ x).square().mean().sqrt() < RATE
 
 
 def test_distillation_lowers_the_loss_on_held_out_text(monkeypatch):
@@ -115,12 +115,12 @@ def test_distillation_lowers_the_loss_on_held_out_text(monkeypatch):
     assert torch.equal(distilled.corrections.sketch, model.sketch[list(distilled.layers)])
 
 
-def test_the_best_of_eight_checks_is_taken(model, closed):
+def test_the_best_of_five_checks_is_taken(model, closed):
     """The losses fall up to the third check and rise after it."""
-    judge = MadeUp(9, 8, 7, 5, 6, 7, 8, 9, 10)
+    judge = MadeUp(9, 8, 7, 5, 6, 7)
     checked = []
     found = distill(model, closed, windows_of(TEXTS), judge, 12, keep=lambda best, done: checked.append(done))
-    assert checked == [1, 3, 4, 6, 7, 9, 10, 12]
+    assert checked == [2, 4, 7, 9, 12]
     first, _, _, third, fourth, *_ = map(contents, judge.seen)
     assert first == contents(closed)
     assert contents(found) == third != fourth
@@ -181,18 +181,18 @@ def test_a_run_continues_from_the_best_plan_so_far(model, closed, notes):
         counted.append(count)
 
     def continued(begin, *losses):
-        return contents(distill(model, best, windows, MadeUp(*losses), 16, begin=begin, progress=progress))
+        return contents(distill(model, best, windows, MadeUp(*losses), 10, begin=begin, progress=progress))
 
     with pytest.raises(KeyboardInterrupt):
-        distill(model, closed, windows, MadeUp(9, 7, 8), 16, keep=interrupt)
+        distill(model, closed, windows, MadeUp(9, 7, 8), 10, keep=interrupt)
     (best, first), (again, second) = kept
     assert (first, second) == (2, 4)
     assert contents(closed) != contents(best) == contents(again)
     numbers = notes(distillation, "exercise", lambda model, windows, number, rng: number)
-    assert continued(4, 7, *[6] * 6) != contents(best)
-    assert numbers == [*range(4, 16)] and counted == [4] + [1] * 12
-    assert continued(4, 7, *[8] * 6) == contents(best)
-    assert continued(16, 7) == contents(best)  # nothing is left to do
+    assert continued(4, 7, *[6] * 3) != contents(best)
+    assert numbers == [*range(4, 10)] and counted == [4] + [1] * 6
+    assert continued(4, 7, *[8] * 3) == contents(best)
+    assert continued(10, 7) == contents(best)  # nothing is left to do
 
 
 def test_all_that_decides_a_run_tells_it_from_others(model):

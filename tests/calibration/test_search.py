@@ -14,7 +14,7 @@ from support.tiny import tiny_config, tiny_model, tiny_qwen3_vl_config
 import pop
 from pop import PrunePlan
 from pop.calibration import search
-from pop.calibration.search import FULL_DEPTH_SHARE, LAST, PROMPT, layers_apart, with_full_depth
+from pop.calibration.search import FULL_DEPTH_SHARE, LAST, PROMPT, last_and_selected, layers_apart, with_full_depth
 from pop.calibration.texts import total_size
 
 RANK = 15
@@ -45,7 +45,7 @@ def test_layers_apart_are_those_that_prefill_needs_least(data):
     tail = data.draw(st.integers(1, L - 1))
     apart = data.draw(st.integers(0, L - 1 - tail))
     deepstack = data.draw(st.integers(0, L))
-    found = layers_apart(needed, tail + apart, tail, deepstack)
+    found = layers_apart(needed, apart, tail, deepstack)
     candidates = range(1, L - tail - 1)  # without layer 0, and the layer before the deepest ones
     if found is None:
         assert 3 * apart > len(candidates) or deepstack
@@ -108,13 +108,14 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, winner, mo
         count = len(plan.layers)
         tail = round(share * count)
         apart = count - tail
-        most = max(number for number in range(apart, 2 * apart + 1) if layers_apart(needed, number + tail, tail))
-        proposed = layers_apart(needed, most + tail, tail)[:most]
+        most = max(number for number in range(apart, 2 * apart + 1) if layers_apart(needed, number, tail))
+        proposed = layers_apart(needed, most, tail)[:most]
         best = sorted(proposed, key=lambda index: alone[index])[:apart]
         assert plan.layers == (*sorted(best), *range(14 - tail, 14))
         assert limit(deep, plan) >= 1.5 and plan.corrections is None
         assert search._limit(deep, plan, RANK) == limit(deep, plan)  # corrections to come are counted
-        fewer = layers_apart(needed, count - 1, round(share * (count - 1)))
+        tail = round(share * (count - 1))
+        fewer = layers_apart(needed, count - 1 - tail, tail)
         assert limit(deep, with_full_depth(deep, fewer, windows)) < 1.5
     assert len(judge.asked) == len({*judge.asked}) > 3
 
@@ -190,7 +191,8 @@ def test_a_speedup_that_is_none_is_refused(deep, speedup):
 
 def test_a_speedup_out_of_reach_is_refused_before_the_work(deep, windows, monkeypatch):
     monkeypatch.setattr("pop.calibration.calibrate.Judge", None)
-    most = limit(deep, dataclasses.replace(PrunePlan(range(1, 14), LAST, 1), full_depth_selected=0.0291))
+    last, selected = last_and_selected()
+    most = limit(deep, dataclasses.replace(PrunePlan(range(1, 14), last, 1), full_depth_selected=selected))
     for speedup in (6, 50):
         with pytest.raises(pop.InputError, match=f"speedup is {speedup}, but this model allows at most {most:.2f}"):
             pop.calibrate(deep, [tokens for tokens, _ in windows], speedup=speedup, progress=False)

@@ -56,11 +56,11 @@ def test_two_plans_are_measured_beside_full_depth(run, tmp_path):
     (out, _), asked = run("--input-len", "300", "--tensor-parallel-size", "2", "--enable-prefix-caching")
     words = ["--model", str(tmp_path / "tiny"), "--input-len", "300", "--batch-size", "1", "--output-len", "1"]
     words += ["--tensor-parallel-size", "2", "--enable-prefix-caching", "--no-enable-prefix-caching"]
-    assert asked == [[words, [], 1, 0.0], [words, [4, 5], 192, 0.0], [words, [4, 5], 192, 0.0291]]
+    assert asked == [[words, [], 1, 0.0], [words, [4, 5], 192, 0.0], [words, [4, 5], 192, 0.0512]]
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:3] for row in rows] == [["none", "2", "1.00x"], ["plain", "1", "2.00x"], ["selects", "1", "2.00x"]]
     model = pop.load(tmp_path / "tiny", prune=None)
-    plans = [pop.PrunePlan((4, 5), 192, 1, full_depth_selected=share) for share in (0.0, 0.0291)]
+    plans = [pop.PrunePlan((4, 5), 192, 1, full_depth_selected=share) for share in (0.0, 0.0512)]
     assert [row[3] for row in rows[1:]] == [f"{plan.speedup(model, 300):.2f}x" for plan in plans]
 
 
