@@ -399,7 +399,8 @@ def test_every_route_says_how_many_tokens_were_pruned_and_when_the_first_one_cam
     assert pruned("/completions", {"prompt": [text, text[:4]], "max_tokens": 2}) == len(text) - 5
     assert pruned("/chat/completions", chat) == in_chat - 5
     assert pruned("/responses", {"input": text, "max_output_tokens": 2}) == in_chat - 5
-    # An earlier answer's cache has this prompt, with its last tokens at full depth. Only the boundary token runs again.
+    details_of("/chat/completions", chat)  # leaves its cache, with the prompt's last tokens at full depth
+    # Only the boundary token runs again.
     assert details_of("/chat/completions", chat) == {"cached_tokens": in_chat - 1, "pruned_tokens": 0}
 
 
