@@ -1,9 +1,9 @@
 """Which tokens a chunk has, which of them run at full depth, and what each attends to.
 
-Sizes, positions and what is padding are computed on the CPU and copied to the device. Nothing here waits for it.
-There, what the full-depth tokens attend to is taken from what all tokens attend to, since only the device knows which
-tokens are selected (selection.py). Shape letters: pop/models/layers.py. T is the length of the longest prompt. C is the
-number of columns of a chunk, and W that of its full-depth tokens.
+Sizes, positions and what is padding are computed on the CPU and copied to the device. Nothing here waits for it. There,
+what the full-depth tokens attend to is taken from what all tokens attend to, since only the device knows which tokens
+are selected (selection.py). Shape letters: pop/models/layers.py. T is the length of the longest prompt. C is the number
+of columns of a chunk, and W that of its full-depth tokens.
 """
 
 from __future__ import annotations

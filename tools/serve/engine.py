@@ -94,8 +94,8 @@ class Engine:
         row = Row(model, job, keys, images, self._new_cache(1, end))
         plan = row.plan
         last = max(0, end - plan.full_depth_last)
-        in_progress = [self._filled(row) for row in self.rows if row.job.uses_kept]
-        filled = [*self.kept.caches, *in_progress] if job.uses_kept else []
+        shared_rows = [row for row in self.rows if row.job.uses_kept]
+        filled = [*self.kept.caches, *map(self._filled, shared_rows)] if job.uses_kept else []
         sources = [one for one in filled if one.plan is job.plan]
         again = rerun(plan)
         usable = [(one.usable(keys, last, again), one) for one in sources]
@@ -111,7 +111,7 @@ class Engine:
         # A cache with windows may share more tokens and not be usable. A separate cache keeps these for later prompts.
         shared = max((one.common(keys) for one in sources if one.floor), default=0)
         shared = shared if shared >= n + WORTH_KEEPING else 0
-        del in_progress, filled, sources, source, usable  # so that caches can give way
+        del filled, sources, source, usable  # so that caches can give way
         cuts = sorted({*range(n + model.chunk_size, last + 1, model.chunk_size), shared})
         if plan.full_depth_selected or end < plan.full_depth_below:  # what runs is decided for all tokens of a call
             cuts = []
