@@ -2,6 +2,7 @@
 
 import os
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -140,6 +141,47 @@ def test_files_that_are_too_large(av, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 1500)
     with pytest.raises(InputError, match="1 to 1,500 pixels"):
         qwen_video(Video(path), SMALL)
+
+
+def test_frames_that_an_edit_list_hides_do_not_count(av, tmp_path):
+    """The film begins three frames before time 0. FFmpeg decodes them, since later ones need them, and hides them."""
+    picture = np.kron(random_bytes(4, 6, 3, 0), np.ones((8, 8, 1), np.uint8))
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+        shifted = [np.ascontiguousarray(np.roll(picture, number, 1)) for number in range(12)]
+        packets = [packet for image in shifted for packet in stream.encode(av.VideoFrame.from_ndarray(image))]
+        for packet in [*packets, *stream.encode()]:
+            packet.pts -= 3
+            packet.dts -= 3
+            container.mux(packet)
+    film = decoded(av, path)
+    assert len(film) == 9
+    assert video_files.measure(path) == (9, 8.0)
+    assert np.array_equal(list(video_files.frames(path, range(9))), film)
+
+
+def test_a_frame_that_grows_over_the_limit_is_refused(av, tmp_path, monkeypatch):
+    """A file states one size, but each of its JPEG pictures has its own."""
+    path = tmp_path / "film.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj420p"
+        for number, size in enumerate([(32, 48), (320, 480)]):
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.height, encoder.width = size
+            encoder.pix_fmt = "yuvj420p"
+            encoder.time_base = Fraction(1, 8)
+            frame = av.VideoFrame.from_ndarray(random_bytes(*size, 3, 0)).reformat(format="yuvj420p")
+            frame.pts = number
+            for packet in [*encoder.encode(frame), *encoder.encode()]:
+                packet.stream = stream
+                container.mux(packet)
+    assert [frame.shape for frame in video_files.frames(path, [0, 1])] == [(32, 48, 3), (320, 480, 3)]
+    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    with pytest.raises(InputError, match="broken"):
+        list(video_files.frames(path, [0, 1]))
 
 
 def test_without_pyav_a_path_says_what_to_install(monkeypatch, tmp_path):
