@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,60 +23,39 @@ from pop.runner import FULL_DEPTH, padded
 from pop.system.memory import to_device
 
 
+@dataclass
 class Batch:
-    """Prompts of different lengths, and their answers.
+    """Prompts of different lengths, and their answers."""
 
-    Args:
-        model: A pop.Model.
-        prompts: The token ids of each prompt.
-        media: The images and videos of each prompt.
-        params: How all answers are sampled, and where they end.
-        plan: The resolved plan of the prompts.
-        began: When the call began, by time.perf_counter(). The seconds of the answers count from it.
-        is_list: Whether `generate` returns a list.
-        earlier: A cache of one row, which all prompts continue and none changes.
-        earlier_tokens: All tokens before the prompts: those in `earlier`, then any sampled token that has not run yet.
-        after_step: Called after each token of the batch.
-    """
+    model: Any  # a pop.Model
+    prompts: list[list[int]]  # the token ids of each prompt
+    media: list[list[Prepared]]  # the images and videos of each prompt
+    params: SamplingParams  # how all answers are sampled, and where they end
+    plan: PrunePlan  # the resolved plan of the prompts
+    began: float  # when the call began, by time.perf_counter(); the seconds of the answers count from it
+    is_list: bool = False  # whether `generate` returns a list
+    earlier: KVCache | None = None  # a cache of one row, which all prompts continue and none changes
+    # All tokens before the prompts: those in `earlier`, then any sampled token that has not run yet.
+    earlier_tokens: Sequence[int] = ()
+    after_step: Callable[[Batch], None] = lambda batch: None  # called after each token of the batch
 
-    def __init__(
-        self,
-        model,
-        prompts: list[list[int]],
-        media: list[list[Prepared]],
-        params: SamplingParams,
-        plan: PrunePlan,
-        began: float,
-        *,
-        is_list: bool = False,
-        earlier: KVCache | None = None,
-        earlier_tokens: Sequence[int] = (),
-        after_step: Callable[[Batch], None] = lambda batch: None,
-    ):
-        self.model = model
-        self.prompts = prompts
-        self.media = media
-        self.params = params
-        self.plan = plan
-        self.began = began
-        self.is_list = is_list
-        self.earlier = earlier
-        self.earlier_tokens = list(earlier_tokens)
-        self.after_step = after_step
+    def __post_init__(self):
+        model = self.model
+        params = self.params
         if params.stop:
             model.need_tokenizer("stop")
 
         ends = end_ids(model)
-        seeds = params.seeds(len(prompts))
+        seeds = params.seeds(len(self.prompts))
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)
-        self.rules = LogitsRules(model, params, [self.earlier_tokens + prompt for prompt in prompts])
+        self.rules = LogitsRules(model, params, [[*self.earlier_tokens, *prompt] for prompt in self.prompts])
 
         limits = self._limits()
         pairs = zip(limits, seeds, strict=True)
         self.answers = [Answer(model.tokenizer, ends, params.stop, limit, seed) for limit, seed in pairs]
         # An answer's last token is sampled but never run, so it needs no slot.
-        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        longest = max(len(prompt) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
         self.max_seq_len = len(self.earlier_tokens) + longest - 1
         self.cache: KVCache | None = None  # made by `prefill`
         self.times: list[float] = []  # when each token of the batch was there, by time.perf_counter()
