@@ -55,12 +55,6 @@ class Shard:
     width: int  # the same, or half of it for gate_up_proj
     share: range  # of each width, which the part has
 
-    def whole_shape(self, part: tuple[int, ...]) -> list[int]:
-        """Return the shape of the whole parameter, given that of the part."""
-        shape = list(part)
-        shape[self.axis] = self.whole
-        return shape
-
     def of_whole(self, tensor: Tensor) -> Tensor:
         """Return a view of what the part has of a whole tensor, in the shape of `of_part`."""
         halves = tensor.unflatten(self.axis, (-1, self.width))  # [..., 1 or 2, width, ...]
@@ -96,7 +90,9 @@ def load_weights(
     whole = dict(module.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in whole.items()}
     for name, shard in shards.items():
-        whole[name] = torch.empty(shard.whole_shape(shapes[name]), device="meta")
+        shape = list(shapes[name])
+        shape[shard.axis] = shard.whole
+        whole[name] = torch.empty(shape, device="meta")
     sources = _survey(folder, module.config, whole)
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     targets = {}
