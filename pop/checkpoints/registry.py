@@ -154,7 +154,7 @@ def _cached(repository: str) -> Path | None:
 
     Its files are links into the repository's folder blobs. Any other link raises CheckpointError.
     """
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(hugging_face_home(), "hub")
+    cache = os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub"
     folder = Path(os.path.realpath(_expanded(cache) / f"models--{repository.replace('/', '--')}"))
     try:
         commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
@@ -174,11 +174,11 @@ def _cached(repository: str) -> Path | None:
 
 def hugging_face_home() -> Path:
     """Return the folder of Hugging Face's own library."""
-    return _expanded(os.environ.get("HF_HOME") or os.path.join(_user_cache(), "huggingface"))
+    return _expanded(os.environ.get("HF_HOME") or _user_cache() / "huggingface")
 
 
-def _user_cache() -> str:
-    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+def _user_cache() -> Path:
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
 def _expanded(path: str | Path) -> Path:
@@ -195,9 +195,9 @@ def places() -> list[Path]:
     """Return the folders that may hold models, in search order."""
     places = []
     if os.environ.get("POP_WEIGHTS"):
-        places.append(os.environ["POP_WEIGHTS"])
+        places.append(_expanded(os.environ["POP_WEIGHTS"]))
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.py").is_file() and (checkout / "weights").is_dir():
         places.append(checkout / "weights")
-    places.append(os.path.join(_user_cache(), "pop"))
-    return [_expanded(place) for place in places]
+    places.append(_user_cache() / "pop")
+    return places
