@@ -101,9 +101,9 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
         with staged(folder, keep=True) as partial:
             _fetch_all(files, partial, entry.source, progress)
             named = shards_of(partial / INDEX) if INDEX in files else []
-            if "model.safetensors" not in files and not files.keys() >= {*named}:
-                others = some(sorted({*named} - files.keys()))
-                raise DownloadError(f"{entry.source} lacks {others} of its index, or these names are unusual")
+            missing = [shard for shard in named if shard not in files]
+            if missing and "model.safetensors" not in files:
+                raise DownloadError(f"{entry.source} lacks {some(missing)} of its index, or these names are unusual")
     except CheckpointError:
         if not stored(entry):  # otherwise another process was faster
             raise
