@@ -14,11 +14,10 @@ from pop.checkpoints.config_json import read_fields
 from pop.checkpoints.fields import Fields
 from pop.models.config import Config
 
-# For each family and kind, how the name of its processor begins. Some end in Fast or Pil.
+# For the kinds of each family, how the name of the processor begins. Some end in Fast or Pil.
 PROCESSORS = {
-    ("gemma3", "image"): "Gemma3ImageProcessor",
-    ("qwen3_vl", "image"): "Qwen2VLImageProcessor",
-    ("qwen3_vl", "video"): "Qwen3VLVideoProcessor",
+    "gemma3": {"image": "Gemma3ImageProcessor"},
+    "qwen3_vl": {"image": "Qwen2VLImageProcessor", "video": "Qwen3VLVideoProcessor"},
 }
 FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
 # The fields of `size`, for images their older names outside of it, which take precedence, and their largest values.
@@ -34,7 +33,7 @@ def read_limits(folder: Path, config: Config) -> dict[str, tuple[int, int] | Non
     """
     if getattr(config, "vision", None) is None:
         return {}
-    kinds = [kind for family, kind in PROCESSORS if family == config.family]
+    kinds = PROCESSORS[config.family].keys()
 
     def read_parts(whole: Fields) -> dict[str, tuple[int, int] | None]:
         if config.family == "gemma3":
@@ -53,7 +52,7 @@ def read_limits(folder: Path, config: Config) -> dict[str, tuple[int, int] | Non
 
 def _read(fields: Fields, config: Config, kind: str) -> tuple[int, int] | None:
     vision = config.vision
-    known = PROCESSORS[config.family, kind]
+    known = PROCESSORS[config.family][kind]
     fields.take(f"{kind}_processor_type", known, lambda v: type(v) is str and v.startswith(known), known)
     fields.fixed(do_resize=True, do_rescale=True, do_normalize=True, rescale_factor=1 / 255)
     half = [0.5] * 3
