@@ -18,8 +18,14 @@ from pop.inputs.tokenizers import Tokenizer, refuse_spelt, sort_added
 _CONTROL = {"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"}
 _SPACE = "\u2581"  # what sentencepiece writes in place of a space
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the names of bytes, for characters that the vocabulary lacks
-_DECODERS = [{"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}]
-_DECODER = {"type": "Sequence", "decoders": [*_DECODERS, {"type": "Fuse"}]}
+_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
 # In the bytes of a tokenizer.model, the end of a user-defined piece: its score, and its type, 4.
 _USER_DEFINED = re.compile(rb"(\x15.{4}\x18)\x04", re.DOTALL)
 
