@@ -109,8 +109,10 @@ def _in_order(run: re.Match) -> str:
 
 
 # All that a tokenizer.json may set. Other settings must be off. Truncation and padding do not change a text's ids.
-_SETTINGS = {"version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"}
-_SETTINGS |= {"truncation", "padding"}
+_SETTINGS = {
+    "version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "truncation",
+    "padding",
+}  # fmt: skip
 _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 
 
