@@ -227,7 +227,7 @@ class Model(Runner):
         """Text with its images and videos, or token ids in any form, as a list of ids. `what` names it in errors."""
         if isinstance(prompt, str):
             self.need_tokenizer("text")
-            pieces = self.vision.replace_marks(prompt, media, self.vision.marks, what) if media else [prompt]
+            pieces = self.vision.replace_marks(prompt, media, self.vision.marks, what)
             prompt = self.tokenizer.encode_pieces(pieces, bos) if prompt else []
         elif hasattr(prompt, "tolist"):
             prompt = prompt.tolist()

@@ -199,7 +199,7 @@ class ChatFormat:
         A name of a control token that has no mark stands in a text of the conversation, or the template has formed it
         from parts. The first is text. The second would be a control token elsewhere, so it is refused.
         """
-        parts = self.vision.replace_marks(text, media, self._places, "chat_template") if media else [text]
+        parts = self.vision.replace_marks(text, media, self._places, "chat_template")
         pieces = []
         for part in parts:
             pieces += self._marks.split(part) if isinstance(part, str) else [part]

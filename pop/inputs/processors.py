@@ -122,7 +122,12 @@ class Processor:
         return rows
 
     def replace_marks(self, text: str, media: Sequence[Prepared], marks: dict[str, str], what: str) -> list[Piece]:
-        """Replace the marks of each kind in a text by the pieces of `media`, in order. `what` names it in errors."""
+        """Replace the marks of each kind in a text by the pieces of `media`, in order. `what` names it in errors.
+
+        Without media, marks are text.
+        """
+        if not media:
+            return [text]
         parts = re.split(f"({'|'.join(map(re.escape, marks.values()))})", text)
         left = {}
         for kind, mark in marks.items():
