@@ -185,17 +185,17 @@ def processor_of(config, limits=None, min_pixels: int | None = None, max_pixels:
     return processor
 
 
-def _by_row(kind: str, given, num_rows: int) -> list[list]:
-    """Return a list for each batch row. A single row may come without the list around it."""
+def _by_row(kind: str, given, num_rows: int) -> list[Sequence]:
+    """Return a list or a tuple for each batch row. A single row may come without the list around it."""
     if not isinstance(given, list | tuple | None):
         raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s, or for a batch a list of lists")
-    given = list(given or [()] * num_rows)
+    given = given or [()] * num_rows
     is_row = [_is_row(kind, one) for one in given]
     if num_rows == 1 and not any(is_row):
         return [given]
     if len(given) != num_rows or not all(is_row):
         raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch")
-    return [list(row or ()) for row in given]
+    return [row or () for row in given]
 
 
 def _is_row(kind: str, one) -> bool:
