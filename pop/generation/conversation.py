@@ -82,7 +82,9 @@ class Conversation:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
         began = time.perf_counter()
         params = sampling_params(options, self.model.sampling)
-        content = _copied(message)
+        content = message
+        if isinstance(content, list):  # of parts, which the caller may change later
+            content = [copy.copy(part) for part in content]
         prompt, media = self._prompt(content)
         state = self._state
 
@@ -108,8 +110,3 @@ class Conversation:
             earlier_tokens=state.tokens,
             after_step=after_step,
         )
-
-
-def _copied(content):
-    """A copy of a message's content, whose parts the caller may change later."""
-    return [copy.copy(part) for part in content] if isinstance(content, list) else content
