@@ -6,7 +6,7 @@ Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's B
 import codecs
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import chain, groupby
 from os import PathLike
@@ -97,18 +97,12 @@ class Tokenizer:
         ids = []
         if bos and self.bos_id is not None:
             ids.append(self.bos_id)
-        for piece in self.split(text, allow_special):
-            ids += self._encode_text(piece) if isinstance(piece, str) else piece
-        return ids
-
-    def split(self, text: str, allow_special: bool) -> Iterator[Piece]:
-        """Split a text at its added tokens: yield the normalised texts between them, and their ids."""
         split_raw, split_normal = self._with_special if allow_special else self._ordinary
-        for piece in split_raw(text):
-            if isinstance(piece, str):
-                yield from split_normal(self._normalize(piece))
-            else:
-                yield piece
+        for raw in split_raw(text):
+            pieces = split_normal(self._normalize(raw)) if isinstance(raw, str) else [raw]
+            for piece in pieces:
+                ids += self._encode_text(piece) if isinstance(piece, str) else piece
+        return ids
 
     def encode_pieces(self, pieces: Iterable[Piece], bos: bool = True) -> list[int]:
         """Return the ids of texts and lists of ids in order. Adjacent texts are encoded as one text."""
