@@ -39,12 +39,12 @@ class Answer:
     """An answer that grows: tokens come in, and text comes out as soon as no later token can change it."""
 
     def __init__(self, tokenizer, end_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int, seed: int):
-        self.tokenizer = tokenizer  # None: the answer is token ids only
         self.end_ids = end_ids
         self.stop = stop
         self.max_new_tokens = max_new_tokens
         self.generator = torch.Generator().manual_seed(seed)  # of the numbers by which its tokens are drawn
-        self.text_of = None if tokenizer is None else tokenizer.text_stream()  # holds back incomplete characters
+        # Holds back incomplete characters. None: the answer is token ids only.
+        self.text_of = None if tokenizer is None else tokenizer.text_stream()
         self.tokens: list[int] = []
         self.logprobs: list[float | None] = []
         self.text = ""  # settled: no later token changes it
