@@ -87,14 +87,14 @@ def load_weights(
     Raises CheckpointError, and leaves `module` unchanged, if the files are broken or do not fit the config.
     """
     shards = shards or {}
-    whole = dict(module.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in whole.items()}
+    parameters = dict(module.named_parameters())
+    whole = dict(parameters)
     for name, shard in shards.items():
-        shape = list(shapes[name])
+        shape = list(parameters[name].shape)
         shape[shard.axis] = shard.whole
         whole[name] = torch.empty(shape, device="meta")
     sources = _survey(folder, module.config, whole)
-    weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    weights = {name: torch.empty(one.shape, dtype=dtype, device=device) for name, one in parameters.items()}
     targets = {}
     for name, weight in weights.items():
         slots = _slots(name, weight, sources.keys())
