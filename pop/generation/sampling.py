@@ -81,7 +81,6 @@ class Options(TypedDict, total=False):
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-OPTIONS = list(DEFAULTS)
 INSTEAD = {  # of options that there are elsewhere
     "stream": "model.stream, which takes model.chat_tokens(messages) for messages",
     "plan": "that of start_chat and prefix, which holds for all their answers",
@@ -107,10 +106,10 @@ def sampling_params(options: Options, stated: dict | None) -> SamplingParams:
     given = dict(options)
     sampling = given.pop("sampling", None)
     for name in given:
-        if name not in OPTIONS:
-            near = [INSTEAD[name]] if name in INSTEAD else get_close_matches(name, OPTIONS, n=1)
+        if name not in DEFAULTS:
+            near = [INSTEAD[name]] if name in INSTEAD else get_close_matches(name, DEFAULTS, n=1)
             instead = f", but there is {near[0]}" if near else ""
-            raise InputError(f"there is no option {name!r}{instead}; the options are {', '.join(OPTIONS)}, sampling")
+            raise InputError(f"there is no option {name!r}{instead}; the options are {', '.join(DEFAULTS)}, sampling")
     if sampling not in (None, "checkpoint"):
         raise InputError(f"sampling is {sampling!r}; it must be 'checkpoint' or None")
     if sampling is None:

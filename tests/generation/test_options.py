@@ -10,7 +10,7 @@ from support.letters import Letters
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.generation.sampling import OPTIONS, SamplingParams, sampling_params
+from pop.generation.sampling import DEFAULTS, SamplingParams, sampling_params
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -45,7 +45,7 @@ def test_what_a_method_cannot_take_is_said_at_once(model):
     for method in (model.generate, model.stream, chat.send, chat.stream, prefix.generate, prefix.stream, model.chat):
         with pytest.raises(pop.InputError, match="'temprature'") as raised:
             method(MESSAGES if method == model.chat else "a", temprature=1)
-        assert all(name in str(raised.value) for name in (*OPTIONS, "sampling"))
+        assert all(name in str(raised.value) for name in (*DEFAULTS, "sampling"))
     for method, given, options, words in (
         (chat.send, "Hi", {"plan": None}, "no option 'plan', but there is that of start_chat and prefix"),
         (model.generate, "a", {"max_tokens": 3}, "no option 'max_tokens', but there is max_new_tokens"),
