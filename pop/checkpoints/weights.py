@@ -140,7 +140,7 @@ class _Source:
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """Return a view of the stored tensor with the axes of the parameter."""
-        return tensor.transpose(1, 2) if self.is_transposed and tensor.dim() == 3 else tensor
+        return tensor.mT if self.is_transposed and tensor.dim() == 3 else tensor
 
 
 def _slices(
