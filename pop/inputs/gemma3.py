@@ -42,8 +42,7 @@ class GemmaProcessor(Processor):
         M = self.config.vision.tokens_per_image
         weight = next(module.parameters())
         pixels = torch.cat([one.pixels for media in rows for one in media])  # [N, 3, S, S]
-        features = []
-        for part in pixels.split(IMAGES_AT_ONCE):
-            features.append(module.image_features(part.to(weight, non_blocking=True)))  # [images, M, D]
+        parts = pixels.split(IMAGES_AT_ONCE)
+        features = [module.image_features(part.to(weight, non_blocking=True)) for part in parts]  # [images, M, D] each
         look_ahead = (M - 1 - feature_index % M).where(feature_index >= 0, 0)
         return Images(torch.cat(features).flatten(0, 1), feature_index, look_ahead)  # features [N * M, D]
