@@ -220,7 +220,8 @@ class Stream(Iterator[str]):
 
 def as_prompts(prompt, what: str = "prompt") -> tuple[list, bool]:
     """The prompts that a caller has given, and whether it was a list of prompts rather than one. `what` names them."""
-    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
     if not isinstance(prompt, Sequence):
         raise InputError(f"the {what} has the type {type(prompt).__name__}; give text, token ids, or a list of either")
     if prompt and isinstance(prompt[0], dict):

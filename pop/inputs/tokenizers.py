@@ -42,7 +42,7 @@ class Tokenizer:
         bytes_of: dict[int, bytes],
         bos_id: int | None = None,
         normalize: Callable[[str], str] = str,
-        normalized: Iterable[str] = (),
+        normalized: Collection[str] = (),
     ):
         self._encode_text = encode_text
         self.special_tokens = special_tokens
@@ -50,7 +50,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self.chat_template: str | None = None  # as it is in the checkpoint's files
         self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
-        self._normalized = set(normalized)
+        self._normalized = normalized
         self._normalize = normalize
         self._bytes_of = {id: name.encode() for name, id in added.items()} | bytes_of
         self._bytes_of |= dict.fromkeys(special_tokens.values(), b"")
@@ -122,7 +122,8 @@ class Tokenizer:
             special: Write the names of special tokens. By default they are left out.
         """
         names = {id: name for name, id in self.special_tokens.items()} if special else {}
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        if hasattr(ids, "tolist"):
+            ids = ids.tolist()
         found = [self.token_bytes(id) or names.get(id, "").encode() for id in ids]
         return b"".join(found).decode("utf-8", "replace")
 
