@@ -83,7 +83,6 @@ class Answer:
 def end_ids(model) -> frozenset[int]:
     """The tokens that end an answer: the checkpoint's, and those that end a turn in its chat format."""
     ids = set(model.config.eos_ids)
-    if model.tokenizer is not None:
-        with suppress(PopError):  # the checkpoint lacks a chat format
-            ids.update(model.chat_format().end_ids)
+    with suppress(PopError):  # the checkpoint lacks a tokenizer or a chat format
+        ids.update(model.chat_format().end_ids)
     return frozenset(ids)
