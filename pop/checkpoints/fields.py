@@ -91,8 +91,9 @@ class Fields:
 
     def part(self, name: str) -> "Fields":
         """Take an object as fields that `finish` checks together with these."""
-        self.parts.append(Fields(self.object(name), f"{self.place}{name}."))
-        return self.parts[-1]
+        part = Fields(self.object(name), f"{self.place}{name}.")
+        self.parts.append(part)
+        return part
 
     def finish(self, unsupported: Container[str] | None = None) -> None:
         """Refuse fields left that are `unsupported`, unless they are off. None: refuse all."""
