@@ -23,7 +23,7 @@ from pop.runner import FULL_DEPTH, padded
 from pop.system.memory import to_device
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Prompts of different lengths, and their answers."""
 
