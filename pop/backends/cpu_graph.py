@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pop.backends import cpu
 from pop.engine.changes import sizes_of
+from pop.engine.stages import Results, Work
 
 CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; the versions between are not tested
 KERNELS = {
@@ -47,7 +48,7 @@ class Graph:
         self.has_run = False
         self.record: _Record | None = None
 
-    def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def __call__(self, function: Work) -> Results:
         # The first call runs, the second is recorded, and the third is compared, unless a record of the same compiled
         # functions was. Later ones repeat the record. If it has no calls, all later ones run.
         if not self.has_run:
@@ -77,10 +78,10 @@ class _Record(TorchDispatchMode):
         self.sizes = sizes_of(weights)
         self.num_threads = torch.get_num_threads()
         self.thread = threading.get_ident()
-        self.calls: list[Callable[[], object]] | None = []  # None if the function cannot be repeated
+        self.calls: list[Callable] | None = []  # None if the function cannot be repeated
         self.compiled: list[Callable] = []  # the compiled functions among the calls
         self.counters: list[Tensor] = []  # tensors of integers that the calls change in place
-        self.outputs: tuple[Tensor, ...] = ()
+        self.outputs: Results = ()
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -90,7 +91,7 @@ class _Record(TorchDispatchMode):
         """Whether the calls may be repeated: they find the weights and the threads that they were made for."""
         return self.num_threads == torch.get_num_threads() and self.sizes == sizes_of(self.weights)
 
-    def run(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def run(self, function: Work) -> Results:
         """Run the function and record its calls. Returns copies of its results."""
         from torch._inductor.codecache import PyCodeCache
 
@@ -108,13 +109,13 @@ class _Record(TorchDispatchMode):
             self.calls = None
         return self._copies()
 
-    def repeat(self) -> tuple[Tensor, ...]:
+    def repeat(self) -> Results:
         """Repeat the calls. Returns copies of the results."""
         for call in self.calls:
             call()
         return self._copies()
 
-    def compare(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def compare(self, function: Work) -> Results:
         """Repeat the calls, and run the function on the same numbers. Returns the results of the latter."""
         counts = [x.clone() for x in self.counters]  # all other memory is written anew
         repeated = self.repeat()
@@ -128,7 +129,7 @@ class _Record(TorchDispatchMode):
             self.calls = None
         return results
 
-    def _copies(self) -> tuple[Tensor, ...]:
+    def _copies(self) -> Results:
         return tuple(output.clone() for output in self.outputs)
 
     def _run_compiled(self, function: Callable, *arguments):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+
+from pop.engine.stages import Results, Work
 
 CAPTURE_AT = 8  # calls; capturing takes as long as a few calls, so a short answer is faster without it
 
@@ -43,9 +43,9 @@ class Graph:
         self.pool = other.pool if other else torch.cuda.graph_pool_handle()
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.outputs: tuple[Tensor, ...] = ()  # which each replay overwrites
+        self.outputs: Results = ()  # which each replay overwrites
 
-    def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def __call__(self, function: Work) -> Results:
         self.calls += 1
         if self.calls < CAPTURE_AT or self.what in self.refused:
             return function()
@@ -57,7 +57,7 @@ class Graph:
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
 
-    def _run_and_capture(self, function) -> tuple[Tensor, ...]:
+    def _run_and_capture(self, function: Work) -> Results:
         """Run the function, capture it, and return the results of the run."""
         with _capturing, torch.cuda.device(self.device):
             stream = _stream(self.device)

@@ -14,6 +14,9 @@ from pop.engine.attention import AttentionMetadata, cache_attention, write
 from pop.engine.selection import received
 from pop.pruning.corrections import code, corrected_keys_values
 
+Results = tuple[Tensor, ...]
+Work = Callable[[], Results]  # a decode step (decode_step.py) or a pass (layer_pass.py), on fixed memory
+
 
 def full_layer(layer, h, keys, values, metadata: AttentionMetadata):
     """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended to."""
@@ -47,19 +50,18 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: the plain ones, or replacements such as compiled ones.
 
-    `replay(module, what, other)` returns a runner. Each call of the runner takes the same function, a decode step
-    (decode_step.py) or a pass (layer_pass.py), and runs it once. The runner may record the function, and repeat the
-    record later. `what` says in words which function it is. `other` is a runner of which no function runs at the same
-    time, so both may use the same memory.
+    `replay(module, what, other)` returns a runner. Each call of the runner takes the same work, and runs it once. The
+    runner may record the work, and repeat the record later. `what` says in words which work it is. `other` is a runner
+    of which no work runs at the same time, so both may use the same memory.
     """
 
-    full_layer: Callable[..., Tensor] = full_layer
-    pruned_layer: Callable[..., None] = pruned_layer
-    corrected_layer: Callable[..., None] = corrected_layer
-    code: Callable[..., Tensor] = code
-    received: Callable[..., Tensor] = received
-    head: Callable[..., Tensor] = head
-    replay: Callable[..., Callable[[Callable], tuple[Tensor, ...]]] | None = None
+    full_layer: Callable = full_layer
+    pruned_layer: Callable = pruned_layer
+    corrected_layer: Callable = corrected_layer
+    code: Callable = code
+    received: Callable = received
+    head: Callable = head
+    replay: Callable[..., Callable[[Work], Results]] | None = None
     replayed_tokens: int = 0  # passes of at most so many tokens are replayed
 
 
