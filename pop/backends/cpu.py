@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     | several tokens, in WIDENED | in float32, some weights at a time; without gradients, few rows in kernels.cpp |
     | several tokens, otherwise | torch's |
     | one token a row, with gradients | torch's |
-    | one token, one row, compiled | `_fused_product`, which the compiler fuses with what is around it |
+    | one token, one row, compiled | a multiply-and-sum, which the compiler fuses with what is around it |
     | one token a row, otherwise | `multiply_rows`: kernels.cpp, or the fastest of torch's |
     """
     one_token = x.dim() < 3 or x.shape[-2] == 1
@@ -89,7 +89,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product = _product_in_float32 if has_gradients else multiply_rows
         out = product(rows.float(), weight)
     elif rows.shape[0] == 1 and torch.compiler.is_compiling():
-        out = torch.cat([_fused_product(block, rows[0]) for block in weight.chunk(STREAMS)]).to(x.dtype)
+        products = [(block * rows[0]).sum(-1, dtype=torch.float32) for block in weight.chunk(STREAMS)]
+        out = torch.cat(products).to(x.dtype)
     else:
         out = multiply_rows(rows, weight)
     if bias is not None:
@@ -102,11 +103,6 @@ def _product_in_float32(x: Tensor, weight: Tensor) -> Tensor:
     blocks = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))
     products = [F.linear(x, block.float()) for block in blocks]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
-
-
-def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
-    """weight [out, in] times x [in] -> [out] float32, as a multiply-and-sum that the compiler fuses."""
-    return (weight * x).sum(-1, dtype=torch.float32)
 
 
 # One operator for all sizes, so that compiled code is not specialised to some. `custom_op` would add 60 us to a call.
