@@ -69,9 +69,6 @@ class Graph:
 class _Record(TorchDispatchMode):
     """What this thread calls in a function: operators, and functions of modules that torch.compile wrote."""
 
-    is_compiled = False  # whether there are any of the latter
-    is_complete = False  # whether it lacks no calls of code that was compiled meanwhile
-
     def __init__(self, weights: list[Tensor]):
         super().__init__()
         self.weights = weights
@@ -104,8 +101,9 @@ class _Record(TorchDispatchMode):
                         undo.callback(setattr, module, name, original)
             with self:
                 self.outputs = function()
+            # Whether it lacks no calls of code that was compiled meanwhile.
             self.is_complete = self.calls is None or len(modules) == len(PyCodeCache.modules)
-        if not self.is_compiled:
+        if not self.compiled:
             self.calls = None
         return self._copies()
 
@@ -136,7 +134,6 @@ class _Record(TorchDispatchMode):
         if threading.get_ident() == self.thread and self.calls is not None:
             self.calls.append(partial(function, *arguments))
             self.compiled.append(function)
-            self.is_compiled = True
         return function(*arguments)
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
