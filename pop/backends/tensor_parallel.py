@@ -27,10 +27,8 @@ from pop.backends.experts import Experts
 from pop.checkpoints.weights import Shard
 from pop.errors import InputError, reason_of
 from pop.models.olmo2 import HeadsNorm
-from pop.system.memory import to_device
 
 OF_KV_HEADS = ("k_proj", "v_proj", "k_norm")  # their rows are those of key-value heads, of which ranks may have copies
-VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # how names in vision towers begin
 
 
 def launched() -> tuple[int, int]:
@@ -78,8 +76,7 @@ def _form_group(gpu: torch.device | None) -> None:
     try:
         dist.init_process_group("gloo" if gpu is None else "nccl", timeout=ten_minutes, device_id=gpu)
     except (RuntimeError, ValueError) as error:
-        reason = reason_of(error)
-        raise InputError(f"the processes cannot form a group ({reason}); start them with torchrun") from None
+        raise InputError(f"the processes cannot form a group ({reason_of(error)}); start them with torchrun") from None
     atexit.register(_at_exit)
 
 
@@ -148,8 +145,10 @@ class Part:
         K = whole.num_kv_heads
         E = whole.head_dim
         if H % size or (K % size and size % K):
-            heads = f"{H} query heads and {K} key-value heads"
-            raise InputError(f"{size} processes cannot share {heads} evenly; start a number that divides both")
+            raise InputError(
+                f"{size} processes cannot share {H} query heads and {K} key-value heads evenly; "
+                "start a number that divides both"
+            )
         self.whole = whole
         self.rank = rank
         self.size = size
@@ -180,7 +179,7 @@ class Part:
             kind = name.rpartition(".")[2]
             if isinstance(module, HeadsNorm):
                 module.__class__ = ParallelHeadsNorm
-            if kind not in PARALLEL or name.startswith(VISION):  # no tower has such names yet
+            if kind not in PARALLEL:  # nothing in a vision tower has such a name
                 continue
             module.__class__ = PARALLEL[kind]
             if kind in ("embed_tokens", "lm_head"):  # the config keeps the whole vocabulary
@@ -210,7 +209,7 @@ class Part:
 
     def agree(self, seeds: list[int], device: torch.device) -> list[int]:
         """The first rank's seeds. With them all ranks sample the same tokens, since they have the same logits."""
-        (numbers,) = to_device([torch.tensor(seeds)], device)
+        numbers = torch.tensor(seeds, device=device)
         dist.broadcast(numbers, 0)
         return numbers.tolist()
 

@@ -23,13 +23,14 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import backends
-from pop.backends.tensor_parallel import VISION, Part, join
+from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.cli import main
 from pop.engine.cache import KVCache
 from tools.checkpoints.make_random import config_of
 
+VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # how names in vision towers begin
 WORKER = Path(__file__).parents[1] / "support" / "parallel_worker.py"
 # Awkward sizes: the MLP and the vocabulary do not divide evenly. In "llama", each rank has its own K/V heads, or shares
 # one. In "tied", four ranks hold two copies of each K/V head, and the head is the embedding. The norms of q and k in
