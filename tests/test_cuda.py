@@ -19,6 +19,7 @@ import torch
 from support.cases import assert_close, random_corrections, recorded_choices, turns_by_reference
 from support.replay import Replay
 from support.tiny import (
+    patch_values,
     random_model,
     random_patches,
     tiny_config,
@@ -233,7 +234,7 @@ def test_replayed_prompts_are_the_references(family, plan, dtype, device):
 def image_of(model: pop.Model) -> Prepared:
     if model.config.family == "gemma3":
         return model.vision.prepare("image", picture(28, seed=1))
-    pixels = random_patches(16, model.config.vision.patch_values, seed=1)
+    pixels = random_patches(16, patch_values(model.config.vision), seed=1)
     return Prepared("image", pixels, ([62, *[60] * 4, 63],), Grid(1, 4, 4))
 
 

@@ -232,11 +232,6 @@ class Qwen3VisionConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    @property
-    def patch_values(self) -> int:
-        """The number of values in a patch: three channels of its pixels, in all its frames."""
-        return 3 * self.frames * self.patch_size**2
-
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3VLConfig(Qwen3Config):

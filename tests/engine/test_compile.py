@@ -17,6 +17,7 @@ from support.compiler import requires_compiler, requires_new_torch
 from support.nightly import NIGHTLY
 from support.tiny import (
     EXPERTS,
+    patch_values,
     random_model,
     random_patches,
     tiny_config,
@@ -189,7 +190,7 @@ def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch
     compiled.warmup(1)
     if config.family == "qwen3_vl":
         grids = [Grid(1, 4, 6), Grid(1, 4, 6), Grid(1, 2, 8)]
-        values = config.vision.patch_values
+        values = patch_values(config.vision)
         pixels = [random_patches(grid.rows * grid.columns, values, seed) for seed, grid in enumerate(grids)]
         ids = [[62, *[60] * (len(patches) // 4), 63] for patches in pixels]
         images = [Prepared("image", *one) for one in zip(pixels, zip(ids, strict=True), grids, strict=True)]

@@ -10,7 +10,7 @@ from support.cases import assert_close, random_corrections
 from support.gated_loss import slopes
 from support.naive_fit import assert_fit, fitted, naive_fit, naive_gradients, naive_kl
 from support.nightly import thinned
-from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from support.tiny import patch_values, random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 
 import pop
@@ -42,7 +42,7 @@ def prepared(model, number):
         return one
     vision, rows, columns = model.config.vision, 2 + 2 * (number % 2), 4
     ids = [62, *[60] * (rows * columns // 4), 63]
-    pixels = random_patches(rows * columns, vision.patch_values, number)
+    pixels = random_patches(rows * columns, patch_values(vision), number)
     return Prepared("image", pixels, (ids,), Grid(1, rows, columns))
 
 

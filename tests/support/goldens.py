@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.tiny import random_patches, write_weights
+from support.tiny import patch_values, random_patches, write_weights
 from support.tiny_images import picture
 
 from pop.checkpoints.config_json import read_config
@@ -106,7 +106,7 @@ class Qwen3VLCase:
                 continue
             counts = [int(np.prod(grid)) for grid in grids]
             seed = golden["seed"] + len(kind) + (kind == "video")
-            self.patches[kind] = random_patches(sum(counts), config.vision.patch_values, seed)
+            self.patches[kind] = random_patches(sum(counts), patch_values(config.vision), seed)
             self.features[kind] = arrays[f"{case}_{kind}_features"]
             self.deepstack[kind] = arrays[f"{case}_{kind}_deepstack"]
             placeholder = getattr(config, f"{kind}_id")

@@ -139,6 +139,11 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
     return weights
 
 
+def patch_values(vision) -> int:
+    """The number of values in a patch of Qwen3-VL: three channels of its pixels, in all its frames."""
+    return 3 * vision.frames * vision.patch_size**2
+
+
 def random_patches(count: int, values: int, seed: int) -> torch.Tensor:
     """[count, values] float32 from -1 to 1: the pixels of `count` patches."""
     random = np.random.RandomState(np.random.PCG64(seed))

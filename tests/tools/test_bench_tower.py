@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.published_vl import published
-from support.tiny import random_model, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from support.tiny import patch_values, random_model, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,7 @@ def test_the_tower_is_counted_as_torch_counts_it():
     grids = [Grid(1, 4, 6), Grid(1, 2, 8), Grid(3, 4, 6)]
     patches = [24, 16, 24, 24, 24]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        tower(torch.zeros(sum(patches), config.vision.patch_values), grids)
+        tower(torch.zeros(sum(patches), patch_values(config.vision)), grids)
     assert counter.get_total_flops() == vision_flops(config, patches)
 
 

@@ -33,7 +33,7 @@ def vision_flops(config, patches: Sequence[int]) -> int:
     P = sum(patches)
     blocks = P * (4 * C**2 + 2 * C * vision.intermediate_size) + sum(2 * C * count**2 for count in patches)
     if isinstance(vision, Qwen3VisionConfig):
-        values = vision.patch_values
+        values = 3 * vision.frames * vision.patch_size**2
         square = vision.merge_size**2  # patches of a token
         num_tokens = P // square
         # Two matrices turn a square of patches into a token, and two more for each DeepStack layer.

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error, qwen3_vl_cases
-from support.tiny import random_model, random_patches
+from support.tiny import patch_values, random_model, random_patches
 from support.torch_calls import calls_of
 
 from pop.models.vision.qwen3_vl import Grid
@@ -37,7 +37,7 @@ def test_features_are_the_references(towers, name, case):
 def test_attention_costs_the_sum_of_the_squares(tower):
     """No mask, and no scores between images: frame pairs of one size are a batch."""
     grids = [Grid(3, 4, 6), Grid(1, 6, 4), Grid(1, 2, 2)]
-    _, called = calls_of(tower, random_patches(3 * 24 + 24 + 4, tower.config.patch_values, seed=1), grids)
+    _, called = calls_of(tower, random_patches(3 * 24 + 24 + 4, patch_values(tower.config), seed=1), grids)
     attended = [(args, kwargs) for function, args, kwargs in called if function is F.scaled_dot_product_attention]
     assert all(len(args) == 3 and not kwargs for args, kwargs in attended)
     shapes = [args[0].shape for args, _ in attended]
@@ -46,7 +46,7 @@ def test_attention_costs_the_sum_of_the_squares(tower):
 
 def test_positions_follow_the_weights(tower):
     """They are interpolated from the table at each call."""
-    patches, grid = random_patches(24, tower.config.patch_values, 0), [Grid(1, 4, 6)]
+    patches, grid = random_patches(24, patch_values(tower.config), 0), [Grid(1, 4, 6)]
     before, _ = tower(patches, grid)
     other = copy.deepcopy(tower)
     other.pos_embed.weight.data.mul_(-1)
