@@ -70,7 +70,7 @@ class KVCache:
 
         with _allocating("a KV cache", batch_size, max_seq_len, size, device):
             self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
-            self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+            self.rope_offsets = torch.zeros_like(self.lengths)
             # Zeros, and zeros again in `reset`: a masked slot has attention weight 0, but 0 * NaN is NaN.
             self.keys = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
             self.values = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
@@ -135,13 +135,16 @@ class KVCache:
         if self.batch_size != len(added):
             raise InputError(f"tokens has {len(added)} rows, but the cache has {self.batch_size}")
         if self.chunk_size < chunk_size:
-            takes = f"the cache takes {self.chunk_size} tokens at once"
-            raise InputError(f"{takes}, but an image has {chunk_size}; enlarge it")
+            raise InputError(
+                f"the cache takes {self.chunk_size} tokens at once, but an image has {chunk_size}; enlarge it"
+            )
         total = self.lengths + added
         row = int(total.argmax())
         if total[row] > self.max_seq_len:
-            numbers = f"{total[row]} tokens, {added[row]} of them new, but its max_seq_len is {self.max_seq_len}"
-            raise ContextOverflow(f"row {row} of the cache would hold {numbers}; make it larger, or {advice}")
+            raise ContextOverflow(
+                f"row {row} of the cache would hold {total[row]} tokens, {added[row]} of them new, "
+                f"but its max_seq_len is {self.max_seq_len}; make it larger, or {advice}"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -182,13 +185,13 @@ class KVCache:
         if other.has_states:
             self.hold_states()
         self.skipped.fill_(-1)
-        states = [self.entered, self.skipped], [other.entered, other.skipped]
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values), states):
-            for target, source in zip(mine, theirs, strict=True):  # [B, S + 1, ...] and [1, S' + 1, ...]
-                slots = target.shape[1] - 1
-                other_slots = source.shape[1] - 1
-                latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
-                target[:, latest % slots] = source[:, latest % other_slots]
+        mine = *self.keys, *self.values, self.entered, self.skipped
+        theirs = *other.keys, *other.values, other.entered, other.skipped
+        for target, source in zip(mine, theirs, strict=True):  # [B, S + 1, ...] and [1, S' + 1, ...]
+            slots = target.shape[1] - 1
+            other_slots = source.shape[1] - 1
+            latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
+            target[:, latest % slots] = source[:, latest % other_slots]
         B = self.batch_size
         self.lengths = other.lengths.repeat(B)
         self.previous_hidden = other.previous_hidden.repeat(1, B, 1)
