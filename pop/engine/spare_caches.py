@@ -51,11 +51,8 @@ class SpareCaches:
         with self._lock:
             self._spare.insert(0, cache)
             del self._spare[self.most :]
-            free = free_bytes(cache.device)
-            if free is None:
-                return
             held = sum(spare.nbytes for spare in self._spare)
-            most_bytes = SHARE * (free + held)
+            most_bytes = SHARE * (free_bytes(cache.device) + held)
             while held > most_bytes:
                 held -= self._spare.pop().nbytes
 
