@@ -191,8 +191,10 @@ class ReadyStages:
 
         if plan.layers:
             share = 0.5 if plan.selects else 0.0
-            fields = {"full_depth_first": 1, "full_depth_last": 1, "full_depth_below": 0, "full_depth_selected": share}
-            prefill(dataclasses.replace(plan, **fields))
+            plan = dataclasses.replace(
+                plan, full_depth_first=1, full_depth_last=1, full_depth_below=0, full_depth_selected=share
+            )
+            prefill(plan)
             return
         self._run_vision_blocks()
         cache = prefill(PrunePlan(tuple(range(config.num_layers))))

@@ -265,5 +265,7 @@ class Qwen3VLConfig(Qwen3Config):
         V = self.vocab_size
         ids = [self.image_id, self.video_id, self.start_id, self.end_id]
         distinct = max(ids) < V and len({*ids}) == 4
-        names = "image_, video_, vision_start_ and vision_end_token_id"
-        _check(distinct, f"{names} {ids} must be four tokens below vocab_size {V}")
+        _check(
+            distinct,
+            f"image_, video_, vision_start_ and vision_end_token_id {ids} must be four tokens below vocab_size {V}",
+        )
