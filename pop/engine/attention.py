@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pop.models.layers import Rope, causal_attention, masked_attention
+from pop.models.layers import KeysValues, Rope, causal_attention, masked_attention
 
 QUERY_BLOCK = 256  # tokens; smaller blocks waste less on keys outside the window, larger ones have less overhead
 UNBOUNDED = 2**31  # tokens: more than any sequence has
@@ -66,7 +66,7 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> 
     values[rows, slots] = v.to(values.dtype)
 
 
-def read(keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
+def read(keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> KeysValues:
     """The N keys and values at the positions `metadata.held`, each [B, N, K, E]."""
     if metadata.key_slots is None:
         N = metadata.held.shape[1]

@@ -19,6 +19,7 @@ from pop.models.config import RopeConfig
 from pop.models.images import TEXT, Images
 from pop.models.layers import (
     Embedding,
+    KeysValues,
     RMSNorm,
     Rope,
     Ropes,
@@ -29,7 +30,7 @@ from pop.models.layers import (
 )
 
 # attend(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H * E]
-Attend = Callable[["PrunableLayer", Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
 
 
 class PrunableLayer(nn.Module):
@@ -51,7 +52,7 @@ class PrunableLayer(nn.Module):
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E], with rotary positions applied."""
         raise NotImplementedError
 
-    def keys_values(self, h: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def keys_values(self, h: Tensor, rope: Rope) -> KeysValues:
         """h [B, T, D] -> k and v [B, T, K, E]: all that a pruned layer computes."""
         return self.queries_keys_values(h, rope)[1:]
 
@@ -159,12 +160,12 @@ class DecoderLayer(PrunableLayer):
         """h [..., D] / rms(h), without a weight: the state that a calibrated plan reads."""
         return self.input_layernorm.normalise(h)
 
-    def projected(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def projected(self, h: Tensor) -> KeysValues:
         """h [B, T, D], not normalised -> k and v [B, T, K * E] before k's norm and rotation. Plans correct these."""
         x = self.input_layernorm(h)
         return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
 
-    def finished_keys_values(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def finished_keys_values(self, k: Tensor, v: Tensor, rope: Rope) -> KeysValues:
         """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], as the cache holds them."""
         attention = self.self_attn
         k = attention.k_norm(attention.heads(k))

@@ -21,6 +21,7 @@ from pop.models.config import RopeConfig
 
 Rope = tuple[Tensor, ...]  # what a layer needs of its tokens' positions: cos and sin, each [B, T, 1, E/2] float32
 Ropes = dict[int | None, Rope]  # by the layers' window; None: layers without a window
+KeysValues = tuple[Tensor, Tensor]  # K and V of some tokens in one layer
 
 
 class Embedding(nn.Embedding):
