@@ -111,7 +111,7 @@ class ReadyStages:
         """Make another object of the stages, which no recorded step was made with."""
         decoder = (self.module, *self.module.layers)
         has_hooks = None in map(self._kinds.get, decoder)  # which a record would leave out
-        self._stages = stages.EAGER._replace(**self._compiled)
+        self._stages = Stages(**self._compiled)
         if not has_hooks:
             self._stages = self._stages._replace(replay=self.replay, replayed_tokens=self.replayed_tokens)
 
@@ -171,7 +171,7 @@ class ReadyStages:
         config = self.module.config
         weight = next(self.module.parameters())
         warm_ups = {name: stage.warm_up for name, stage in self._compiled.items()}
-        warming = stages.EAGER._replace(**warm_ups)
+        warming = Stages(**warm_ups)
         taken = {3, config.num_kv_heads, config.head_dim, config.head_dim // 2}
         taken.update(size for parameter in self.module.parameters() for size in parameter.shape)
         rows = _unlike(taken, 2) if several else 1

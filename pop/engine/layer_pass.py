@@ -118,12 +118,11 @@ class LayerPass:
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             at = chunk.attention[layer.window]
-            keys, values = self.keys_values[index]
+            places = at.rope, at.slots, *self.keys_values[index]
             if z is None:
-                self.stages.pruned_layer(layer, h, at.rope, at.slots, keys, values)
+                self.stages.pruned_layer(layer, h, *places)
             else:
-                correction = group.corrections.weight[number]
-                self.stages.corrected_layer(layer, h, z, correction, at.rope, at.slots, keys, values)
+                self.stages.corrected_layer(layer, h, z, group.corrections.weight[number], *places)
 
 
 class ReplayedPasses(LayerPass):
