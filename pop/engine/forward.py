@@ -165,9 +165,11 @@ class Call:
         )
         # Scores of earlier tokens are not compiled, because N differs with each call.
         received = earlier.received(cache, plan.selects_at) if N else self.stages.received
-        inputs = entering, rotary, prompts.lengths, others, counts, received
         (others_there,) = to_device([others], cache.device)
-        chosen = select(self.module, plan, *inputs) if counts.any() else torch.zeros_like(others_there)
+        if counts.any():
+            chosen = select(self.module, plan, entering, rotary, prompts.lengths, others, counts, received)
+        else:
+            chosen = torch.zeros_like(others_there)
 
         # Tokens that get features later, or that look ahead, cannot run again by themselves.
         has_features_later = plan.selects_at < self.module.deepstack_layers
