@@ -79,8 +79,7 @@ class Graph:
                 reason = str(error.__context__ or error).split("\n")[0]
                 logger.warning("%s runs without a CUDA graph: %s", self.what, reason)
             failed = torch.tensor([self.graph is None], dtype=torch.int64, device=self.device)
-            failures = int(self.sum_over_processes(failed))
-            if failures:
+            if self.sum_over_processes(failed):
                 self.refused.add(self.what)
                 self.graph = None
         return results
