@@ -61,20 +61,20 @@ class Chunk(NamedTuple):
     @classmethod
     def of(cls, module, cache: KVCache, prompts: Prompts, bounds: Bounds) -> Chunk:
         """The part of prompts between `bounds`, to be appended to the cache. All padding where begin equals end."""
-        begin, end = (edge[:, None] for edge in bounds)  # [B, 1] each
+        begin, end = bounds
         C = int((end - begin).max())
         if prompts.has_stepped_sizes:
             C = min(stepped(C), cache.chunk_size, cache.max_seq_len)
-        index = begin + torch.arange(C)  # [B, C]
+        index = begin[:, None] + torch.arange(C)  # [B, C]
         in_prompt = index.minimum(prompts.lengths[:, None] - 1)
-        valid = index < end
+        valid = index < end[:, None]
         target = index.where(valid, prompts.full_depth.shape[1])
-        last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
+        last = end - begin - 1  # [B], -1 for a row that has ended
         rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
         on_cpu = [prompts.tokens, in_prompt, target, last.clamp(min=0), last >= 0, rotary]
         tokens, columns, target, last, has_tokens, rotary = to_device(on_cpu, cache.device)
         positions = cache.lengths[:, None] + index
-        ends = cache.lengths + bounds[1]
+        ends = cache.lengths + end
         images = prompts.images.at(index, valid)
         ropes = module.rope(rotary)
         return cls(
