@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pop.models as models
@@ -272,6 +273,5 @@ PARALLEL = {
 
 def _gather_logits(logits: Tensor, module) -> Tensor:
     """A rank's logits [..., its tokens] -> all logits [..., V]."""
-    out = logits.new_zeros(*logits.shape[:-1], module.vocab_size)
-    out[..., module.first : module.first + logits.shape[-1]] = logits
-    return add_up(out)
+    after = module.vocab_size - module.first - logits.shape[-1]
+    return add_up(F.pad(logits, (module.first, after)))
