@@ -253,7 +253,7 @@ def _attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return *q.shape, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
 
 
-def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers) -> Callable:
+def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers) -> Callable[[], None]:
     """A call of a function of kernels.cpp.
 
     It reads the memory that the tensors have when it is made, because assigning a weight's `data` frees the old memory.

@@ -55,12 +55,12 @@ class Stages(NamedTuple):
     of which no work runs at the same time, so both may use the same memory.
     """
 
-    full_layer: Callable = full_layer
-    pruned_layer: Callable = pruned_layer
-    corrected_layer: Callable = corrected_layer
-    code: Callable = code
-    received: Callable = received
-    head: Callable = head
+    full_layer: Callable[..., Tensor] = full_layer
+    pruned_layer: Callable[..., None] = pruned_layer
+    corrected_layer: Callable[..., None] = corrected_layer
+    code: Callable[..., Tensor] = code
+    received: Callable[..., Tensor] = received
+    head: Callable[..., Tensor] = head
     replay: Callable[..., Callable[[Work], Results]] | None = None
     replayed_tokens: int = 0  # passes of at most so many tokens are replayed
 

@@ -30,7 +30,7 @@ from pop.models.layers import (
 )
 
 # attend(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H * E]
-Attend = Callable[..., Tensor]
+Attend = Callable[["PrunableLayer", Tensor, Tensor, Tensor], Tensor]
 
 
 class PrunableLayer(nn.Module):
@@ -45,8 +45,8 @@ class PrunableLayer(nn.Module):
 
     window: int | None = None
     scale: float
-    cache_attention: Callable | None = None
-    multiply = staticmethod(F.linear)
+    cache_attention: Callable[..., Tensor] | None = None
+    multiply: Callable[..., Tensor] = staticmethod(F.linear)
 
     def queries_keys_values(self, h: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E], with rotary positions applied."""
