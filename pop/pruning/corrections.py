@@ -47,16 +47,11 @@ def code(layer, h: Tensor, previous: Tensor, shared: Tensor) -> Tensor:
     knows the layer by the name of the parameter `layer`.
     """
     x = layer.normalised(h)
-    before = shifted(x, layer.normalised(previous))
-    return layer.multiply(torch.cat((x, before), dim=-1), shared)
-
-
-def shifted(x: Tensor, previous: Tensor) -> Tensor:
-    """The state before each x [B, T, D] of consecutive tokens: [B, T, D], from `previous` [B, D] on."""
-    # Not a slice: compiled code would depend on whether x has one token.
+    # The state before each x, [B, T, D]. Not a slice: compiled code would depend on whether x has one token.
     column = torch.arange(x.shape[1], device=x.device)
     earlier = x[:, (column - 1).clamp(min=0)]
-    return torch.where((column > 0)[:, None], earlier, previous[:, None])
+    before = torch.where((column > 0)[:, None], earlier, layer.normalised(previous)[:, None])
+    return layer.multiply(torch.cat((x, before), dim=-1), shared)
 
 
 def corrected_keys_values(layer, h, z, weight, rope) -> tuple[Tensor, Tensor]:
