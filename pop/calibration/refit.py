@@ -152,14 +152,13 @@ def _of_all_heads(model, rows: Tensor) -> Tensor:
 
 def _corrections(model, plan: PrunePlan, solutions: list[GroupCorrections]) -> Corrections:
     """The corrections of a plan's first groups."""
-    weight = torch.cat([solution.weight for solution in solutions]).unflatten(1, (2, -1))  # [n, 2, K * E, R]
-    tensors = {"weight": weight, "shared": torch.stack([solution.shared for solution in solutions])}
-    updates = [solution.update for solution in solutions if solution.update is not None]
-    if updates:
-        tensors["update"] = torch.stack(updates)
-    tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
+    shared, weights, updates = zip(*solutions, strict=True)
+    weight = torch.cat(weights).unflatten(1, (2, -1)).to(model.dtype)  # [n, 2, K * E, R]
+    shared = torch.stack(shared).to(model.dtype)
+    updates = [update for update in updates if update is not None]
+    update = torch.stack(updates).to(model.dtype) if updates else None
     layers = plan.layers[: len(weight)]
-    return Corrections(layers, sketch=model.sketch[list(layers)], **tensors)
+    return Corrections(layers, weight, shared, update, sketch=model.sketch[list(layers)])
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
