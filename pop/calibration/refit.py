@@ -111,8 +111,7 @@ def solve(model, sums: Sums, rank: int, ridge: float) -> GroupCorrections:
     P = Q' F^-1. Then P s has a mean square of about 1. C F is computed for one layer at a time, and twice, because all
     of it would be as large as X' Y.
     """
-    for values in (sums.xx, sums.xy):
-        check_finite(values, "hidden states of the texts")
+    check_finite(sums.xy, "hidden states of the texts")  # what is not finite in X spoils every column of X' Y
     gram = sums.xx / sums.count
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)  # F
