@@ -20,6 +20,7 @@ from pop.calibration.passes import Pass, first_layer, working_copy
 from pop.calibration.texts import Window
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
+from pop.runner import row_lengths
 
 RATE = 0.04  # the share by which a step may change what a matrix computes, see `learning_rate`
 WARM_UP = 4  # steps up to the full rate
@@ -109,7 +110,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise) -> Tenso
     B, T = batch.tokens.shape
     first = first_layer(plan)
     with torch.no_grad():
-        images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
+        images = vision.images(module, batch.media, batch.tokens, row_lengths(None, batch.tokens))
         model_pass = Pass(module, batch.tokens.to(plan.corrections.weight.device), images)
         entering = model_pass.run_layers(model_pass.embed(), 0, first)
         full = model_pass.run_layers(entering, first)

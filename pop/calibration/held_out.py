@@ -23,6 +23,7 @@ from pop.calibration.passes import Pass, first_layer
 from pop.calibration.texts import SHORTEST, Window, size_of, total_size
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
+from pop.runner import row_lengths
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
 BEGINNING = 16  # the first tokens of a continuation, which also count by themselves; a single one could decide
@@ -89,7 +90,7 @@ class Judge:
             room = len(continuation)
         continuation = continuation[:room]
         tokens = torch.tensor([prompt + continuation + passage[:-1]])
-        shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
+        shown = model.vision.images(model.module, [media], tokens, row_lengths(None, tokens))
         model_pass = Pass(model.module, tokens.to(model.device), shown)
         h = model_pass.run_layers(model_pass.embed(), 0)
         return Case(prompt, continuation, passage, model_pass, {}, h[0, cut - 1 :])
