@@ -45,6 +45,10 @@ def integer(add, name: str, text: str, default: int | None = None) -> None:
     add(name, help=shown, type=int, default=default, metavar="N")
 
 
+def files(add, text: str) -> None:
+    add("files", help=text, nargs="*", default=[], metavar="FILE")
+
+
 def model_options(add) -> None:
     add("model", help="a name in `pop models`, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
     add("--dtype", help="default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
@@ -108,7 +112,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     add = command("importance", "Measure with virtual gates how much prefill and decode need each layer.").add_argument
     model_options(add)
-    add("files", help="texts to cut prompts from; default: a built-in set", nargs="*", default=[], metavar="FILE")
+    files(add, "texts to cut prompts from; default: a built-in set")
     integer(add, "--samples", "number of prompts", 200)
     integer(add, "--prompt-tokens", "tokens of a prompt", 256)
     integer(add, "--response-tokens", "the most tokens of a sampled response", 64)
@@ -121,8 +125,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "Make a plan for a model, and judge it. What is not given is decided. After Ctrl-C, repeat the command.",
     ).add_argument
     model_options(add)
-    what = "texts, or conversations in .jsonl, that resemble the prompts to come; default: a built-in set"
-    add("files", help=what, nargs="*", default=[], metavar="FILE")
+    files(add, "texts, or conversations in .jsonl, that resemble the prompts to come; default: a built-in set")
     add(
         "--speedup",
         help="the speedup that the shapes must allow for 2,048 tokens (1.4)",
@@ -144,14 +147,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     ).add_argument
     model_options(add)
     add("prune", help="a saved plan's path or name, or another value of --prune", metavar="PLAN")
-    what = "texts, or conversations in .jsonl, that the plan was not fitted to; default: a built-in set"
-    add("files", help=what, nargs="*", default=[], metavar="FILE")
+    files(add, "texts, or conversations in .jsonl, that the plan was not fitted to; default: a built-in set")
     integer(add, "--longest", "tokens of the longest prompts", 4096)
     integer(add, "--questions", "questions of each kind and length", 12)
     integer(add, "--seed", "another seed asks other questions", 0)
 
     add = command("plans", "Print saved plans: what they keep, and for a FILE, how it was calibrated.").add_argument
-    add("files", help="saved plans; default: list those that are here", nargs="*", default=[], metavar="FILE")
+    files(add, "saved plans; default: list those that are here")
 
     command("models", "List the known models, how large they are, and where their weights are.")
 
