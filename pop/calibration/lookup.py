@@ -10,6 +10,8 @@ from pop.engine.selection import select
 from pop.errors import InputError
 from pop.pruning.plan import PrunePlan
 
+Pair = tuple[list[int], list[int]]  # the token ids of a prompt and of its answer
+
 
 @torch.no_grad()
 def found_by_layer(model, prompt: list[int], answer: list[int], share: float, last: int) -> Tensor | None:
@@ -43,7 +45,7 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
     return torch.stack(found).cpu()
 
 
-def selecting_scores(model, pairs: Sequence[tuple[list[int], list[int]]], share: float, last: int) -> Tensor:
+def selecting_scores(model, pairs: Sequence[Pair], share: float, last: int) -> Tensor:
     """The mean of `found_by_layer` over pairs of a prompt and its answer, [L]. The layer of the highest should select.
 
     Chance finds as many tokens as the share. Raises InputError if no prompt holds its answer before its end.

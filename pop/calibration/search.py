@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pop.calibration.held_out import LONGEST_PASSAGE, Judge, repeated_passage
 from pop.calibration.importance import importance
-from pop.calibration.lookup import selecting_scores
+from pop.calibration.lookup import Pair, selecting_scores
 from pop.calibration.refit import fitted
 from pop.calibration.texts import Window, choose, excerpt, first_tokens, without_images
 from pop.errors import InputError
@@ -47,8 +47,6 @@ LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 2  # layers that gates propose, for each layer that is to lie apart
 FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
 QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts of twice the last tokens or more
-
-Pair = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
 
 
 def check_speedup(model, speedup: float, rank: int) -> None:
