@@ -65,8 +65,7 @@ def conversation(line: str, where: str) -> dict:
     try:
         read = json.loads(line)
         messages = [_message(one) for one in read["messages"]]
-        roles = [message["role"] for message in messages]
-        is_open = roles[-1] != "assistant"
+        is_open = messages[-1]["role"] != "assistant"
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise InputError(f"{where} is not a conversation on one line, such as {CONVERSATION}") from None
     return {"messages": messages, "tools": read.get("tools"), "add_generation_prompt": is_open}
