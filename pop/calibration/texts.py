@@ -102,7 +102,7 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
         bos = tokens[:1] if tokens[0] == model.config.bos_id else []
         step = max(1, size - len(bos))
         windows += [(bos + tokens[begin : begin + step], []) for begin in range(len(bos), len(tokens), step)]
-    return [(tokens, media) for tokens, media in windows if len(tokens) >= SHORTEST]
+    return [window for window in windows if size_of(window) >= SHORTEST]
 
 
 def size_of(window: Window) -> int:
@@ -122,8 +122,8 @@ def without_images(windows: list[Window]) -> list[Window]:
 
 def first_tokens(windows: list[Window], count: int) -> list[Window]:
     """The first windows that hold `count` tokens together, or all."""
-    ends = accumulate(map(size_of, windows))
-    return [window for window, end in zip(windows, ends, strict=True) if end - size_of(window) < count]
+    begins = accumulate(map(size_of, windows), initial=0)  # and the end of the last one
+    return [window for window, begin in zip(windows, begins, strict=False) if begin < count]
 
 
 def choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[Window]:
@@ -142,5 +142,5 @@ def batches(windows: list[Window]) -> Iterator[list[Window]]:
     """Batch windows of similar lengths, as many as TOKENS_AT_ONCE allows."""
     queue = iter(sorted(windows, key=size_of, reverse=True))
     while first := next(queue, None):
-        others = max(0, TOKENS_AT_ONCE // len(first[0]) - 1)
+        others = max(0, TOKENS_AT_ONCE // size_of(first) - 1)
         yield [first, *islice(queue, others)]
