@@ -51,8 +51,8 @@ class Losses(NamedTuple):
 class Case(NamedTuple):
     """A held-out window, and what the full model computes on it."""
 
-    prompt: list[int]
-    continuation: list[int]
+    cut: int  # the prompt's tokens, after which the continuation begins
+    continued: int  # the continuation's tokens
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
     model_pass: Pass  # over all three, without the passage's last token
     entering: dict[int, Tensor]  # h [1, T, D] where the last judged plan leaves the full pass, by that layer's index
@@ -81,19 +81,17 @@ class Judge:
         tokens, media = window
         images = model.vision.locate(tokens, media)
         cut = max([len(tokens) * 2 // 3, len(tokens) - CONTINUATION, *(image.stop for image in images)])
-        prompt = tokens[:cut]
-        continuation = tokens[cut:]
-        passage = repeated_passage(prompt, images, rng)
-        room = model.max_seq_len - cut - len(passage)
-        if room < 0:  # after an image
+        passage = repeated_passage(tokens[:cut], images, rng)
+        room = model.max_seq_len - len(passage)
+        if room < cut:  # after an image
             passage = []
-            room = len(continuation)
-        continuation = continuation[:room]
-        tokens = torch.tensor([prompt + continuation + passage[:-1]])
-        shown = model.vision.images(model.module, [media], tokens, row_lengths(None, tokens))
-        model_pass = Pass(model.module, tokens.to(model.device), shown)
+            room = len(tokens)
+        tokens = tokens[:room]
+        row = torch.tensor([tokens + passage[:-1]])  # [1, T]
+        shown = model.vision.images(model.module, [media], row, row_lengths(None, row))
+        model_pass = Pass(model.module, row.to(model.device), shown)
         h = model_pass.run_layers(model_pass.embed(), 0)
-        return Case(prompt, continuation, passage, model_pass, {}, h[0, cut - 1 :])
+        return Case(cut, len(tokens) - cut, passage, model_pass, {}, h[0, cut - 1 :])
 
     @torch.no_grad()
     def losses(self, plan: PrunePlan) -> Losses:
@@ -107,9 +105,9 @@ class Judge:
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = max(1, len(case.passage) // CUES_IN_PASSAGE)
             targets = torch.tensor(case.passage[cue:], dtype=torch.int64, device=pruned.device)
-            begin = len(case.continuation) + cue  # where the first token to copy is predicted
+            begin = case.continued + cue  # where the first token to copy is predicted
             copied = pruned[begin:].argmax(-1) == targets
-            continued = kl[: len(case.continuation) + 1]
+            continued = kl[: case.continued + 1]
             parts.append((continued, kl[begin:], copied, continued[:BEGINNING]))
         return Losses(*(_mean(torch.cat(kind)) for kind in zip(*parts, strict=True)))
 
@@ -125,8 +123,8 @@ class Judge:
         If there are none, it has all windows.
         """
         judge = copy.copy(self)
-        long_enough = [case for case in self.cases if len(case.prompt) >= least]
-        judge.cases = sorted(long_enough or self.cases, key=lambda case: len(case.prompt))[:count]
+        long_enough = [case for case in self.cases if case.cut >= least]
+        judge.cases = sorted(long_enough or self.cases, key=lambda case: case.cut)[:count]
         return judge
 
     def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:
@@ -135,8 +133,7 @@ class Judge:
         if first not in case.entering:
             case.entering.clear()  # the states of each layer would take much memory
             case.entering[first] = case.model_pass.run_layers(case.model_pass.embed(), 0, first)
-        length = len(case.prompt)
-        return case.model_pass.run_pruned(plan, case.entering[first], length)[0, length - 1 :]
+        return case.model_pass.run_pruned(plan, case.entering[first], case.cut)[0, case.cut - 1 :]
 
 
 def _mean(values: Tensor) -> float:
