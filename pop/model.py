@@ -216,8 +216,10 @@ class Model(Runner):
         contexts, media, has_several_contexts = self.encode_batch(context, images, videos, "context")
         continuations, _, is_list = self.encode_batch(continuation, what="continuation", bos=False)
         if has_several_contexts and not (is_list and len(contexts) == len(continuations)):
-            counts = f"there are {len(contexts)} contexts, but {len(continuations)} continuations"
-            raise InputError(f"{counts}; give a list of one for each")
+            raise InputError(
+                f"there are {len(contexts)} contexts, but {len(continuations)} continuations; "
+                "give a list of one for each"
+            )
         scores = score(self, contexts, continuations, media, self.resolve(plan))
         return scores if is_list else scores[0]
 

@@ -285,8 +285,9 @@ class Runner:
     def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
         """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""
         if num_tokens > self.max_seq_len:
-            limit = f"the model takes {self.max_seq_len}"
-            raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}; {self.vision.how_to_shorten}")
+            raise ContextOverflow(
+                f"{what} has {num_tokens} tokens, but the model takes {self.max_seq_len}; {self.vision.how_to_shorten}"
+            )
 
     def _check_cache(self, cache: KVCache, added: Tensor) -> None:
         """Raise InputError unless `cache` is one of this model with room for `added` [B] tokens."""

@@ -144,8 +144,10 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
         fitted.append(builtin.pop())
         found += _tokens_in(model, fitted[-1:])
     if found > given_tokens:
-        note = f"{given_tokens:,} of {needed:,} tokens are given; with built-in texts, there are {found:,}"
-        print(note, file=sys.stderr)
+        print(
+            f"{given_tokens:,} of {needed:,} tokens are given; with built-in texts, there are {found:,}",
+            file=sys.stderr,
+        )
     return fitted, rest
 
 

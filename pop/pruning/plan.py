@@ -314,8 +314,10 @@ class PrunePlan:
                 raise PlanError("it names no layers")
             return cls(**fields, name=name)
         except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
-            advice = "use the version that wrote it, or calibrate again"
-            raise PlanError(f"{file} is not a pruning plan that this version reads ({error}); {advice}") from None
+            raise PlanError(
+                f"{file} is not a pruning plan that this version reads ({error}); "
+                "use the version that wrote it, or calibrate again"
+            ) from None
 
 
 def _read(path: str | os.PathLike) -> dict:
