@@ -62,8 +62,9 @@ def distill(
     """
     best = model.resolve(plan)
     least = judge.losses(best).mean
-    given = best.corrections.tensors
-    trained = {name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in given.items()}
+    trained = {
+        name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in best.corrections.tensors.items()
+    }
     parameters = [*trained.values()]
     groups = [{"params": [tensor], "rate": learning_rate(tensor.detach())} for tensor in parameters]
     adam = torch.optim.Adam(groups, betas=BETAS)

@@ -245,5 +245,5 @@ class Importance:
         """Read scores that `save` has written. Raises InputError for any other file."""
         try:
             return cls(**files.read_json(path, InputError))
-        except (InputError, TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError) as error:  # an InputError is a ValueError
             raise InputError(f"{path} does not hold importance scores ({error}); write them with .save(path)") from None

@@ -80,7 +80,6 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     few = first_tokens([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
     fewer = first_tokens(few, FEWER)
     quick = judge.on_shortest(QUICK, 2 * last_and_selected(_prompt_length(model))[0])
-    deepstack_layers = model.module.deepstack_layers
     plan_of = functools.partial(_plan_of, model, lookups=lookups)
 
     def is_fast(layers: Sequence[int]) -> bool:
@@ -94,7 +93,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
 
     def candidates() -> Iterator[PrunePlan]:
         for share in TAILS:
-            layers = _fewest(share, needed, deepstack_layers, is_fast, alone)
+            layers = _fewest(share, needed, model.module.deepstack_layers, is_fast, alone)
             if layers is not None:
                 yield from fitted(model, few, plan_of(layers), rank)
             step(1)
