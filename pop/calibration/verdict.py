@@ -76,8 +76,7 @@ class Verdict:
     @property
     def unjudged(self) -> list[str]:
         """The kinds of question, and the lengths, of which the full model has too few exact answers."""
-        cells = self.exact.items()
-        return [f"{kind} at {length} tokens" for (kind, length), exact in cells if not _is_enough(exact)]
+        return [f"{kind} at {length} tokens" for (kind, length), exact in self.exact.items() if not _is_enough(exact)]
 
     @property
     def sentence(self) -> str:
@@ -281,12 +280,11 @@ def _as_text(exact: np.ndarray) -> str:
 
 def table(record: dict) -> str:
     """A verdict's record as a table, the full model beside the plan, and its sentence."""
-    loss = record["loss"].values()
     rows = [["exact answers, plan / full model", *(f"{int(length):,} tokens" for length in record["loss"])]]
     for kind, by_length in record["answers"].items():
         rows.append([kind, *map(_cell, by_length.values())])
     for name, key, form in LOSSES:
-        rows.append([name, *(f"{figures[key]:{form}}" for figures in loss)])
+        rows.append([name, *(f"{figures[key]:{form}}" for figures in record["loss"].values())])
     lines = [f"{name:34}" + "".join(f"{cell:>26}" for cell in cells) for name, *cells in rows]
     return "\n".join([*lines, "", record["sentence"]])
 
