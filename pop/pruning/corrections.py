@@ -144,12 +144,11 @@ class Corrections:
         """The corrections of consecutive pruned layers, all of a group or its part between DeepStack features."""
         first = self.layers.index(layers[0])
         number = bisect(self._firsts, first) - 1  # of the group
-        own = slice(first, first + len(layers))
         ends = layers[-1] + 1 not in self.layers
         has_update = self.update is not None and ends and number < len(self.update)
         return GroupCorrections(
             shared=self.shared[number],
-            weight=self.weight[own].flatten(1, 2),  # [n, 2 * K * E, R]
+            weight=self.weight[first : first + len(layers)].flatten(1, 2),  # [n, 2 * K * E, R]
             update=self.update[number] if has_update else None,
         )
 
