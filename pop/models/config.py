@@ -33,10 +33,11 @@ class RopeConfig:
     original_max_positions: int = 8192
 
     def __post_init__(self):
-        low = self.low_freq_factor
-        high = self.high_freq_factor
         _check(self.factor >= 1, f"the RoPE factor must be at least 1, not {self.factor}")
-        _check(high > low, f"high_freq_factor ({high}) must exceed low_freq_factor ({low})")
+        _check(
+            self.high_freq_factor > self.low_freq_factor,
+            f"high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor})",
+        )
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class Config:
     mlp_bias = False
 
     def __post_init__(self):
-        H = self.num_heads
-        K = self.num_kv_heads
-        _check(H % K == 0, f"num_attention_heads ({H}) is not a multiple of num_key_value_heads ({K})")
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})",
+        )
         _check(self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) is odd, but RoPE rotates pairs of values")
         ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
         outside = [token for token in ids if not 0 <= token < self.vocab_size]
@@ -117,17 +119,19 @@ class SiglipConfig:
     tokens_per_image: int = 256
 
     def __post_init__(self):
-        C = self.hidden_size
-        H = self.num_heads
-        _check(C % H == 0, f"hidden_size ({C}) is not a multiple of num_attention_heads ({H})")
-        size = self.image_size
-        patch = self.patch_size
-        _check(size % patch == 0, f"image_size ({size}) is not a multiple of patch_size ({patch})")
-        M = self.tokens_per_image
-        side = self.tokens_per_side
-        patches = self.patches_per_side
-        fits = side**2 == M and patches % side == 0
-        _check(fits, f"mm_tokens_per_image ({M}) is not the square of a divisor of image_size / patch_size ({patches})")
+        _check(
+            self.hidden_size % self.num_heads == 0,
+            f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_heads})",
+        )
+        _check(
+            self.image_size % self.patch_size == 0,
+            f"image_size ({self.image_size}) is not a multiple of patch_size ({self.patch_size})",
+        )
+        _check(
+            self.tokens_per_side**2 == self.tokens_per_image and self.patches_per_side % self.tokens_per_side == 0,
+            f"mm_tokens_per_image ({self.tokens_per_image}) is not the square of a divisor of image_size / patch_size "
+            f"({self.patches_per_side})",
+        )
 
     @property
     def patches_per_side(self) -> int:
@@ -188,8 +192,10 @@ class ExpertsConfig:
     width: int  # inside an expert
 
     def __post_init__(self):
-        fits = self.per_token <= self.count
-        _check(fits, f"num_experts_per_tok ({self.per_token}) exceeds num_experts ({self.count})")
+        _check(
+            self.per_token <= self.count,
+            f"num_experts_per_tok ({self.per_token}) exceeds num_experts ({self.count})",
+        )
 
 
 @dataclass(frozen=True)
@@ -220,13 +226,16 @@ class Qwen3VisionConfig:
     frames: int = 2
 
     def __post_init__(self):
-        C = self.hidden_size
-        H = self.num_heads
-        _check(C % (4 * H) == 0, f"hidden_size ({C}) over num_heads ({H}) is not a multiple of 4, as its RoPE needs")
-        L = self.num_layers
+        _check(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            f"hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) is not a multiple of 4, as its RoPE "
+            "needs",
+        )
         layers = list(self.deepstack)
-        ascending = layers == sorted({*layers} & {*range(L)})
-        _check(ascending, f"deepstack_visual_indexes must be ascending layers from 0 to {L - 1}, not {layers}")
+        _check(
+            layers == sorted({*layers} & {*range(self.num_layers)}),
+            f"deepstack_visual_indexes must be ascending layers from 0 to {self.num_layers - 1}, not {layers}",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -252,20 +261,24 @@ class Qwen3VLConfig(Qwen3Config):
 
     def __post_init__(self):
         super().__post_init__()
-        E = self.head_dim
         sections = list(self.mrope_sections)
-        fits = len(sections) == 3 and sum(sections) == E // 2
-        _check(fits, f"mrope_section {sections} is not three numbers that add up to half of head_dim ({E})")
-        D = self.hidden_size
-        out = self.vision.out_size
-        _check(out == D, f"out_hidden_size ({out}) of vision_config is not the hidden_size ({D}) of text_config")
-        L = self.num_layers
-        deepstack = len(self.vision.deepstack)
-        _check(deepstack <= L, f"deepstack_visual_indexes names {deepstack} layers, but the language model has {L}")
-        V = self.vocab_size
-        ids = [self.image_id, self.video_id, self.start_id, self.end_id]
-        distinct = max(ids) < V and len({*ids}) == 4
         _check(
-            distinct,
-            f"image_, video_, vision_start_ and vision_end_token_id {ids} must be four tokens below vocab_size {V}",
+            len(sections) == 3 and sum(sections) == self.head_dim // 2,
+            f"mrope_section {sections} is not three numbers that add up to half of head_dim ({self.head_dim})",
+        )
+        out = self.vision.out_size
+        _check(
+            out == self.hidden_size,
+            f"out_hidden_size ({out}) of vision_config is not the hidden_size ({self.hidden_size}) of text_config",
+        )
+        deepstack = len(self.vision.deepstack)
+        _check(
+            deepstack <= self.num_layers,
+            f"deepstack_visual_indexes names {deepstack} layers, but the language model has {self.num_layers}",
+        )
+        ids = [self.image_id, self.video_id, self.start_id, self.end_id]
+        _check(
+            max(ids) < self.vocab_size and len({*ids}) == 4,
+            f"image_, video_, vision_start_ and vision_end_token_id {ids} must be four tokens below vocab_size "
+            f"{self.vocab_size}",
         )
