@@ -175,7 +175,7 @@ class DecoderLayer(PrunableLayer):
 class Decoder(nn.Module):
     """The embedding, the layers and the last norm. `layer` and `norm` are the family's classes."""
 
-    def __init__(self, config, layer: type[DecoderLayer], norm: type[RMSNorm] = RMSNorm):
+    def __init__(self, config, layer: type[DecoderLayer], norm: type[RMSNorm]):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_layers))
@@ -183,18 +183,22 @@ class Decoder(nn.Module):
 
 
 class DecoderModel(PrunableModel):
-    """A language model with one kind of rotary positions, and a head that may be tied to the embedding.
+    """A language model with rotary positions, and a head that may be tied to the embedding.
 
-    Args:
-        config: of the family.
-        model: the module that checkpoints call `model`: a Decoder, or a module that holds one, which `decoder` returns.
-            None: there is no such module, and the family overrides `decoder` (Gemma-3 with a tower).
+    Its Decoder is `model`. A family whose checkpoints have it elsewhere moves it there, and overrides `decoder`.
+
+    Attributes:
+        layer_class: of the decoder's layers.
+        norm_class: of the norm after them.
     """
 
-    def __init__(self, config, model: nn.Module | None):
+    layer_class: type[DecoderLayer]
+    norm_class: type[RMSNorm] = RMSNorm
+
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = model
+        self.model = Decoder(config, self.layer_class, self.norm_class)
         self._frequencies: dict[tuple, Tensor] = {}
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

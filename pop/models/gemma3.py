@@ -53,16 +53,19 @@ class DecoderLayer(base.DecoderLayer):
 class Gemma3(base.DecoderModel):
     """The language model. If the config has a vision tower, also the tower and the projector after it."""
 
+    layer_class = DecoderLayer
+    norm_class = GemmaRMSNorm
+
     def __init__(self, config: Gemma3Config):
-        decoder = base.Decoder(config, DecoderLayer, GemmaRMSNorm)
-        super().__init__(config, decoder if config.vision is None else None)
+        super().__init__(config)
         if config.vision is None:
             return
         self.vision_blocks = "vision_tower.vision_model.encoder.layers"
         self.vision_tower = nn.Sequential(OrderedDict(vision_model=VisionModel(config.vision)))
         self.multi_modal_projector = Projector(config.vision, config.hidden_size)
         self.language_model = nn.Module()  # checkpoints with a tower name the decoder language_model.model
-        self.language_model.model = decoder
+        self.language_model.model = self.model
+        del self.model
 
     @property
     def decoder(self) -> base.Decoder:

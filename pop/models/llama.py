@@ -25,5 +25,4 @@ class DecoderLayer(base.DecoderLayer):
 
 
 class Llama(base.DecoderModel):
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config, base.Decoder(config, DecoderLayer))
+    layer_class = DecoderLayer

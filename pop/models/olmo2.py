@@ -57,5 +57,5 @@ class DecoderLayer(base.DecoderLayer):
 
 
 class Olmo2(base.DecoderModel):
-    def __init__(self, config: Olmo2Config):
-        super().__init__(config, base.Decoder(config, DecoderLayer, RMSNorm))
+    layer_class = DecoderLayer
+    norm_class = RMSNorm

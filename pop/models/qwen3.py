@@ -23,5 +23,4 @@ class DecoderLayer(base.DecoderLayer):
 
 
 class Qwen3(base.DecoderModel):
-    def __init__(self, config: Qwen3Config):
-        super().__init__(config, base.Decoder(config, DecoderLayer))
+    layer_class = DecoderLayer

@@ -23,13 +23,15 @@ from pop.models.vision.qwen3_vl import Grid, VisionTower
 
 
 class Qwen3VL(base.DecoderModel):
+    layer_class = DecoderLayer
     vision_blocks = "model.visual.blocks"
 
     def __init__(self, config: Qwen3VLConfig):
+        super().__init__(config)
         halves = nn.Module()  # checkpoints call them model.language_model and model.visual
-        halves.language_model = base.Decoder(config, DecoderLayer)
+        halves.language_model = self.model
         halves.visual = VisionTower(config.vision)
-        super().__init__(config, halves)
+        self.model = halves
         self.deepstack_layers = len(config.vision.deepstack)
 
     @property
