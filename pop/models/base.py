@@ -185,7 +185,8 @@ class Decoder(nn.Module):
 class DecoderModel(PrunableModel):
     """A language model with rotary positions, and a head that may be tied to the embedding.
 
-    Its Decoder is `model`. A family whose checkpoints have it elsewhere moves it there, and overrides `decoder`.
+    Layers without a window rotate by the config's `rope`, and others by its `local_rope`. The Decoder is `model`. A
+    family whose checkpoints have it elsewhere moves it there, and overrides `decoder`.
 
     Attributes:
         layer_class: of the decoder's layers.
@@ -218,13 +219,17 @@ class DecoderModel(PrunableModel):
         """`rope_frequencies` [E/2], computed once for each device: a captured CUDA graph keeps their address."""
         key = (rope, device)
         if key not in self._frequencies:
-            computed = rope_frequencies(rope, self.config.head_dim, device)
-            self._frequencies.setdefault(key, computed)  # so that two threads end up with the same tensor
+            # With setdefault, two threads end up with the same tensor.
+            self._frequencies.setdefault(key, rope_frequencies(rope, self.config.head_dim, device))
         return self._frequencies[key]
 
     def rope(self, positions):
-        frequencies = self.frequencies(self.config.rope, positions.device)
-        return {None: rope_tables(positions[..., None], frequencies)}
+        ropes = {}
+        for window in set(self.config.windows):
+            rope = self.config.rope if window is None else self.config.local_rope
+            frequencies = self.frequencies(rope, positions.device)
+            ropes[window] = rope_tables(positions[..., None], frequencies)
+        return ropes
 
     def head(self, h):
         h = self.decoder.norm(h)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pop.models import base, layers
 from pop.models.config import Gemma3Config
-from pop.models.layers import Attention, GemmaRMSNorm, rope_tables
+from pop.models.layers import Attention, GemmaRMSNorm
 from pop.models.vision.siglip import Projector, VisionModel
 
 
@@ -76,13 +76,6 @@ class Gemma3(base.DecoderModel):
     def embed(self, tokens):
         h = super().embed(tokens)
         return h * h.new_full((), self.config.hidden_size**0.5)  # the factor is rounded to the weights' dtype
-
-    def rope(self, positions):
-        ropes = {}
-        for window in set(self.config.windows):
-            rope = self.config.rope if window is None else self.config.local_rope
-            ropes[window] = rope_tables(positions[..., None], self.frequencies(rope, positions.device))
-        return ropes
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [N, 3, size, size] from -1 to 1, in the weights' dtype -> embeddings of image tokens [N, M, D]."""
