@@ -128,10 +128,14 @@ def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given:
 def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
     fields.fixed(is_causal=True, partial_rotary_factor=1.0)
     dtype = fields.choice("dtype", ["auto", *configs.DTYPES, *(f"torch.{name}" for name in configs.DTYPES)], "auto")
-    given["dtype"] = configs.DTYPES.get(dtype.removeprefix("torch."))
-    given["bos_id"] = fields.integer("bos_token_id", config.bos_id, least=0)
-    given["eos_ids"] = _read_ends(fields, config.eos_ids)
-    return _build(config, fields, **given)
+    return _build(
+        config,
+        fields,
+        dtype=configs.DTYPES.get(dtype.removeprefix("torch.")),
+        bos_id=fields.integer("bos_token_id", config.bos_id, least=0),
+        eos_ids=_read_ends(fields, config.eos_ids),
+        **given,
+    )
 
 
 def _build_full_attention(config: type, fields: Fields, **given: Any) -> Any:
@@ -157,25 +161,21 @@ def read_llama(fields: Fields, config: type = configs.LlamaConfig) -> configs.Ll
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", None)
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
-        head_dim = hidden_size // num_heads
+    if "head_dim" not in fields.left and hidden_size % num_heads:
+        raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
     return _build_full_attention(
         config,
         fields,
         hidden_size=hidden_size,
         num_heads=num_heads,
+        head_dim=fields.integer("head_dim", hidden_size // num_heads),
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=head_dim,
     )
 
 
 def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
     """Read Gemma-3's text model. Published files leave out most fields that have the reference's default."""
-    gelu = "gelu_pytorch_tanh"
-    fields.fixed(hidden_activation=gelu, hidden_act=gelu, tie_word_embeddings=True)
+    fields.fixed(hidden_activation="gelu_pytorch_tanh", hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
     ropes = fields.part("rope_parameters")  # transformers 5
     rope = _rope_fields(fields, "rope_theta", ropes.object(GLOBAL), fields.object("rope_scaling"))
     local_rope = _rope_fields(fields, "rope_local_base_freq", ropes.object(LOCAL))
@@ -197,18 +197,22 @@ def _read_gemma3(fields: Fields) -> configs.Gemma3Config:
     text = fields.part("text_config")
     text.fixed(model_type="gemma3_text")
     _pass_on(fields, text)
-    tokens_per_image = fields.integer("mm_tokens_per_image", configs.SiglipConfig.tokens_per_image)
     vision = fields.part("vision_config")
     vision.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
-    names = NAMES | {"norm_eps": "layer_norm_eps"}
-    siglip = _build(configs.SiglipConfig, vision, names, tokens_per_image=tokens_per_image)
+    siglip = _build(
+        configs.SiglipConfig,
+        vision,
+        NAMES | {"norm_eps": "layer_norm_eps"},
+        tokens_per_image=fields.integer("mm_tokens_per_image", configs.SiglipConfig.tokens_per_image),
+    )
     return _read_gemma3_text(text, vision=siglip)
 
 
 def _pass_on(whole: Fields, text: Fields) -> None:
     """Move the dtype and the token ids of a multimodal model to its text_config, where they replace what is there."""
-    names = [name for name in whole.left if name == "dtype" or name.endswith("_token_id")]
-    text.left |= {name: whole.left.pop(name) for name in names}
+    for name in list(whole.left):
+        if name == "dtype" or name.endswith("_token_id"):
+            text.left[name] = whole.left.pop(name)
 
 
 def _read_windows(fields: Fields) -> tuple[int | None, ...]:
@@ -259,8 +263,7 @@ def _read_qwen3(fields: Fields, experts: bool = False, config: type = configs.Qw
 
 def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
     """Read the vision_config of Qwen3-VL. Published files state the whole model's type there."""
-    types = ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe")
-    fields.choice("model_type", types, types[0])
+    fields.choice("model_type", ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe"), None)
     fields.fixed(hidden_act="gelu_pytorch_tanh", in_channels=3)
     rope = fields.part("rope_parameters")
     rope.fixed(rope_type="axial", rope_theta=configs.RopeConfig.base)
