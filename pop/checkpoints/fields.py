@@ -71,8 +71,7 @@ class Fields:
         return tuple(self.take(name, f"a list of integers from 0 to {MOST}", accepts))
 
     def number(self, name: str, default: Any = MISSING) -> float:
-        value = self.take(name, "a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30, default)
-        return value if value is None else float(value)
+        return float(self.take(name, "a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30, default))
 
     def boolean(self, name: str, default: Any = False) -> bool:
         return self.take(name, "true or false", lambda v: type(v) is bool, default)

@@ -83,13 +83,12 @@ def read_params(fields: Fields) -> dict[str, Any]:
     published_factor = FACTORS.get((dim, num_layers))
     rope_scaling = None
     if fields.boolean("use_scaled_rope"):
-        factor = fields.number("rope_scaling_factor", published_factor)
-        if factor is None:
+        if published_factor is None and "rope_scaling_factor" not in fields.left:
             where = f"dim {dim} with n_layers {num_layers} is not published"
             raise ConfigError(f"rope_scaling_factor is missing, and {where}")
         rope_scaling = {
             "rope_type": "llama3",
-            "factor": factor,
+            "factor": fields.number("rope_scaling_factor", published_factor),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
