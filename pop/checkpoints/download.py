@@ -87,9 +87,9 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
         command = COMMANDS[name]
         raise DownloadError(f"{name} is in a Python package, not on the hub; in a checkout of pop, run `{command}`")
     found = stored(entry)
-    if found and revision:
-        raise DownloadError(f"{found} exists, and its revision is unknown; remove it to download {revision!r}")
     if found:
+        if revision:
+            raise DownloadError(f"{found} exists, and its revision is unknown; remove it to download {revision!r}")
         weight_files(found)  # raises if some are missing
         return found
     files = _list_files(entry.source, revision or "main")

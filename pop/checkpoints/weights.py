@@ -97,8 +97,8 @@ def load_weights(
     weights = {name: torch.empty(one.shape, dtype=dtype, device=device) for name, one in parameters.items()}
     targets = {}
     for name, weight in weights.items():
-        slots = _slots(name, weight, sources.keys())
-        targets |= {stored: (slot, shards.get(name)) for stored, slot in slots.items()}
+        for stored, slot in _slots(name, weight, sources.keys()).items():
+            targets[stored] = (slot, shards.get(name))
     size = sum(weight.nbytes for weight in weights.values())
     step = max(size // 50, 2**20)
     with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
@@ -188,7 +188,7 @@ def _places(tensor: Tensor, step: int) -> Iterator[tuple]:
 def _map(file: Path) -> dict[str, Tensor]:
     """Map the tensors of a weight file into memory: a page is read when it is first touched."""
     try:
-        tensors, _ = read_tensors(file)
+        return read_tensors(file)[0]  # without the metadata
     except PermissionError:
         raise CheckpointError(f"{file} may not be read by this user; change its permissions") from None
     except Exception as error:  # corrupt bytes can raise nearly anything
@@ -196,7 +196,6 @@ def _map(file: Path) -> dict[str, Tensor]:
         if "Cannot allocate memory" in reason:
             raise CacheMemoryError(f"{file} cannot be mapped into memory ({reason}); raise `ulimit -v`") from None
         raise CheckpointError(f"{file} is truncated or corrupt ({reason}); {AGAIN}") from None
-    return tensors
 
 
 def _survey(folder: Path, config: Config, parameters: dict[str, Tensor]) -> dict[str, _Source]:
