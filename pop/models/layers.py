@@ -73,8 +73,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> T
     if rope.kind == "llama3":
         wavelengths = 2 * math.pi / frequencies
         turns = rope.original_max_positions / wavelengths  # in the original context
-        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        kept = kept.clamp(0, 1)
+        kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
         return (1 - kept) * frequencies / rope.factor + kept * frequencies
     return frequencies / rope.factor
 
@@ -181,10 +180,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     v = v.transpose(1, 2)  # [B, K, N, E]
     if mask is not None:
         mask = mask[:, None]  # [B, 1, T, N]
-    if mask is not None and T == 1:
-        # The G query heads of a group take the place of the tokens, so K and V are not repeated for each query head.
-        q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
+        if T == 1:
+            # The G query heads of a group take the place of the tokens, so K and V are not repeated for each of them.
+            q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
     q = q.transpose(1, 2)  # [B, H, T, E]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)

@@ -68,9 +68,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(C, NORM_EPS)
         self.norm2 = nn.LayerNorm(C, NORM_EPS)
         self.attn = Attention(config)
-        fc1 = nn.Linear(C, inner)
-        fc2 = nn.Linear(inner, C)
-        self.mlp = nn.Sequential(OrderedDict(linear_fc1=fc1, gelu=nn.GELU("tanh"), linear_fc2=fc2))
+        self.mlp = nn.Sequential(
+            OrderedDict(linear_fc1=nn.Linear(C, inner), gelu=nn.GELU("tanh"), linear_fc2=nn.Linear(inner, C))
+        )
 
     def forward(self, h: Tensor, *rope: Tensor) -> Tensor:
         h = h + self.attn(self.norm1(h), rope)
@@ -118,10 +118,11 @@ class VisionTower(nn.Module):
         features = []
         end = 0
         for (rows, columns), run in groupby(grids, key=lambda grid: (grid.rows, grid.columns)):
+            P = rows * columns
             begin = end
-            end += rows * columns * sum(grid.frames for grid in run)
-            pairs = patches[begin:end].unflatten(0, (-1, rows * columns))  # [N, P, ...]
-            for batch in pairs.split(max(1, PATCHES_AT_ONCE // (rows * columns))):
+            end += P * sum(grid.frames for grid in run)
+            pairs = patches[begin:end].unflatten(0, (-1, P))  # [N, P, ...]
+            for batch in pairs.split(max(1, PATCHES_AT_ONCE // P)):
                 batch = batch.to(self.pos_embed.weight, non_blocking=True)
                 features.append(self.frame_pairs(batch, rows, columns).flatten(1, 2))
         features, *deepstack = torch.cat(features, dim=1)  # [M of all, D] each
