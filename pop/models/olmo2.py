@@ -35,16 +35,14 @@ class HeadsNorm(RMSNorm):
 class DecoderLayer(base.DecoderLayer):
     def __init__(self, config: Olmo2Config, index: int):
         super().__init__()
-        D = config.hidden_size
-        E = config.head_dim
-        self.scale = E**-0.5
+        self.scale = config.head_dim**-0.5
         self.input_layernorm = nn.Identity()  # attention reads h itself
         self.self_attn = Attention(config)
-        self.self_attn.q_norm = HeadsNorm(config.num_heads * E, config.norm_eps)
-        self.self_attn.k_norm = HeadsNorm(config.num_kv_heads * E, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(D, config.norm_eps)
+        self.self_attn.q_norm = HeadsNorm(config.num_heads * config.head_dim, config.norm_eps)
+        self.self_attn.k_norm = HeadsNorm(config.num_kv_heads * config.head_dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
-        self.post_feedforward_layernorm = RMSNorm(D, config.norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def attention_update(self, attended):
         return self.post_attention_layernorm(self.self_attn.o_proj(attended))

@@ -27,10 +27,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        C = config.hidden_size
         size = config.patch_size
-        self.patch_embedding = nn.Conv2d(3, C, kernel_size=size, stride=size)
-        self.position_embedding = nn.Embedding(config.patches_per_side**2, C)
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=size, stride=size)
+        self.position_embedding = nn.Embedding(config.patches_per_side**2, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         # By default, cuDNN would round a float32 convolution to TF32, and plan for each number of images.
