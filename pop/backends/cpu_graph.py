@@ -137,25 +137,25 @@ class _Record(TorchDispatchMode):
         return function(*arguments)
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        options = options or {}
-        results = operator(*arguments, **options)
+        call = partial(operator, *arguments, **(options or {}))
+        results = call()
         if self.calls is None or operator.is_view:
             return results
         gives_tensors = all(isinstance(result, Tensor) for result in tree_leaves(results))
         if operator.namespace not in ("aten", "pop") or not gives_tensors:  # a sum over processes, for example
             logger.info("decode steps are not recorded, as %s cannot be repeated", operator)
             self.calls = None
-        elif operator in KERNELS and (call := KERNELS[operator](results, *arguments)):
-            self.calls.append(call)
+        elif operator in KERNELS and (kernel := KERNELS[operator](results, *arguments)):
+            self.calls.append(kernel)
         elif operator._schema.is_mutable:
-            self.calls.append(partial(operator, *arguments, **options))
+            self.calls.append(call)
             self.counters += [x for x in arguments[:1] if isinstance(x, Tensor) and not x.is_floating_point()]
         else:
-            self.calls.append(partial(_copy_results, results, operator, arguments, options))
+            self.calls.append(partial(_copy_results, results, call))
         return results
 
 
-def _copy_results(results, operator, arguments, options) -> None:
+def _copy_results(results, call: Callable) -> None:
     """Call an operator that makes new tensors, and copy them to the memory of those that were made first."""
-    for memory, new in zip(tree_leaves(results), tree_leaves(operator(*arguments, **options)), strict=True):
+    for memory, new in zip(tree_leaves(results), tree_leaves(call()), strict=True):
         memory.copy_(new)
