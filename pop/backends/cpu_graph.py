@@ -47,6 +47,7 @@ class Graph:
         self.weights = list(module.parameters())
         self.has_run = False
         self.record: _Record | None = None
+        self.conditions: tuple | None = None  # the threads and the weights that the record was made for
 
     def __call__(self, function: Work) -> Results:
         # The first call runs, the second is recorded, and the third is compared, unless a record of the same compiled
@@ -54,10 +55,12 @@ class Graph:
         if not self.has_run:
             self.has_run = True
             return function()
-        if self.record is None or not self.record.fits():
-            record = _Record(self.weights)
+        conditions = torch.get_num_threads(), sizes_of(self.weights)
+        if self.record is None or self.conditions != conditions:
+            record = _Record()
             results = record.run(function)
             self.record = record if record.is_complete else None
+            self.conditions = conditions
             return results
         if self.record.calls is None:
             return function()
@@ -69,11 +72,8 @@ class Graph:
 class _Record(TorchDispatchMode):
     """What this thread calls in a function: operators, and functions of modules that torch.compile wrote."""
 
-    def __init__(self, weights: list[Tensor]):
+    def __init__(self):
         super().__init__()
-        self.weights = weights
-        self.sizes = sizes_of(weights)
-        self.num_threads = torch.get_num_threads()
         self.thread = threading.get_ident()
         self.calls: list[Callable] | None = []  # None if the function cannot be repeated
         self.compiled: list[Callable] = []  # the compiled functions among the calls
@@ -83,10 +83,6 @@ class _Record(TorchDispatchMode):
     @classmethod
     def is_infra_mode(cls) -> bool:
         return True  # compiled code refuses to run in other modes
-
-    def fits(self) -> bool:
-        """Whether the calls may be repeated: they find the weights and the threads that they were made for."""
-        return self.num_threads == torch.get_num_threads() and self.sizes == sizes_of(self.weights)
 
     def run(self, function: Work) -> Results:
         """Run the function and record its calls. Returns copies of its results."""
