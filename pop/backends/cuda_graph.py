@@ -52,14 +52,14 @@ class Graph:
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
                 return function()
-        if self.graph is None:
-            return self._run_and_capture(function)
+            if self.graph is None:
+                return self._run_and_capture(function)
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
 
     def _run_and_capture(self, function: Work) -> Results:
         """Run the function, capture it, and return the results of the run."""
-        with _capturing, torch.cuda.device(self.device):
+        with _capturing:
             stream = _stream(self.device)
             current = torch.cuda.current_stream()
             stream.wait_stream(current)
