@@ -191,11 +191,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     Returns: [B, T, H * E].
     Raises: ValueError if the shapes or the dtypes do not agree. The kernel would read other memory.
     """
-    B, T, H, E = q.shape
-    N, K = k.shape[1:3]
-    shapes = [x.shape for x in (q, k, v, held, spans)]
-    agree = shapes == [(B, T, H, E), (B, N, K, E), (B, N, K, E), (B, N), (B, T, 2)] and H % K == 0
-    if not (agree and q.dtype == k.dtype == v.dtype):
+    if not _agree(q, k, v, spans) or held.shape != k.shape[:2]:
+        shapes = [x.shape for x in (q, k, v, held, spans)]
         raise ValueError(f"q, k, v, held and spans do not agree: {shapes}, {q.dtype}, {k.dtype} and {v.dtype}")
     q, k, v = (_with_even_strides(x) for x in (q, k, v))
     held = held.int().contiguous()
@@ -206,6 +203,14 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
 
 
 fused_attention.register_fake(engine.empty_output)
+
+
+def _agree(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> bool:
+    """Whether the shapes and the dtypes are those of one attention, as in `fused_attention`."""
+    B, T, H, E = q.shape
+    N, K = k.shape[1:3]
+    are_shapes_right = k.shape == v.shape == (B, N, K, E) and spans.shape == (B, T, 2) and H % K == 0
+    return are_shapes_right and q.dtype == k.dtype == v.dtype
 
 
 def _with_even_strides(x: Tensor) -> Tensor:
@@ -235,13 +240,10 @@ def decode_attention_call(
     out: Tensor, q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float
 ) -> Callable | None:
     """The call of kernels.cpp that writes decode_attention(...) to `out`, or None if it cannot take these tensors."""
-    B, _, H, E = q.shape
-    _, slots, K, _ = keys.shape
-    shapes = [x.shape for x in (q, keys, values, spans)]
-    if shapes != [(B, 1, H, E), (B, slots, K, E), (B, slots, K, E), (B, 1, 2)] or H % K or not _fits(q, FUSED_TOKEN):
+    if not (_fits(q, FUSED_TOKEN) and _agree(q, keys, values, spans) and q.shape[1] == 1):
         return None
-    same = q.dtype == keys.dtype == values.dtype and spans.dtype == torch.int32
-    if not (same and spans.is_contiguous() and q.stride(3) == keys.stride(3) == values.stride(3) == 1):
+    whole_heads = q.stride(3) == keys.stride(3) == values.stride(3) == 1
+    if not (whole_heads and spans.is_contiguous() and spans.dtype == torch.int32):
         return None
     sizes = _attention_sizes(q, keys[:, :-1], values)  # without the spare slot
     return _call("attend_token", (q, keys, values, out, spans), sizes, ctypes.c_float(scale))
