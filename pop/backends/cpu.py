@@ -32,17 +32,17 @@ def _supports(feature: str) -> bool:
 
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
+IS_X86 = CAPABILITY in ("AVX2", "AVX512")  # and new enough for kernels.cpp
 HAS_BF16 = _supports("avx512_bf16")
 HAS_AMX = _supports("amx_tile")
 
 # Dtypes without fast products: float16, and bfloat16 on x86 processors without instructions for it.
-LACKS_BF16 = CAPABILITY in ("AVX2", "AVX512") and not HAS_BF16
-WIDENED = {torch.float16, torch.bfloat16} if LACKS_BF16 else {torch.float16}
+WIDENED = {torch.float16, torch.bfloat16} if IS_X86 and not HAS_BF16 else {torch.float16}
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 
 # Dtypes in which kernels.cpp is faster than torch: for one token a row, and for attention of several tokens. With
 # several tokens, torch uses AMX for bfloat16.
-FUSED_TOKEN = {torch.float32, torch.bfloat16} if CAPABILITY in ("AVX2", "AVX512") else set()
+FUSED_TOKEN = {torch.float32, torch.bfloat16} if IS_X86 else set()
 FUSED = FUSED_TOKEN - {torch.bfloat16} if HAS_AMX else FUSED_TOKEN
 MOST_E = 256  # the widest head that kernels.cpp takes
 MOST_ROWS = 64  # the most rows of a product that kernels.cpp takes
@@ -166,7 +166,7 @@ def causal_attention(
     if not _fits(q, FUSED) or any(x.requires_grad for x in (q, k, v)):  # fused_attention has no gradients
         return layers.causal_attention(q, k, v, scale, window, last_attended)
     own = torch.arange(q.shape[1], device="cpu").expand(q.shape[:2])
-    first = torch.zeros_like(own) if window is None else (own - window + 1).clamp(min=0)
+    first = torch.zeros_like(own) if window is None else own - window + 1
     last = own if last_attended is None else last_attended
     return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), scale)
 
@@ -251,8 +251,7 @@ def decode_attention_call(
 
 def _attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     """The struct Sizes of kernels.cpp: B, T, H, E, N, K, and three strides each of q, k and v."""
-    N, K = k.shape[1:3]
-    return *q.shape, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    return *q.shape, *k.shape[1:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
 
 
 def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers) -> Callable[[], None]:
