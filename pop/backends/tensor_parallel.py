@@ -180,13 +180,12 @@ class Part:
             kind = name.rpartition(".")[2]
             if isinstance(module, HeadsNorm):
                 module.__class__ = ParallelHeadsNorm
-            if kind not in PARALLEL:  # nothing in a vision tower has such a name
-                continue
-            module.__class__ = PARALLEL[kind]
+            module.__class__ = PARALLEL.get(kind, type(module))  # nothing in a vision tower has such a name
             if kind in ("embed_tokens", "lm_head"):  # the config keeps the whole vocabulary
-                module.vocab_size = self.whole.vocab_size
-                tokens = self._share(module.vocab_size)
-                module.first = tokens.start
+                vocab_size = self.whole.vocab_size
+                tokens = self._share(vocab_size)
+                module.before = tokens.start  # how many tokens other ranks have, before these and after them
+                module.after = vocab_size - tokens.stop
                 module.weight = nn.Parameter(module.weight[tokens.start : tokens.stop])
         for (name, parameter), of_whole in zip(model.named_parameters(), whole.parameters(), strict=True):
             self.num_parameters += of_whole.numel()
@@ -257,7 +256,7 @@ class VocabularyParallelEmbedding(Embedding):
     """An embedding with the rows of some tokens, which may serve as a tied head. The ranks' embeddings are summed."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rows = tokens - self.first
+        rows = tokens - self.before
         here = (rows >= 0) & (rows < len(self.weight))
         return add_up(super().forward(rows.where(here, 0)) * here[..., None])  # [B, T, D]; zero for others' tokens
 
@@ -273,5 +272,4 @@ PARALLEL = {
 
 def _gather_logits(logits: Tensor, module) -> Tensor:
     """A rank's logits [..., its tokens] -> all logits [..., V]."""
-    after = module.vocab_size - module.first - logits.shape[-1]
-    return add_up(F.pad(logits, (module.first, after)))
+    return add_up(F.pad(logits, (module.before, module.after)))
