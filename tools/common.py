@@ -100,7 +100,8 @@ def check_writable(*paths: str | None) -> None:
 
 def write_figures(path: str, figures: dict) -> None:
     """Write the figures of a run as JSON, completely or not at all."""
-    _write(path, json.dumps(figures, indent=2) + "\n", "the figures")
+    content = json.dumps(figures, indent=2) + "\n"
+    _write(path, content.encode(), "the figures")
 
 
 def write_plot(path: str, drawn: bytes) -> None:
@@ -108,7 +109,7 @@ def write_plot(path: str, drawn: bytes) -> None:
     _write(path, drawn, "the plot")
 
 
-def _write(path: str, data: str | bytes, what: str) -> None:
+def _write(path: str, data: bytes, what: str) -> None:
     """Write what took long. If that fails, write it into a temporary file, and name it in the error."""
     try:
         files.write_whole(path, data, what, InputError)

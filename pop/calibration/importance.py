@@ -238,7 +238,7 @@ class Importance:
             return [None] * len(scores) if scores.isnan().any() else scores.tolist()
 
         content = json.dumps(dataclasses.asdict(self), indent=1, default=listed) + "\n"
-        files.write_whole(path, content, "the importance scores", InputError)
+        files.write_whole(path, content.encode(), "the importance scores", InputError)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Importance":

@@ -284,7 +284,7 @@ class PrunePlan:
         """Write plan and version to a file, whole or not at all: JSON, or safetensors if it has corrections."""
         fields = self.fields() | {"about": _copied({"version": __version__} | self.about)}
         if self.corrections is None:
-            content = json.dumps(fields, indent=2) + "\n"
+            content = (json.dumps(fields, indent=2) + "\n").encode()
         else:
             tensors = self.corrections.tensors | {"sketch": self.corrections.sketch}
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

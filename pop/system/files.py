@@ -94,10 +94,10 @@ def _draft(path: str | os.PathLike, what: str, error: type[PopError]) -> Iterato
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None
 
 
-def write_whole(path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError]) -> None:
+def write_whole(path: str | os.PathLike, data: bytes, what: str, error: type[PopError]) -> None:
     """Write a file whole or not at all. The arguments are as in `replaced`."""
     with replaced(path, what, error) as draft:
-        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+        draft.write_bytes(data)
 
 
 def check_writable(path: str | os.PathLike, what: str, error: type[PopError], size: int = 4096) -> None:

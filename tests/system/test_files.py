@@ -87,9 +87,9 @@ def test_a_file_is_written_through_a_link_and_the_old_one_is_kept_on_failure(tmp
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
     with full_disk(room=2), pytest.raises(PlanError, match=r"the plan cannot be written to .*link \("):
-        write_whole(tmp_path / "link", "half", "the plan", PlanError)
+        write_whole(tmp_path / "link", b"half", "the plan", PlanError)
     assert (tmp_path / "target").read_text() == "old" and names(tmp_path) == ["link", "target"]
-    write_whole(tmp_path / "link", "new", "the plan", PlanError)
+    write_whole(tmp_path / "link", b"new", "the plan", PlanError)
     assert os.path.islink(tmp_path / "link") and (tmp_path / "target").read_text() == "new"
     assert names(tmp_path) == ["link", "target"]
 

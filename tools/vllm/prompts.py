@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts_of(args.model, args.requests)]
-        files.write_whole(args.prompts, "".join(lines), "the prompts", InputError)
+        files.write_whole(args.prompts, "".join(lines).encode(), "the prompts", InputError)
 
     return exit_status("prompts", work)
 
