@@ -163,7 +163,6 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None) ->
 def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None, mask: Tensor | None) -> Tensor:
     """The memory-efficient kernel. It knows no groups of query heads, so it runs once for each of the G in a group."""
     N, K = k.shape[1:3]
-    groups = q.unflatten(2, (K, -1))  # [B, T, K, G, E]
     bias = None
     if mask is not None:
         # Rows of numbers that are added to the scores, each aligned.
@@ -177,6 +176,6 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None
     gradients = torch.is_grad_enabled()
     results = [
         aten._efficient_attention_forward(heads, k, v, bias, *[None] * 4, 0.0, causal_type, gradients, **options)[0]
-        for heads in groups.unbind(3)
+        for heads in q.unflatten(2, (K, -1)).unbind(3)  # [B, T, K, E] each
     ]
     return torch.stack(results, dim=3).flatten(2, 3)
