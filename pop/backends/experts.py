@@ -42,8 +42,7 @@ fastest_operator.register_fake(lambda x, *_: torch.empty_like(x))
 def few_tokens(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`by_expert` as multiply-and-sum. Compiled, it reads the weights of the chosen experts once, in place."""
     both = (gate_up[chosen] * x[:, None, None]).sum(-1, dtype=torch.float32)  # [N, k, 2 * I]
-    gate, up = both.to(x.dtype).chunk(2, dim=-1)
-    inner = F.silu(gate) * up  # [N, k, I]
+    inner = experts.gated(both.to(x.dtype))  # [N, k, I]
     out = (down[chosen] * inner[:, :, None]).sum(-1, dtype=torch.float32)  # [N, k, D]
     return (out * shares[..., None]).sum(1).to(x.dtype)  # [N, D]
 
@@ -67,7 +66,6 @@ def grouped(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Te
     numbers = torch.arange(len(down), dtype=chosen.dtype, device=x.device)
     ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)  # [X], where each expert's pairs end
     both = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=ends)  # [N * k, 2 * I]
-    gate, up = both.chunk(2, dim=-1)
-    out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)  # [N * k, D]
+    out = F.grouped_mm(experts.gated(both), down.transpose(1, 2), offs=ends)  # [N * k, D]
     out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, (-1, k))  # [N, k, D]
     return (out * shares[..., None]).sum(1)

@@ -76,8 +76,14 @@ def by_expert(
     outputs = []
     for expert, tokens in enumerate(tokens_by_expert):
         if len(tokens):
-            gate, up = linear(tokens[None], gate_up[expert]).chunk(2, dim=-1)  # [1, n, I] each
-            outputs.append(linear(F.silu(gate) * up, down[expert])[0])  # [n, D]
+            inner = gated(linear(tokens[None], gate_up[expert]))  # [1, n, I]
+            outputs.append(linear(inner, down[expert])[0])  # [n, D]
     out = torch.cat(outputs)[order.argsort()]  # [N * k, D], in the order of `chosen`
     out = out.unflatten(0, (-1, k))  # [N, k, D]
     return (out * shares[..., None]).sum(1)
+
+
+def gated(both: Tensor) -> Tensor:
+    """Numbers of gate, then those of up, together [..., 2 * I] -> silu(gate) * up [..., I]."""
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
