@@ -180,7 +180,8 @@ class Part:
             kind = name.rpartition(".")[2]
             if isinstance(module, HeadsNorm):
                 module.__class__ = ParallelHeadsNorm
-            module.__class__ = PARALLEL.get(kind, type(module))  # nothing in a vision tower has such a name
+            if kind in PARALLEL:  # nothing in a vision tower has such a name
+                module.__class__ = PARALLEL[kind]
             if kind in ("embed_tokens", "lm_head"):  # the config keeps the whole vocabulary
                 vocab_size = self.whole.vocab_size
                 tokens = self._share(vocab_size)
