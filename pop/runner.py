@@ -290,11 +290,31 @@ class Runner:
             )
 
     def _check_cache(self, cache: KVCache, added: Tensor) -> None:
-        """Raise InputError unless `cache` is one of this model with room for `added` [B] tokens."""
+        """Raise InputError unless `cache` is one of this model with B rows, and room for `added` [B] more tokens."""
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
-        vision = self.vision
-        cache.check(self.module.config, self.dtype, self.device, vision.min_chunk_size, added, vision.how_to_shorten)
+        config = self.module.config
+        shape = config.num_kv_heads, config.head_dim
+        shapes = [(cache.batch_size, cache.slots(window) + 1, *shape) for window in config.windows]
+        found = [keys.shape for keys in cache.keys], cache.previous_hidden.shape[2], cache.keys[0].dtype, cache.device
+        if found != (shapes, config.hidden_size, self.dtype, self.device):
+            raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
+        if not cache.intact:
+            raise InputError("a prefill that failed has overwritten tokens of the cache; empty it with cache.reset()")
+        if cache.batch_size != len(added):
+            raise InputError(f"tokens has {len(added)} rows, but the cache has {cache.batch_size}")
+        if cache.chunk_size < self.vision.min_chunk_size:
+            raise InputError(
+                f"the cache takes {cache.chunk_size} tokens at once, but an image has {self.vision.min_chunk_size}; "
+                "enlarge it"
+            )
+        total = cache.lengths + added
+        row = int(total.argmax())
+        if total[row] > cache.max_seq_len:
+            raise ContextOverflow(
+                f"row {row} of the cache would hold {total[row]} tokens, {added[row]} of them new, "
+                f"but its max_seq_len is {cache.max_seq_len}; make it larger, or {self.vision.how_to_shorten}"
+            )
 
 
 def check_options(config, dtype: torch.dtype, max_seq_len: int | None, compile) -> int:

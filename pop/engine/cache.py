@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
+from pop.errors import CacheMemoryError, check_count
 from pop.system.memory import free_bytes, to_device
 
 CHUNK_SIZE = 2048  # tokens of a row that prefill runs at once by default
@@ -117,34 +117,6 @@ class KVCache:
         size = self.batch_size * self.max_seq_len * hidden[0, 0].nbytes
         with _allocating("the states of a KV cache", self.batch_size, self.max_seq_len, size, self.device):
             self.entered, self.skipped = _empty_states(hidden, self.max_seq_len)
-
-    def check(
-        self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: Tensor, advice: str
-    ) -> None:
-        """Raise a PopError unless the cache is intact, for such a model, and has B rows with room for `added` [B] more.
-
-        It must also take chunks of `chunk_size` tokens. `advice` says what else to do about a prompt that is too long.
-        """
-        shape = config.num_kv_heads, config.head_dim
-        shapes = [(self.batch_size, self.slots(window) + 1, *shape) for window in config.windows]
-        found = [keys.shape for keys in self.keys], self.previous_hidden.shape[2], self.keys[0].dtype, self.device
-        if found != (shapes, config.hidden_size, dtype, device):
-            raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
-        if not self.intact:
-            raise InputError("a prefill that failed has overwritten tokens of the cache; empty it with cache.reset()")
-        if self.batch_size != len(added):
-            raise InputError(f"tokens has {len(added)} rows, but the cache has {self.batch_size}")
-        if self.chunk_size < chunk_size:
-            raise InputError(
-                f"the cache takes {self.chunk_size} tokens at once, but an image has {chunk_size}; enlarge it"
-            )
-        total = self.lengths + added
-        row = int(total.argmax())
-        if total[row] > self.max_seq_len:
-            raise ContextOverflow(
-                f"row {row} of the cache would hold {total[row]} tokens, {added[row]} of them new, "
-                f"but its max_seq_len is {self.max_seq_len}; make it larger, or {advice}"
-            )
 
     @property
     def batch_size(self) -> int:
