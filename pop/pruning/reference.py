@@ -63,10 +63,11 @@ def run_layers(
     ropes = module.rope(images.rotary(position))  # cos and sin, by the layers' window (None: no window)
     images = images.at(position.cpu())
     last_attended = images.last_attended(position)
-    groups = groups_by_layer(module, plan)
     keys_values = []
 
     h = images.place(module.embed(tokens[None]))  # [1, T, D]
+    groups = plan.to(h.device, h.dtype).groups(len(module.layers), module.deepstack_layers)
+    groups = [group for group in groups for _ in group.layers]  # for each layer, the one that it belongs to
     for index, layer in enumerate(module.layers[:stop]):
         group = groups[index]
         rope = ropes[layer.window]
@@ -88,16 +89,6 @@ def run_layers(
         h = torch.where(skips[:, None], passed, updated)  # the method
         h = images.add_deepstack(h, index)  # Qwen3-VL adds features of images after its first layers
     return h, keys_values
-
-
-def groups_by_layer(module, plan: PrunePlan) -> list[Group]:
-    """For each layer, the group of consecutive pruned or kept layers that it belongs to.
-
-    Corrections of a calibrated plan are brought to the module's device and dtype.
-    """
-    weight = next(module.parameters())
-    groups = plan.to(weight.device, weight.dtype).groups(len(module.layers), module.deepstack_layers)
-    return [group for group in groups for _ in group.layers]
 
 
 @torch.no_grad()
