@@ -23,10 +23,11 @@ def parts_of(module: nn.Module) -> dict[str, nn.Module]:
 
 def sizes_of(weights: list[Tensor]) -> list:
     """The dtypes, shapes and strides of weights, and the bytes of memory that each is in. Each map is a loop in C."""
-    dtypes = map(attrgetter("dtype"), weights)
-    shapes = map(attrgetter("shape"), weights)
-    memory = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, weights))
-    return [*dtypes, *shapes, *map(Tensor.stride, weights), *memory]
+    return [
+        *map(attrgetter("dtype", "shape"), weights),
+        *map(Tensor.stride, weights),
+        *map(UntypedStorage.nbytes, map(Tensor.untyped_storage, weights)),
+    ]
 
 
 class LayerSnapshot:
@@ -61,8 +62,12 @@ class LayerSnapshot:
 
     def _facts(self) -> list:
         """What may change, besides sizes. Each map is a loop in C. `entries` keeps its objects, so their ids stay."""
-        entries = map(id, self._entries())
-        return [*entries, *map(type, self.parts), *map(len, self.hooks), *map(Tensor.data_ptr, self.weights)]
+        return [
+            *map(id, self._entries()),
+            *map(type, self.parts),
+            *map(len, self.hooks),
+            *map(Tensor.data_ptr, self.weights),
+        ]
 
     def kind(self) -> tuple | None:
         """All that compiled code depends on in the layer, except for the values of its weights. None as in `Kinds`."""
