@@ -195,16 +195,16 @@ def attention_metadata(
             own_key = start
             # At least as many keys as columns, so that replayed passes have few sizes.
             held = torch.arange(min(max(int(ends.max()), C), ring)).expand(len(ends), -1)
-            keys = [held.to(torch.int32)]
+            key_slots = []
         else:
             # A ring is not in the order of positions, which a band needs. So each row's keys are numbered from its own
             # start. All rows have as many keys before it, those of the row that begins last. Negative positions hold no
             # key, and spans mask them.
             own_key = min(start, before)
             held = positions[:, :1] - own_key + torch.arange(own_key + C)
-            keys = [held.to(torch.int32), held % ring]
+            key_slots = [held % ring]
         band = torch.tensor(Band(own_key, before, look_ahead, is_exact))
-        tensors = to_device([slots, spans, *keys], cache.device)
+        tensors = to_device([slots, spans, held.to(torch.int32), *key_slots], cache.device)
         attention[window] = AttentionMetadata(rope, *tensors, band=band)
     return attention
 
