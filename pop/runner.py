@@ -344,7 +344,7 @@ def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> Tensor:
     if not wait and ids.device.type != "cpu":
         return ids
     ids = ids.cpu()
-    low, high = torch.stack(ids.aminmax()).tolist()
+    low, high = ids.aminmax()
     if low < 0 or high >= vocab_size:
         raise InputError(f"token id {low if low < 0 else high} is not in the vocabulary of {vocab_size} tokens")
     return ids
