@@ -14,9 +14,8 @@ layers would have added to h. A z_t approximates that.
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -117,17 +116,17 @@ class Corrections:
         """Whether the shapes are those that the class states."""
         if len(weight) != 4 or len(shared) != 3:
             return False
-        num_groups = len(self._firsts)
+        num_groups = self._groups[-1] + 1
         rank = weight[3]
         D = shared[2] // 2
         updates = [[count, D, rank] if count else None for count in (num_groups - 1, num_groups)]
         return weight[:2] == [len(self.layers), 2] and shared == [num_groups, rank, 2 * D] and update in updates
 
     @property
-    def _firsts(self) -> list[int]:
-        """The number, in `layers`, of each group's first layer."""
-        breaks = [number for number, (a, b) in enumerate(pairwise(self.layers), 1) if b > a + 1]
-        return [0, *breaks]
+    def _groups(self) -> list[int]:
+        """The number of each layer's group."""
+        begins_group = (b > a + 1 for a, b in pairwise(self.layers))  # whether a layer does, for all but the first
+        return list(accumulate(begins_group, initial=0))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -143,7 +142,7 @@ class Corrections:
     def group(self, layers: range) -> GroupCorrections:
         """The corrections of consecutive pruned layers, all of a group or its part between DeepStack features."""
         first = self.layers.index(layers[0])
-        number = bisect(self._firsts, first) - 1  # of the group
+        number = self._groups[first]
         ends = layers[-1] + 1 not in self.layers
         has_update = self.update is not None and ends and number < len(self.update)
         return GroupCorrections(
