@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pop.engine.attention import ByWindow, rows_of
+from pop.engine.attention import rows_of
 from pop.engine.cache import KVCache
-from pop.engine.chunks import ALL_KEYS, attention_metadata
 from pop.engine.selection import received
 from pop.system.memory import to_device
 
@@ -54,16 +53,6 @@ class Earlier(NamedTuple):
         slots, is_attended = to_device([self.slots, self.is_attended], cache.device)
         k = cache.keys[selecting_layer][rows_of(slots), slots]
         return lambda *inputs: received(*inputs, k, is_attended)
-
-
-def attention_of(module, cache: KVCache, positions: Tensor) -> ByWindow:
-    """How text tokens at positions [B, W] of a cache without windows attend to it. max_seq_len stands for padding."""
-    (rotary,) = to_device([positions], cache.device)
-    attention = attention_metadata(module.rope(rotary), cache, positions, cache.lengths)
-    if positions.shape[1] == 1:  # as in decode, without a band
-        return attention
-    # The tokens are not consecutive.
-    return {window: metadata._replace(band=torch.tensor(ALL_KEYS)) for window, metadata in attention.items()}
 
 
 def remember(cache: KVCache, entering: Tensor, rotary: Tensor, skips: Tensor, layer: int) -> Tensor:

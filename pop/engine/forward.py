@@ -17,8 +17,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pop.engine.attention import rows_of
 from pop.engine.cache import KVCache
-from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_by_position
-from pop.engine.earlier import Earlier, attention_of, remember
+from pop.engine.chunks import (
+    ALL_KEYS,
+    Chunk,
+    FullDepth,
+    Prompts,
+    Selection,
+    attention_metadata,
+    chunk_bounds,
+    full_depth_by_position,
+)
+from pop.engine.earlier import Earlier, remember
 from pop.engine.layer_pass import LayerPass, ReplayedPasses
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
@@ -192,8 +201,11 @@ class Call:
             return
         cache.intact = False  # until `commit`, since K and V of tokens that the cache counts change, layer by layer
         for at in positions.split(self.chunk_size, dim=1):
-            attention = attention_of(self.module, cache, at)
             (there,) = to_device([at], cache.device)
+            attention = attention_metadata(self.module.rope(there), cache, at, cache.lengths)
+            if at.shape[1] > 1:  # these tokens are not consecutive; a single one has no band, as in decode
+                band = torch.tensor(ALL_KEYS)
+                attention = {window: metadata._replace(band=band) for window, metadata in attention.items()}
             rows = rows_of(there)
             f = cache.entered[rows, there]  # [B, W, D]
             for index in range(self.plan.selects_at, len(self.module.layers)):
