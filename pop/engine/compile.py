@@ -18,6 +18,7 @@ import logging
 import sys
 import threading
 import types
+from collections.abc import Callable
 from functools import partial
 from itertools import count, product
 
@@ -241,7 +242,7 @@ class _CompiledStage:
     def __init__(self, stage, kinds: Kinds):
         self.function = stage
         self.kinds = kinds
-        self.compiled: dict[tuple, object] = {}
+        self.compiled: dict[tuple, Callable] = {}
 
     def warm_up(self, layer, h, *args):
         """Run the stage once to compile it. Layers with hooks are skipped, so no hook sees this call."""
@@ -262,8 +263,9 @@ class _CompiledStage:
         if kind is None or is_rare:
             return self.function(layer, h, *args)
         key = kind, one_token, torch.get_num_threads()
-        function = self.compiled.get(key) or partial(self._compile, key)
-        return function(layer, *self._prepared(h, *args))
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(is_tuned=one_token and h.is_cuda)
+        return self.compiled[key](layer, *self._prepared(h, *args))
 
     def _prepared(self, h, *args):
         """The arguments as tensors that compiled code need not be specialised to. The cache's are so already."""
@@ -272,20 +274,18 @@ class _CompiledStage:
         own = len(args) - 2 if self.function in PRUNED else len(args)
         return *map(_as_owner, (h, *args[:own])), *args[own:]
 
-    def _compile(self, key: tuple, *args):
-        """The first call of its kind."""
+    def _compile(self, is_tuned: bool) -> Callable:
+        """The stage for inputs of one kind. Its first call compiles it."""
         code = self.function.__code__.replace()
         function = types.FunctionType(code, self.function.__globals__, self.function.__name__)
         options = {}
         # No checks of layers, whose kind is in the key. Older versions of torch cannot leave them out.
         if hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe"):
             options["guard_filter_fn"] = lambda guards: [not g.is_global and g.name[:5] != "layer" for g in guards]
-        _, one_token, _ = key
-        if one_token and args[1].is_cuda:
+        if is_tuned:
             # A product with one row becomes a sum, which is fused with its neighbours: 13 kernels a layer, not 16.
             options["coordinate_descent_tuning"] = True
-        self.compiled[key] = torch.compile(function, fullgraph=True, dynamic=True, options=options)
-        return self.compiled[key](*args)
+        return torch.compile(function, fullgraph=True, dynamic=True, options=options)
 
 
 def _as_owner(x):
