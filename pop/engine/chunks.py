@@ -125,13 +125,11 @@ class FullDepth(NamedTuple):
         if (counts == sizes).all():
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
-        C = chunk.valid.shape[1]
         if prompts.has_stepped_sizes:
-            W = min(stepped(W), C)
+            W = min(stepped(W), chunk.valid.shape[1])
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]; here padding comes first
         if W == 0:
-            no_columns = valid.long()  # [B, 0]
-            return cls(plan, {}, no_columns, valid, last_is_full)
+            return cls(plan, {}, valid.long(), valid, last_is_full)  # no columns: [B, 0]
 
         is_full, valid, last_is_full = to_device([is_full, valid, last_is_full], cache.device)
         if selection is not None:
