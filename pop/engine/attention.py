@@ -51,19 +51,17 @@ class AttentionMetadata(NamedTuple):
 ByWindow = dict[int | None, AttentionMetadata]  # how tokens attend, by the layers' window
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """The row numbers 0 to B - 1 of a tensor [B, ...], as [B, 1].
-
-    So table[rows_of(index), index] has table[b, index[b, t]] at [b, t].
-    """
-    return torch.arange(len(tensor), device=tensor.device)[:, None]
+def by_row(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Where index [B, T] points in a table [B, ...]: table[by_row(index)] has table[b, index[b, t]] at [b, t]."""
+    rows = torch.arange(len(index), device=index.device)
+    return rows[:, None], index
 
 
 def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Write k and v [B, T, K, E] into slots [B, T] of keys and values [B, S + 1, K, E], in place."""
-    rows = rows_of(slots)
-    keys[rows, slots] = k.to(keys.dtype)
-    values[rows, slots] = v.to(values.dtype)
+    places = by_row(slots)
+    keys[places] = k.to(keys.dtype)
+    values[places] = v.to(values.dtype)
 
 
 def read(keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> KeysValues:
@@ -71,8 +69,8 @@ def read(keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> KeysValue
     if metadata.key_slots is None:
         N = metadata.held.shape[1]
         return keys[:, :N], values[:, :N]
-    rows = rows_of(metadata.key_slots)
-    return keys[rows, metadata.key_slots], values[rows, metadata.key_slots]
+    places = by_row(metadata.key_slots)
+    return keys[places], values[places]
 
 
 def span_mask(held: Tensor, spans: Tensor) -> Tensor:

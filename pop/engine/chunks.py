@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band, ByWindow, rows_of
+from pop.engine.attention import UNBOUNDED, AttentionMetadata, Band, ByWindow, by_row
 from pop.engine.cache import KVCache
 from pop.models.images import Images
 from pop.models.layers import Ropes
@@ -136,12 +136,12 @@ class FullDepth(NamedTuple):
             is_full[:, : selection.tokens.shape[1]] |= selection.tokens  # the columns after these are padding
         # False comes before true, so the last W are the full-depth tokens, in order.
         columns = is_full.to(torch.uint8).argsort(dim=1, stable=True)[:, -W:]
-        rows = rows_of(columns)
+        places = by_row(columns)
         attention = {}
         for window, of_all in chunk.attention.items():
-            rope = tuple(table[rows, columns] for table in of_all.rope)
-            slots = of_all.slots[rows, columns].where(valid, cache.slots(window))
-            spans = of_all.spans[rows, columns]
+            rope = tuple(table[places] for table in of_all.rope)
+            slots = of_all.slots[places].where(valid, cache.slots(window))
+            spans = of_all.spans[places]
             if W == 1:  # one token a row needs only spans, as in decode
                 attention[window] = AttentionMetadata(rope, slots, spans)
             else:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pop.engine.attention import rows_of
+from pop.engine.attention import by_row
 from pop.engine.cache import KVCache
 from pop.engine.selection import received
 from pop.system.memory import to_device
@@ -51,7 +51,7 @@ class Earlier(NamedTuple):
     def received(self, cache: KVCache, selecting_layer: int) -> Callable:
         """As `received` of selection.py, for these tokens and a prompt."""
         slots, is_attended = to_device([self.slots, self.is_attended], cache.device)
-        k = cache.keys[selecting_layer][rows_of(slots), slots]
+        k = cache.keys[selecting_layer][by_row(slots)]
         return lambda *inputs: received(*inputs, k, is_attended)
 
 
@@ -71,8 +71,8 @@ def remember(cache: KVCache, entering: Tensor, rotary: Tensor, skips: Tensor, la
     slots = positions.clamp(max=cache.max_seq_len)
     cache.hold_states()
     slots, is_text = to_device([slots, is_text], cache.device)
-    rows = rows_of(slots)
-    cache.entered[rows, slots] = entering
+    places = by_row(slots)
+    cache.entered[places] = entering
     skipped = cache.skipped.clone()
-    skipped[rows, slots] = torch.where(skips & is_text, layer, -1).to(skipped.dtype)
+    skipped[places] = torch.where(skips & is_text, layer, -1).to(skipped.dtype)
     return skipped

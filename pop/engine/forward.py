@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pop.engine.attention import rows_of
+from pop.engine.attention import by_row
 from pop.engine.cache import KVCache
 from pop.engine.chunks import (
     ALL_KEYS,
@@ -145,11 +145,10 @@ class Call:
         plan = self.plan if self.plan.layers[0] < first else PrunePlan.none()
         B, T = prompts.full_depth.shape
         entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
-        rows = rows_of(entering)
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, plan)
             # Without a name for h, which would keep it in memory while the next chunk runs.
-            entering[rows, chunk.target], self.hidden = self.passes.run(
+            entering[by_row(chunk.target)], self.hidden = self.passes.run(
                 range(first), chunk, full, self.embed(chunk), self.hidden
             )
         return entering
@@ -206,11 +205,11 @@ class Call:
             if at.shape[1] > 1:  # these tokens are not consecutive; a single one has no band, as in decode
                 band = torch.tensor(ALL_KEYS)
                 attention = {window: metadata._replace(band=band) for window, metadata in attention.items()}
-            rows = rows_of(there)
-            f = cache.entered[rows, there]  # [B, W, D]
+            places = by_row(there)
+            f = cache.entered[places]  # [B, W, D]
             for index in range(self.plan.selects_at, len(self.module.layers)):
                 f = self.passes.run_layer(index, f, attention)
-            self.skipped[rows, there] = -1
+            self.skipped[places] = -1
 
     def run_from_selecting_layer(
         self, prompts: Prompts, chunks: list[Chunk], entering: Tensor, selection: Selection
@@ -221,12 +220,11 @@ class Call:
             # So wait for it, and treat the selected tokens as full-depth tokens by their position.
             prompts = prompts._replace(full_depth=prompts.full_depth | selection.tokens.cpu())
             selection = None
-        rows = rows_of(entering)
         layers = range(self.plan.selects_at, len(self.module.layers))
         for chunk in chunks:
             full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
             # The first phase has replaced the states of its own layers only.
-            h, self.hidden = self.passes.run(layers, chunk, full, entering[rows, chunk.target], self.hidden)
+            h, self.hidden = self.passes.run(layers, chunk, full, entering[by_row(chunk.target)], self.hidden)
             yield chunk, h
 
     def embed(self, chunk: Chunk) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pop.engine.attention import rows_of
+from pop.engine.attention import by_row
 from pop.pruning.plan import SELECTING, PrunePlan
 from pop.pruning.selection import attention_received, most_attended
 from pop.system.memory import to_device
@@ -28,9 +28,8 @@ def received(layer, h, rope, lengths: Tensor, *earlier: Tensor) -> Tensor:
         # No query is before position 0, so it stands for all of them.
         key = torch.cat((is_attended.long() - 1, key.expand(len(h), -1)), dim=1)
     query = lengths[:, None] + torch.arange(-SELECTING, 0, device=h.device)  # [B, Q], negative in a shorter prompt
-    place = query.clamp(min=0)
-    rows = rows_of(place)
-    q, _, _ = layer.queries_keys_values(h[rows, place], tuple(table[rows, place] for table in rope))
+    places = by_row(query.clamp(min=0))
+    q, _, _ = layer.queries_keys_values(h[places], tuple(table[places] for table in rope))
     return attention_received(q, k, query, key, layer.scale)
 
 
