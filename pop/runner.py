@@ -294,8 +294,10 @@ class Runner:
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
         config = self.module.config
-        shape = config.num_kv_heads, config.head_dim
-        shapes = [(cache.batch_size, cache.slots(window) + 1, *shape) for window in config.windows]
+        shapes = [
+            (cache.batch_size, cache.slots(window) + 1, config.num_kv_heads, config.head_dim)
+            for window in config.windows
+        ]
         found = [keys.shape for keys in cache.keys], cache.previous_hidden.shape[2], cache.keys[0].dtype, cache.device
         if found != (shapes, config.hidden_size, self.dtype, self.device):
             raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")

@@ -32,8 +32,8 @@ class SpareCaches:
         wanted = (batch_size, size, model.chunk_size, model.dtype, model.device)
         with self._lock:
             for cache in self._spare:
-                hidden = cache.previous_hidden
-                found = (cache.batch_size, cache.max_seq_len, cache.chunk_size, hidden.dtype, hidden.device)
+                dtype = cache.previous_hidden.dtype
+                found = (cache.batch_size, cache.max_seq_len, cache.chunk_size, dtype, cache.device)
                 if found == wanted:
                     self._spare.remove(cache)
                     cache.reset()
