@@ -122,8 +122,7 @@ class Batch:
         logits = self.prefill()  # [B, V]
         rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
         while True:
-            tokens = self._sample(logits, rows)  # [B]
-            pieces = self._push(tokens, logits, rows)
+            tokens, pieces = self._take_tokens(logits, rows)
             self.after_step(self)
             yield pieces
             unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
@@ -132,30 +131,29 @@ class Batch:
             if len(unfinished) < len(rows) and not self._finished_rows_stay(len(unfinished), len(rows)):
                 rows = [rows[number] for number in unfinished]
                 tokens = self._keep_rows(unfinished, tokens)
-            tokens = tokens.clamp(min=0)  # a finished row may have -1
             logits = self.model.decode_prepared(tokens, self.cache)
 
-    def _sample(self, logits: Tensor, rows: list[int]) -> Tensor:
-        """Pick the next token of each row: logits [B, V] -> tokens [B], without waiting for the device."""
+    def _take_tokens(self, logits: Tensor, rows: list[int]) -> tuple[Tensor, list[str]]:
+        """Pick the next token of each row from logits [B, V], and give it to the row's answer.
+
+        Returns the tokens [B], and the text that they settle, for each answer of the batch.
+        """
         answers = [self.answers[row] for row in rows]
         generators = [answer.generator for answer in answers]
         tokens = sample_tokens(self.rules(logits, answers), self.params, generators)
         self.rules.took(tokens)
-        return tokens
-
-    def _push(self, tokens: Tensor, logits: Tensor, rows: list[int]) -> list[str]:
-        """Give the answers their next token. Returns the text that is settled by it, for each answer of the batch."""
-        finished = [number for number, row in enumerate(rows) if self.answers[row].finish_reason]
+        finished = [number for number, answer in enumerate(answers) if answer.finish_reason]
         picked = read_tokens(tokens, unused=finished)  # the only wait for the device
         self.times.append(time.perf_counter())
+        tokens = tokens.clamp(min=0)  # a finished row may have -1
         logprobs = [None] * len(rows)
         if self.params.logprobs:
-            chosen = logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]  # [B]
+            chosen = logits.gather(-1, tokens[:, None])[:, 0]  # [B]
             logprobs = (chosen - logits.logsumexp(-1)).tolist()
         pieces = [""] * len(self.answers)
         for row, token, logprob in zip(rows, picked, logprobs, strict=True):
             pieces[row] = self.answers[row].push(token, logprob)
-        return pieces
+        return tokens, pieces
 
     def _finished_rows_stay(self, num_unfinished: int, num_rows: int) -> bool:
         """Whether finished rows stay in the batch, so that a captured decode step serves on.
