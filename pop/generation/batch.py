@@ -51,12 +51,13 @@ class Batch:
             seeds = model.part.agree(seeds, model.device)
         self.rules = LogitsRules(model, params, [[*self.earlier_tokens, *prompt] for prompt in self.prompts])
 
-        limits = self._limits()
-        pairs = zip(limits, seeds, strict=True)
-        self.answers = [Answer(model.tokenizer, ends, params.stop, limit, seed) for limit, seed in pairs]
+        self.answers = [
+            Answer(model.tokenizer, ends, params.stop, limit, seed)
+            for limit, seed in zip(self._limits(), seeds, strict=True)
+        ]
         # An answer's last token is sampled but never run, so it needs no slot.
-        longest = max(len(prompt) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
-        self.max_seq_len = len(self.earlier_tokens) + longest - 1
+        longest = max(map(len, self.prompts)) + params.max_new_tokens - 1
+        self.max_seq_len = min(model.max_seq_len, len(self.earlier_tokens) + longest)
         self.cache: KVCache | None = None  # made by `prefill`
         self.times: list[float] = []  # when each token of the batch was there, by time.perf_counter()
 
