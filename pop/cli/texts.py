@@ -73,9 +73,8 @@ def conversation(line: str, where: str) -> dict:
 
 def _message(one: dict) -> dict:
     """A message as a chat format takes it: only with what is written, and with the older name of its role."""
-    message = {key: part for key, part in one.items() if part not in (None, [])}
-    if message["role"] != "tool":
-        message = {key: part for key, part in message.items() if key not in NOT_WRITTEN}
+    left_out = () if one["role"] == "tool" else NOT_WRITTEN
+    message = {key: part for key, part in one.items() if key not in left_out and part not in (None, [])}
     if message["role"] == "developer":
         message["role"] = "system"
     return message
