@@ -78,11 +78,10 @@ class Conversation:
         messages = [*self._state.messages, {"role": "user", "content": content}]
         return self._format.prompt(messages, enable_thinking=self.enable_thinking)
 
-    def _next_turn(self, message, options: dict) -> Batch:
+    def _next_turn(self, content, options: dict) -> Batch:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
         began = time.perf_counter()
         params = sampling_params(options, self.model.sampling)
-        content = message
         if isinstance(content, list):  # of parts, which the caller may change later
             content = [copy.copy(part) for part in content]
         prompt, media = self._prompt(content)

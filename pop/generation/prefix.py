@@ -132,6 +132,8 @@ class Prefix:
         """What follows the encoded tokens in the token ids of a conversation."""
         count = len(self._encoded)
         if tokens[:count] != self._encoded:
-            advice = "make the prefix anew if the template writes the time, and otherwise call chat"
-            raise InputError(f"the chat_template now writes the messages before this one in another way; {advice}")
+            raise InputError(
+                "the chat_template now writes the messages before this one in another way; "
+                "make the prefix anew if the template writes the time, and otherwise call chat"
+            )
         return tokens[count:]

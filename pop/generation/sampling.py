@@ -148,7 +148,7 @@ def pick(logits: Tensor, params: SamplingParams, numbers: Tensor | None = None) 
 
 def _draw(below: Tensor, params: SamplingParams, numbers: Tensor) -> Tensor:
     """Draw tokens [B, 1] with probabilities proportional to exp(-below), below [B, V] from 0 up."""
-    top_p = 1.0 if params.top_p is None else float(params.top_p)
+    top_p = float(params.top_p or 1)
     V = below.shape[1]
     k = min(params.top_k or V, V)
     order = None  # [B, k], the ids of the likeliest tokens, if the tokens are sorted
