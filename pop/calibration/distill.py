@@ -112,7 +112,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise) -> Tenso
     first = first_layer(plan)
     with torch.no_grad():
         images = vision.images(module, batch.media, batch.tokens, row_lengths(None, batch.tokens))
-        model_pass = Pass(module, batch.tokens.to(plan.corrections.weight.device), images)
+        model_pass = Pass(module, batch.tokens, images)
         entering = model_pass.run_layers(model_pass.embed(), 0, first)
         full = model_pass.run_layers(entering, first)
     pruned = model_pass.run_pruned(plan, entering, batch.cut)

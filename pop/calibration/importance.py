@@ -178,7 +178,7 @@ def gate_gradients(model, samples: list[Sample]) -> Tensor:
     size = len(module.layers), len(samples), 2
     gates = torch.ones(size, dtype=torch.float32, device=model.device, requires_grad=True)
 
-    model_pass = Pass(module, tokens.to(model.device), images)
+    model_pass = Pass(module, tokens, images)
     h = model_pass.embed()
     for index, gate in enumerate(gates):
         h = model_pass.run_layer(index, h, partial(_gated_layer, gates=gate, decode=decode))

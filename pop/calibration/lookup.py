@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pop.calibration.passes import Pass
-from pop.engine.selection import select
 from pop.errors import InputError
 from pop.pruning.plan import PrunePlan
+from pop.pruning.reference import full_depth_tokens
 
 Pair = tuple[list[int], list[int]]  # the token ids of a prompt and of its answer
 
@@ -31,15 +31,14 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
     begin = next((begin for begin in begins if prompt[begin : begin + size] == answer), None)
     if begin is None:
         return None
-    position = torch.arange(T)[None]
-    others = (position > 0) & (position < T - last)  # [1, T]
-    count = torch.tensor([int(others.sum() * share)])
-    model_pass = Pass(model.module, torch.tensor([prompt], device=model.device))
+    model_pass = Pass(model.module, torch.tensor([prompt]))
     h = model_pass.embed()
     found = []
     for index in range(model.config.num_layers):
-        plan = PrunePlan((index + 1,), selecting_layer=index)  # `select` reads its selecting layer only
-        selected = select(model.module, plan, h, position, torch.tensor([T]), others, count)
+        plan = PrunePlan(
+            (index + 1,), full_depth_first=1, full_depth_last=last, full_depth_selected=share, selecting_layer=index
+        )
+        selected = model_pass.selected(plan, h, full_depth_tokens(T, T, plan))
         found.append(selected[0, begin : begin + size].float().mean())
         h = model_pass.run_layer(index, h)
     return torch.stack(found).cpu()

@@ -38,11 +38,12 @@ class Pass:
 
     Args:
         module: A PrunableModel.
-        tokens: [B, T] ids on the module's device, padded on the right.
+        tokens: [B, T] ids, padded on the right.
         images: What images bring to the tokens.
     """
 
     def __init__(self, module, tokens: Tensor, images: Images = TEXT):
+        tokens = tokens.to(next(module.parameters()).device)
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device).expand(B, -1)  # [B, T]
         self.module = module
@@ -90,16 +91,16 @@ class Pass:
                 continue
             for index in inside:
                 if plan.selects and index == plan.selects_at:
-                    whole = whole | self._selected(plan, h, full_depth[:prompt_length])
+                    whole = whole | self.selected(plan, h, full_depth[:prompt_length])
                 h = self.run_layer(index, h)
         return h
 
-    def _attend(self, layer, q, k, v):
-        return self.module.causal_attention(q, k, v, layer.scale, layer.window, self.last_attended)
-
     @torch.no_grad()
-    def _selected(self, plan: PrunePlan, h: Tensor, full_depth: Tensor) -> Tensor:
-        """The tokens [B, T] bool that a plan selects from prompts. full_depth [prompt_length]: by their position."""
+    def selected(self, plan: PrunePlan, h: Tensor, full_depth: Tensor) -> Tensor:
+        """The tokens [B, T] bool that a plan selects from prompts, by the h [B, T, D] that enters its selecting layer.
+
+        full_depth [prompt_length]: The tokens at full depth by their position.
+        """
         B, T, _ = h.shape
         length = len(full_depth)
         rotary = self.images.rotary(torch.arange(length).expand(B, -1))
@@ -108,6 +109,9 @@ class Pass:
         counts = torch.full((B,), plan.num_selected(int(others.sum())))
         selected = select(self.module, plan, h[:, :length], rotary, lengths, others.expand(B, -1), counts)
         return F.pad(selected, (0, T - length))
+
+    def _attend(self, layer, q, k, v):
+        return self.module.causal_attention(q, k, v, layer.scale, layer.window, self.last_attended)
 
     def _pruned_group(self, group: Group, h: Tensor, full_depth: Tensor) -> Tensor:
         """Run a group of pruned layers: h [B, T, D] -> h [B, T, D]. Only full_depth [B, T] tokens run its layers."""

@@ -181,7 +181,7 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     """
     tokens, lengths = padded([tokens for tokens, _ in windows])  # [B, T] and [B]
     images = model.vision.images(module, [media for _, media in windows], tokens, lengths)
-    model_pass = Pass(module, tokens.to(model.device), images)
+    model_pass = Pass(module, tokens, images)
     position = torch.arange(tokens.shape[1], device=model.device)
     is_inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     is_fitted = is_inside & (position >= solved.full_depth_first)
