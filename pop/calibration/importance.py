@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from pop.model import check_model
 from pop.models.base import Attend
 from pop.models.layers import Rope
 from pop.pruning.plan import PrunePlan
-from pop.runner import padded
+from pop.runner import FULL_DEPTH, padded
 from pop.system import files
 from pop.system.progress import progress_bar
 
@@ -50,6 +50,7 @@ class Sample(NamedTuple):
     prompt: list[int]
     response: list[int] | None  # None: the model samples one
     media: list[Prepared]  # the prompt's images and videos
+    seed: tuple[int, int]  # of the random numbers by which a response is sampled
 
 
 @own_dtypes_and_devices()
@@ -86,15 +87,14 @@ def importance(
     response_tokens = check_count("response_tokens", response_tokens)
     batch_size = check_count("batch_size", batch_size)
     seed = check_count("seed", seed, least=0, most=2**63 - 1)
-    samples = _parse(model, samples, images, videos, response_tokens)
+    samples = _parse(model, samples, images, videos, response_tokens, seed)
 
     squares = []  # [batch, 2 (prefill, decode), L] each
     with progress_bar("importance", len(samples), "samples", progress) as step:
         for begin in range(0, len(samples), batch_size):
             batch = samples[begin : begin + batch_size]
-            missing = [row for row, sample in enumerate(batch) if sample.response is None]
-            seeds = [(seed, begin + row) for row in missing]
-            sampled = iter(sample_responses(model, [batch[row] for row in missing], seeds, response_tokens))
+            missing = [sample for sample in batch if sample.response is None]
+            sampled = iter(sample_responses(model, missing, response_tokens))
             batch = [sample._replace(response=sample.response or next(sampled)) for sample in batch]
             squares.append(gate_gradients(model, batch).square())
             step(len(batch))
@@ -105,7 +105,7 @@ def importance(
     return Importance(*mean, *error, num_samples=n)
 
 
-def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]:
+def _parse(model, samples, images, videos, response_tokens: int, seed: int) -> list[Sample]:
     """Encode the samples, and check that each fits the model's context."""
     samples = as_list(samples, "samples", "prompts, or of (prompt, response)")
     rows = model.vision.prepare_batch(images, videos, len(samples))
@@ -114,24 +114,21 @@ def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]
     parsed = []
     for number, (sample, media) in enumerate(zip(samples, rows, strict=True)):
         try:
-            parsed.append(_parse_one(model, sample, media, response_tokens))
+            is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and as_prompts(sample)[1]
+            prompt, response = sample if is_pair else (sample, None)  # two token ids are a prompt
+            prompt = model.encode(prompt, media=media)
+            count = response_tokens
+            if response is not None:
+                response = model.encode(response, "response", bos=False)
+                count = len(response)
+            model.check_fits(len(prompt) + count - 1, "prompt plus response")
         except PopError as error:
             raise type(error)(f"sample {number} cannot be used: {error}") from None
+        parsed.append(Sample(prompt, response, media, (seed, number)))
     return parsed
 
 
-def _parse_one(model, sample, media: list[Prepared], response_tokens: int) -> Sample:
-    is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and as_prompts(sample)[1]
-    prompt, response = sample if is_pair else (sample, None)  # two token ids are a prompt
-    prompt = model.encode(prompt, media=media)
-    if response is not None:
-        response = model.encode(response, "response", bos=False)
-        response_tokens = len(response)
-    model.check_fits(len(prompt) + response_tokens - 1, "prompt plus response")
-    return Sample(prompt, response, media)
-
-
-def sample_responses(model, samples: list[Sample], seeds: list[Sequence[int]], count: int) -> list[list[int]]:
+def sample_responses(model, samples: list[Sample], count: int) -> list[list[int]]:
     """Sample a response of at most `count` tokens to each prompt, at full depth and temperature 1.
 
     Returns token ids, including the end token. Each row's random generator has its own seed. So a response does not
@@ -140,13 +137,13 @@ def sample_responses(model, samples: list[Sample], seeds: list[Sequence[int]], c
     if not samples:
         return []
     ends = end_ids(model)
-    states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
-    generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
+    seeds = [np.random.SeedSequence(sample.seed).generate_state(1).item() for sample in samples]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     params = SamplingParams(temperature=1.0)
     tokens, lengths = padded([sample.prompt for sample in samples])
     media = [sample.media for sample in samples]
     cache = model.new_cache(len(samples), tokens.shape[1] + count - 1)
-    logits = model.prefill(tokens, cache, lengths=lengths, images=media, plan=PrunePlan.none())
+    logits = model.prefill_prepared(tokens, cache, lengths, media, FULL_DEPTH)
     responses = [[] for _ in samples]
     while True:
         tokens = sample_tokens(logits, params, generators)

@@ -15,12 +15,13 @@ from pop.calibration.importance import Sample, gate_gradients, sample_responses
 
 def gradients(model, samples):
     """Of samples (prompt, response) without images."""
-    return gate_gradients(model, [Sample(prompt, response, []) for prompt, response in samples])
+    return gate_gradients(model, [Sample(prompt, response, [], (0, 0)) for prompt, response in samples])
 
 
 def sampled(model, prompts, seeds, count):
     """Responses to prompts without images."""
-    return sample_responses(model, [Sample(prompt, None, []) for prompt in prompts], seeds, count)
+    samples = [Sample(prompt, None, [], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    return sample_responses(model, samples, count)
 
 
 TOKENS = st.lists(st.integers(0, 59), min_size=1, max_size=6)  # below the ids of images

@@ -97,11 +97,11 @@ def test_gradients_with_images_are_the_slopes_of_the_gated_loss(model):
     """In a batch of a prompt with two images and one without images."""
     a, b = prepared(model, 0), prepared(model, 1)
     samples = [  # in a response, the image's token is not an image
-        Sample(tokens_of(2, a, 5, b, 9), [11, tokens_of(a)[1], 13], [a, b]),
-        Sample([2, 7, 8], [14, 15], []),
+        Sample(tokens_of(2, a, 5, b, 9), [11, tokens_of(a)[1], 13], [a, b], (0, 0)),
+        Sample([2, 7, 8], [14, 15], [], (0, 1)),
     ]
     for found, sample in zip(gate_gradients(model, samples), samples, strict=True):
-        expected = slopes(model, *sample)
+        expected = slopes(model, *sample[:3])
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -114,7 +114,7 @@ def test_importance_of_samples_with_images(model):
     assert (scores.prefill[:-1] > 0).all() and scores.num_samples == 3
     given = pop.importance(model, samples[1:], images=rows[1:], response_tokens=3, progress=False)
     by_hand = [
-        gate_gradients(model, [Sample(prompt, response, row or [])])[0]
+        gate_gradients(model, [Sample(prompt, response, row or [], (0, 0))])[0]
         for (prompt, response), row in zip(samples[1:], rows[1:], strict=True)
     ]
     assert_close(torch.stack([given.prefill, given.decode]), torch.stack(by_hand).square().mean(0))
