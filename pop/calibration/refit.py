@@ -49,13 +49,14 @@ class Sums:
         inputs = 2 * config.hidden_size
         self.layers = layers
         self.has_update = layers.stop < config.num_layers  # kept layers follow
-        self.widths = [2 * config.num_kv_heads * config.head_dim] * len(layers)  # of the columns
+        widths = [2 * config.num_kv_heads * config.head_dim] * len(layers)  # of the columns
         if self.has_update:
-            self.widths.append(config.hidden_size)
+            widths.append(config.hidden_size)
         self.count = 0  # N, the number of tokens
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=model.device)  # X' X
         # X' Y, in the dtype of the products of one batch.
-        self.xy = torch.zeros(inputs, sum(self.widths), dtype=sum_dtype(model.dtype), device=model.device)
+        self.xy = torch.zeros(inputs, sum(widths), dtype=sum_dtype(model.dtype), device=model.device)
+        self.columns = self.xy.split(widths, dim=1)  # of each layer, and of the update
 
 
 def fitted(
@@ -119,7 +120,7 @@ def solve(model, sums: Sums, rank: int, ridge: float) -> GroupCorrections:
 
     def parts() -> Iterator[Tensor]:
         """The rows of C F that belong to each layer, and those of the update: [M, 2 * D] each."""
-        for columns in sums.xy.split(sums.widths, dim=1):
+        for columns in sums.columns:
             yield torch.linalg.solve_triangular(factor, columns.double() / sums.count, upper=False).T
 
     basis = _largest_directions(model, sums, parts(), rank)  # Q
@@ -196,7 +197,7 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     x = torch.cat((x, before), dim=-1)[is_fitted].to(sum_dtype(h.dtype))  # [N, 2 * D]
     sums.xx += x.T @ x
     sums.count += len(x)
-    columns = iter(sums.xy.split(sums.widths, dim=1))  # of each layer, and of the update
+    columns = iter(sums.columns)
 
     def add(full: Tensor, own: Tensor) -> None:
         """Add to the next columns of X' Y what the full model has and h does not give, [B, T, M] each."""
