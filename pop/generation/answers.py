@@ -65,9 +65,10 @@ class Answer:
                 self.finish_reason = "length"
         if self.text_of is not None:
             self.pending += self.text_of(token, self.finish_reason is not None)
-        begins = {stop: self.pending.find(stop) for stop in self.stop if stop in self.pending}
-        if begins:  # take the stop string that ends first, and of several the longest
-            _, settled = min((begin + len(stop), begin) for stop, begin in begins.items())
+        # Where each stop string begins, and its length.
+        found = sorted((self.pending.find(stop), len(stop)) for stop in self.stop if stop in self.pending)
+        if found:
+            settled, _ = min(found, key=sum)  # the one that ends first, and of several the first, so the longest
             self.finish_reason = "stop"
         else:
             settled = len(self.pending)
