@@ -61,7 +61,6 @@ class Model(Runner):
 
     def __repr__(self) -> str:
         plan = self.plan
-        millions = self.num_parameters / 1e6
         tokens = min(REPORTED_TOKENS, self.max_seq_len)
         prompts = f" of {plan.full_depth_below} tokens or more" if plan.full_depth_below else ""
         text = f"prefill{prompts} skips {len(plan.layers)} of {self.config.num_layers} layers"
@@ -72,7 +71,10 @@ class Model(Runner):
             text += " by arithmetic (launches bound short prompts)"
         if plan.layers and plan.corrections is None:
             text += ", without corrections, so it loses answers about the prompt"
-        return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}{plan.judgement}>"
+        return (
+            f"<{self.name}: {self.num_parameters / 1e6:,.0f} M parameters, {self.dtype} on {self.device}, "
+            f"{text}{plan.judgement}>"
+        )
 
     @overload
     def generate(

@@ -69,9 +69,10 @@ class Batch:
         num_earlier = len(self.earlier_tokens)
         lengths = [*map(len, self.prompts)]
         longest = max(lengths)
-        which = f"prompt {lengths.index(longest)}" if self.is_list else "the prompt"
-        note = f" ({longest} tokens after {num_earlier} earlier ones)" if num_earlier else ""
-        self.model.check_fits(num_earlier + longest, f"{which}{note}")
+        what = f"prompt {lengths.index(longest)}" if self.is_list else "the prompt"
+        if num_earlier:
+            what += f" ({longest} tokens after {num_earlier} earlier ones)"
+        self.model.check_fits(num_earlier + longest, what)
         left = self.model.max_seq_len + 1 - num_earlier
         return [min(self.params.max_new_tokens, left - len(prompt)) for prompt in self.prompts]
 
