@@ -172,8 +172,9 @@ def gate_gradients(model, samples: list[Sample]) -> Tensor:
         shown = tokens.where(position <= boundary, -1)  # a placeholder in a response is not an image
         images = model.vision.images(module, [sample.media for sample in samples], shown, lengths)
     decode = (position >= boundary).to(model.device)  # [B, T], padding included: no gradient reaches it
-    size = len(module.layers), len(samples), 2
-    gates = torch.ones(size, dtype=torch.float32, device=model.device, requires_grad=True)
+    gates = torch.ones(
+        len(module.layers), len(samples), 2, dtype=torch.float32, device=model.device, requires_grad=True
+    )
 
     model_pass = Pass(module, tokens, images)
     h = model_pass.embed()
