@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import torch
-
 import pop
 from pop.backends.tensor_parallel import launched
 from pop.calibration.search import SHORT
@@ -124,7 +122,7 @@ def importance(args) -> None:
     )
     print(f"layer  {'prefill':>22}  {'decode':>22}")
     columns = (result.prefill, result.prefill_error, result.decode, result.decode_error)
-    for layer, row in enumerate(torch.stack(columns, 1).tolist()):
+    for layer, row in enumerate(zip(*columns, strict=True)):
         print("{:5}  {:10.4g} ± {:9.2g}  {:10.4g} ± {:9.2g}".format(layer, *row))
     least = result.plan(max(1, len(result.prefill) // 3)).layers
     print(f"\nPrefill needs this third of the layers least: layers {', '.join(map(str, least))}.")

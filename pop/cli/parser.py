@@ -36,8 +36,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _examples(command: str = "") -> dict:
     """The options of a parser that make its help end with two examples."""
     lines = [line for line in EXAMPLES.splitlines() if line.startswith(f"pop {command}")]
-    epilog = "\n  ".join(["examples:", *lines[:2]])
-    return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return {
+        "epilog": "\n  ".join(["examples:", *lines[:2]]),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def integer(add, name: str, text: str, default: int | None = None) -> None:
@@ -77,8 +79,13 @@ def generation_options(parser) -> Callable:
     add("--stop", help="end the answer before this text; may be repeated", action="append")
     add = parser.add_argument_group("prompt").add_argument
     for kind in ("image", "video"):
-        text = f"show this {kind} before the text, or where `generate` finds its mark; may be repeated"
-        add(f"--{kind}", help=text, action="append", default=[], metavar="FILE")
+        add(
+            f"--{kind}",
+            help=f"show this {kind} before the text, or where `generate` finds its mark; may be repeated",
+            action="append",
+            default=[],
+            metavar="FILE",
+        )
     integer(add, "--min-pixels", "enlarge images to this many pixels; default: the checkpoint's limit")
     integer(add, "--max-pixels", "shrink images to this many pixels; default: the checkpoint's limit")
     integer(add, "--max-seq-len", "the most tokens of prompt and answer together; default: the full context")
