@@ -73,8 +73,13 @@ class Answer:
         else:
             settled = len(self.pending)
             if not self.finish_reason:  # hold back what may be the beginning of a stop string
-                beginnings = (stop[:length] for stop in self.stop for length in range(1, len(stop)))
-                settled -= max((len(text) for text in beginnings if self.pending.endswith(text)), default=0)
+                held = [
+                    length
+                    for stop in self.stop
+                    for length in range(1, len(stop))
+                    if self.pending.endswith(stop[:length])
+                ]
+                settled -= max(held, default=0)
         piece = self.pending[:settled]
         self.pending = self.pending[settled:]
         self.text += piece
