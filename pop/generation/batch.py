@@ -74,7 +74,7 @@ class Batch:
             what += f" ({longest} tokens after {num_earlier} earlier ones)"
         self.model.check_fits(num_earlier + longest, what)
         left = self.model.max_seq_len + 1 - num_earlier
-        return [min(self.params.max_new_tokens, left - len(prompt)) for prompt in self.prompts]
+        return [min(self.params.max_new_tokens, left - length) for length in lengths]
 
     def generate(self) -> Generation | list[Generation]:
         """Generate all answers."""
