@@ -44,8 +44,7 @@ class Pass:
 
     def __init__(self, module, tokens: Tensor, images: Images = TEXT):
         tokens = tokens.to(next(module.parameters()).device)
-        B, T = tokens.shape
-        positions = torch.arange(T, device=tokens.device).expand(B, -1)  # [B, T]
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # [B, T]
         self.module = module
         self.tokens = tokens
         self.images = images
@@ -83,7 +82,7 @@ class Pass:
         """
         full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], plan)  # [T]
         running = range(len(self.module.layers))[first_layer(plan) : end]
-        whole = full_depth.expand(len(h), -1).to(h.device)  # [B, T]
+        whole = full_depth.expand_as(self.tokens).to(h.device)  # [B, T]
         for group in plan.to(h.device, h.dtype).groups(len(self.module.layers), self.module.deepstack_layers):
             inside = [index for index in group.layers if index in running]
             if inside and group.is_pruned:
