@@ -8,7 +8,6 @@ from pop.errors import InputError
 from pop.inputs.images import Image
 from pop.inputs.processors import Prepared, Processor
 
-PART = "{'type': 'text', 'text': 'Hi'}, or have the type image or video, with a path or bytes under that key"
 # The roles, and what a message may have besides its role and content.
 _RESULT = ("name", "tool_call_id")
 KEYS = {
@@ -54,7 +53,11 @@ def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[
     content = message.get("content")
     if calls and content is None:
         content = ""
-    parts = _read_parts(content, where, vision)
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
+    parts = [_read_part(part, where, vision) for part in content]
     text = "".join(part for part in parts if isinstance(part, str))
     shown = [part for part in parts if isinstance(part, Prepared)]
     if shown and role != "user":
@@ -64,7 +67,11 @@ def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[
     thoughts = message.get("reasoning_content")
     if not isinstance(thoughts, str | None):
         raise InputError(f"{where}: reasoning_content must be text, got {thoughts!r:.80}.")
-    checked = message | {"content": [_typed(part) for part in parts] if shown else text}
+    if shown:  # templates need no pixels
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in parts]
+    else:
+        content = text
+    checked = message | {"content": content}
     checked.pop("tool_calls", None)
     if calls:
         checked["tool_calls"] = calls
@@ -83,33 +90,23 @@ def _check_keys(message: dict, n: int) -> None:
         raise InputError(f"message {n} has {[*unknown]!r:.80}, which the role {role} cannot have; leave it out")
 
 
-def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Processor) -> list[str | Prepared]:
-    """Return a message's images and videos, prepared, and the texts between them."""
-    if isinstance(content, str):
-        return [content]
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
-    return [_read_part(part, where, vision) for part in content]
-
-
 def _read_part(part: dict[str, Any], where: str, vision: Processor) -> str | Prepared:
+    """Return a part's text, or its image or video, prepared."""
     match part:
         case {"type": "text", "text": str(text), **rest} if not rest:
             return text
         case {"type": "image", "image": given, **limits} if limits.keys() <= {"min_pixels", "max_pixels"}:
-            given = Image(given, **limits) if limits else given
+            if limits:
+                given = Image(given, **limits)
         case {"type": "video", "video": given, **rest} if not rest:
             pass
         case _:
-            raise InputError(f"{where}: a part must be like {PART}; got {part!r:.80}.")
+            raise InputError(
+                f"{where}: a part must be like "
+                "{'type': 'text', 'text': 'Hi'}, or have the type image or video, with a path or bytes under that key; "
+                f"got {part!r:.80}."
+            )
     return vision.prepare(part["type"], given)
-
-
-def _typed(part: str | Prepared) -> dict:
-    """Return a text or an image as a part of a message in a template, which needs no pixels."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {"type": part.kind}
 
 
 def _read_calls(calls: list[dict] | None, where: str) -> list[dict]:
