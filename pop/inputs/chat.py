@@ -7,7 +7,6 @@ template's own texts. The text of a message is encoded as text, so nothing that 
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat_templates import TEMPLATES, ControlMarks, jinja
@@ -38,8 +37,7 @@ def chat_format(tokenizer: Tokenizer, vision: Processor = TEXT_ONLY, choice=None
         )
     if not isinstance(choice, str) or (choice not in TEMPLATES and "{" not in choice):
         raise InputError(f"chat_format is {choice!r:.80}; it must be one of {choices}")
-    template = TEMPLATES.get(choice, choice)
-    form = ChatFormat(tokenizer, vision, template)
+    form = ChatFormat(tokenizer, vision, TEMPLATES.get(choice, choice))
     if not form.ends[0]:
         raise UnsupportedError(f"chat_format {choice!r:.80} ends an answer with no token that the tokenizer has")
     return form
@@ -199,12 +197,10 @@ class ChatFormat:
         A name of a control token that has no mark stands in a text of the conversation, or the template has formed it
         from parts. The first is text. The second would be a control token elsewhere, so it is refused.
         """
-        parts = self.vision.replace_marks(text, media, self._places, "chat_template")
         pieces = []
-        for part in parts:
+        for part in self.vision.replace_marks(text, media, self._places, "chat_template"):
             pieces += self._marks.split(part) if isinstance(part, str) else [part]
-        words = [piece for piece in pieces if isinstance(piece, str)]
-        for name in chain.from_iterable(map(self._names, words)):
+        for name in self._names(text):  # a mark is part of no name
             if name in self.tokenizer.special_tokens and _as_json(name)[1:-1] not in conversation:
                 raise UnsupportedError(
                     f"the chat_template forms the control token {name!r} from parts; pass another chat_format="
