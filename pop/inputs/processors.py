@@ -5,7 +5,6 @@ vision tower. The families are in gemma3.py and qwen3_vl.py. Another one needs a
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pop.errors import InputError, check_count
 from pop.inputs.images import Image
-from pop.inputs.tokenizers import Piece
+from pop.inputs.tokenizers import Piece, any_of
 from pop.inputs.video_files import Video
 from pop.models.images import TEXT, Images
 from pop.models.vision.qwen3_vl import Grid
@@ -128,7 +127,7 @@ class Processor:
         """
         if not media:
             return [text]
-        parts = re.split(f"({'|'.join(map(re.escape, marks.values()))})", text)
+        parts = any_of(marks.values()).split(text)
         left = {}
         for kind, mark in marks.items():
             of_kind = [one for one in media if one.kind == kind]
