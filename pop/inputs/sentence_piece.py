@@ -42,26 +42,18 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> Tokenizer:
     if model.normalize(probe) != _normalize(probe):
         raise TokenizerError("the sentencepiece model changes text (NFKC, dummy prefix, extra spaces).")
 
-    vocab = {}
-    reserved = {}  # control pieces and the unknown piece
-    user_defined = {}
-    for id in range(len(model)):
-        if model.is_unused(id):
-            continue
-        name = model.id_to_piece(id)
-        vocab[name] = id
-        if model.is_unknown(id) or original.is_control(id):
-            reserved[name] = id
-        elif model.is_control(id):
-            user_defined[name] = id
+    vocab = {model.id_to_piece(id): id for id in range(len(model)) if not model.is_unused(id)}
     bytes_of = _bytes_of(vocab)
+    # The pieces that sentencepiece finds in no text: the unknown piece, control pieces and user-defined ones.
+    unspelt = {name: id for name, id in vocab.items() if model.is_control(id) or model.is_unknown(id)}
 
     special, others, _ = sort_added(added, vocab)
-    special |= reserved
-    special |= {name: id for name, id in user_defined.items() if name in _CONTROL}
-    others |= user_defined
+    for name, id in unspelt.items():
+        if name in _CONTROL or model.is_unknown(id) or original.is_control(id):
+            special[name] = id
+    others |= unspelt
     others = {name: id for name, id in others.items() if name not in special}
-    refuse_spelt(special.keys() | _CONTROL, vocab.keys() - reserved.keys() - user_defined.keys())
+    refuse_spelt(special.keys() | _CONTROL, vocab.keys() - unspelt.keys())
     bos_id = model.bos_id()
     return Tokenizer(
         model.encode,
