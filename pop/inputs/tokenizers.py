@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import chain, groupby
 from os import PathLike
-from os.path import expanduser, isdir, isfile
+from os.path import expanduser, isfile
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +174,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not isinstance(path, str | PathLike):
         raise InputError(f"tokenizer is {path!r:.80}; give the path of one, or None")
     path = Path(expanduser(path))
-    files = [path]
-    if isdir(path):
-        files = [path / "tokenizer.json", path / "tokenizer.model"]
-    files = [file for file in files if isfile(file)]
+    places = (path, path / "tokenizer.json", path / "tokenizer.model")
+    files = [place for place in places if isfile(place)]  # the path of a file has no files below it
     if not files:
         raise TokenizerError(f"{path}: there is no tokenizer.json and no tokenizer.model here.")
     try:
@@ -205,7 +203,7 @@ def _load(files: list[Path]) -> Tokenizer:
     named = _named_tokens(config, special_map)
     added = _added_tokens(listed, older, spec, named.values())
     data = files[-1].read_bytes()
-    if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
+    if files[-1].suffix != ".json" and data.startswith(b"\n"):  # the first tag of a sentencepiece model
         tokenizer = sentence_piece.from_tokenizer_model(data, added)
     elif not is_json:
         raise TokenizerError(
