@@ -17,8 +17,7 @@ IMAGES_AT_ONCE = 8  # in the vision tower
 
 def gemma_pixels(image, size: int) -> Tensor:
     """Return an image as the vision tower's input, [1, 3, size, size] float32. For `image`, see `load_image`."""
-    whole = load_image(image)
-    resized = F.interpolate(whole[None], (size, size), mode="bilinear", antialias=True)
+    resized = F.interpolate(load_image(image)[None], (size, size), mode="bilinear", antialias=True)
     return normalise(resized)
 
 

@@ -109,8 +109,9 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
     except Exception as error:
         if type(error) is MemoryError:
             raise CacheMemoryError(f"{name} takes more memory than is free; make it smaller") from None
-        broken = f"{name} is truncated or broken, or not one of {', '.join(formats)}"
-        raise InputError(f"{broken} ({reason_of(error)})") from None
+        raise InputError(
+            f"{name} is truncated or broken, or not one of {', '.join(formats)} ({reason_of(error)})"
+        ) from None
 
 
 def _from_pillow(image, name: str) -> Tensor:
