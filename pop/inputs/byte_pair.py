@@ -8,6 +8,7 @@ and names the feature.
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from itertools import chain, groupby, pairwise
 from typing import Any
 
@@ -204,6 +205,7 @@ def reachable(merges: list, vocab: dict[str, int]) -> list[str]:
     places = {pair: n for n, pair in enumerate(merges)}
     never = len(merges)
 
+    @cache
     def last_merge(token: str) -> int:
         """Return the place of the pair that is merged last when merging starts from the token's characters."""
         parts = list(token)
@@ -215,15 +217,14 @@ def reachable(merges: list, vocab: dict[str, int]) -> list[str]:
             parts[n : n + 2] = [parts[n] + parts[n + 1]]
         return place
 
-    ranks: dict[str, int] = {}
+    found = []
     for n, (left, right) in enumerate(merges):
         token = left + right
         if not {left, right, token} <= vocab.keys() or places[left, right] != n:
             raise TokenizerError(f"the merge of {left!r} and {right!r} appears twice or is not of tokens.")
-        if token not in ranks:
-            ranks[token] = last_merge(token)
-    found = [token for token, rank in ranks.items() if rank < never]
-    return sorted(found, key=ranks.get)
+        if last_merge(token) == n:
+            found.append(token)
+    return found
 
 
 def _split_by(regex: str) -> dict[str, Any]:
