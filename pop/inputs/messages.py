@@ -49,7 +49,10 @@ def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[
     where = f"message {n}"
     _check_keys(message, n)
     role = message["role"]
-    calls = _read_calls(message.get("tool_calls"), where)
+    try:
+        calls = [read_call(given) for given in message.get("tool_calls") or ()]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise InputError(f"{where}: tool_calls must be a list like {[tool_call('f', {'x': 1})]}") from None
     content = message.get("content")
     if calls and content is None:
         content = ""
@@ -107,14 +110,6 @@ def _read_part(part: dict[str, Any], where: str, vision: Processor) -> str | Pre
                 f"got {part!r:.80}."
             )
     return vision.prepare(part["type"], given)
-
-
-def _read_calls(calls: list[dict] | None, where: str) -> list[dict]:
-    """Return a message's tool calls, with their arguments as dicts."""
-    try:
-        return [read_call(given) for given in calls or ()]
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise InputError(f"{where}: tool_calls must be a list like {[tool_call('f', {'x': 1})]}") from None
 
 
 def read_call(given: dict) -> dict:
