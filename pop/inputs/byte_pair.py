@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
-from itertools import chain, groupby, pairwise
+from itertools import chain, count, groupby, pairwise
 from typing import Any
 
 from pop.errors import InputError, TokenizerError
@@ -180,8 +180,8 @@ def check(name: str, value, *supported) -> None:
 
 # In tokenizer.json a character stands for each byte: itself if visible in Latin-1, otherwise one from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_OTHERS = map(chr, range(0x100, 0x200))
-CHARS = [chr(byte) if byte in _VISIBLE else next(_OTHERS) for byte in range(256)]
+_OTHERS = count(0x100)
+CHARS = [chr(byte if byte in _VISIBLE else next(_OTHERS)) for byte in range(256)]
 _BYTES = {char: byte for byte, char in enumerate(CHARS)}
 
 
