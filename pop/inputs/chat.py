@@ -67,8 +67,8 @@ class ChatFormat:
         # Tokens that are not special, but that the template writes around messages, are reserved for it.
         prompt = self._write([_ASKED])
         around = self._names(text)
-        opening = set(self._names(prompt)) - set(around)  # such as <think>, which answers have too
-        self._spoken = opening & tokenizer.added_tokens.keys()
+        opening = tokenizer.added_tokens.keys() & self._names(prompt)
+        self._spoken = opening.difference(around)  # such as <think>, which answers have too
         self.tokenizer = tokenizer.reserving([*around, *self._spoken])
         after_answer = self._names(rest.partition(_QUESTION)[0])
         self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
