@@ -63,8 +63,7 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     rows = []
     for tokens, _ in choose(long_enough, count, rng):
         text = excerpt(tokens, size, rng, model.config.bos_id)
-        row = _lookup(model, kind, text[:cut], size - cut, [], rng)
-        rows.append(row or text)
+        rows.append(_with_lookup(model, kind, text, cut, size - cut, [], rng))
     return Exercise(torch.tensor(rows), cut, [[]] * count)
 
 
@@ -73,23 +72,23 @@ def _with_images(model, kind: str, tokens: list[int], media: list[Prepared], rng
     images = model.vision.locate(tokens, media)
     cut = max(len(tokens) - CONTINUATION, *(image.stop for image in images))
     length = min(CONTINUATION, model.max_seq_len - cut)
-    row = _lookup(model, kind, tokens[:cut], length, images, rng)
-    return Exercise(torch.tensor([row or tokens]), cut, [media])
+    row = _with_lookup(model, kind, tokens, cut, length, images, rng)
+    return Exercise(torch.tensor([row]), cut, [media])
 
 
-def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int] | None:
-    """A prompt, and `length` tokens that can be looked up in it. None if the kind is text, or the prompt is too short.
+def _with_lookup(model, kind: str, text: list[int], cut: int, length: int, images: Sequence[range], rng) -> list[int]:
+    """The first `cut` tokens of a text as a prompt, and `length` tokens that can be looked up in it.
 
-    A prompt with images, or with too few words for a table, becomes a repetition.
+    A prompt with images, or with too few words for a table, becomes a repetition. If the kind is text, or the prompt is
+    too short, the text stays as it is.
     """
-    if kind == "text":
-        return None
+    prompt = text[:cut]
     asked = []
     if kind == "table" and not images:
         prompt, asked = _table(model, prompt, rng)
-    if not asked:
+    if kind != "text" and not asked:
         asked = _repetition(model, prompt, length, images, rng)
-    return prompt + list(islice(cycle(asked), length)) if asked else None
+    return prompt + list(islice(cycle(asked), length)) if asked else text
 
 
 def _repetition(model, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int]:
