@@ -140,8 +140,13 @@ def tables(writer: Writer, length: int, depth: float) -> Question:
     rng = writer.rng
     facts = []
     lines = []
-    columns = rng.sample(NAMES, ROWS), rng.sample(ROOMS, ROWS), rng.sample(COLOURS, ROWS), writer.numbers(ROWS, 3)
-    for name, room, colour, price in zip(*columns, strict=True):
+    for name, room, colour, price in zip(
+        rng.sample(NAMES, ROWS),
+        rng.sample(ROOMS, ROWS),
+        rng.sample(COLOURS, ROWS),
+        writer.numbers(ROWS, 3),
+        strict=True,
+    ):
         facts.append(f"\n| {name} | room: {room} | colour: {colour} | price: {price} |\n")
         column, value = rng.choice([("room", room), ("colour", colour), ("price", price)])
         lines.append((f"\n{name}, {column}:", f" {value}"))
@@ -216,8 +221,12 @@ def tool_calls(writer: Writer, length: int, depth: float) -> Question:
     facts = []
     calls = []
     lines = []
-    columns = writer.rng.sample(NAMES, FACTS), writer.rng.sample(TOWNS, FACTS), writer.numbers(FACTS, 3)
-    for name, town, number in zip(*columns, strict=True):
+    for name, town, number in zip(
+        writer.rng.sample(NAMES, FACTS),
+        writer.rng.sample(TOWNS, FACTS),
+        writer.numbers(FACTS, 3),
+        strict=True,
+    ):
         facts.append(f'\nname: "{name}", town: "{town}", number: {number}\n')
         arguments = {"name": name, "town": town, "number": number}
         task = f"Call the function register for {name}, with the town and the number."
