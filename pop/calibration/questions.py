@@ -155,15 +155,15 @@ def tables(writer: Writer, length: int, depth: float) -> Question:
 
 def quotations(writer: Writer, length: int, depth: float) -> Question:
     """The passage is the nearest to the depth that its cue decides."""
-    asking = writer.encode("\n\nThe same passage again:\n")
-    return quote("quotations", writer, length, depth, writer.filler, asking, CUE, QUOTED)
+    return quote("quotations", writer, length, depth, writer.filler, CUE, QUOTED)
 
 
-def quote(kind, writer, length, depth, text, asking, cue: int, quoted: int) -> Question:
+def quote(kind, writer, length, depth, text, cue: int, quoted: int) -> Question:
     """Ask for `quoted` tokens of `text` by the `cue` tokens before them.
 
-    The prompt is the text with the passage, the token ids `asking`, and the cue.
+    The prompt is the text with the passage, a request, and the cue.
     """
+    asking = writer.encode("\n\nThe same passage again:\n")
     text = writer.cut(text, length - len(writer.head) - len(asking) - cue)
     room = len(text) - cue - quoted
     if room < 0:

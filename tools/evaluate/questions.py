@@ -97,7 +97,6 @@ def quotes(domain: str) -> Maker:
     """Quotations from the text of a domain: the passage nearest to the depth that its cue decides."""
 
     def make(writer: Writer, length: int, depth: float) -> Question:
-        asking = writer.encode("\n\nThe same passage again:\n")
-        return quote(f"quotes-{domain}", writer, length, depth, writer.texts[domain], asking, CUE, QUOTED)
+        return quote(f"quotes-{domain}", writer, length, depth, writer.texts[domain], CUE, QUOTED)
 
     return make
