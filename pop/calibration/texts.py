@@ -141,6 +141,6 @@ def excerpt(tokens: Sequence[int], size: int, rng: random.Random, bos_id: int | 
 def batches(windows: list[Window]) -> Iterator[list[Window]]:
     """Batch windows of similar lengths, as many as TOKENS_AT_ONCE allows."""
     queue = iter(sorted(windows, key=size_of, reverse=True))
-    while first := next(queue, None):
+    for first in queue:
         others = max(0, TOKENS_AT_ONCE // size_of(first) - 1)
         yield [first, *islice(queue, others)]
