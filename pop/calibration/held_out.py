@@ -167,7 +167,7 @@ def hold_out(windows: list[Window], longest: int, bos_id: int | None) -> tuple[l
     return left, judged
 
 
-def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random.Random) -> list[int]:
+def repeated_passage(prompt: list[int], images: Sequence[range], rng: random.Random) -> list[int]:
     """A passage of a prompt that can follow it again, to test or to train copying from the prompt.
 
     It is a quarter of the prompt's longest stretch of text, at most 64 tokens, or empty if that has less than 8 tokens.
@@ -187,4 +187,4 @@ def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random
     if size < 2:
         return []
     begin += rng.randint(1, length // 2 - size)  # not the first token, which may be BOS
-    return list(prompt[begin : begin + size])
+    return prompt[begin : begin + size]

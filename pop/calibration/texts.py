@@ -131,11 +131,11 @@ def choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[Wi
     return rng.choices(windows, [*map(size_of, windows)], k=count)
 
 
-def excerpt(tokens: Sequence[int], size: int, rng: random.Random, bos_id: int | None = None) -> list[int]:
+def excerpt(tokens: list[int], size: int, rng: random.Random, bos_id: int | None = None) -> list[int]:
     """`size` consecutive tokens from a random place, or all if they are fewer. It begins with BOS if the tokens do."""
     begin = rng.randint(0, max(0, len(tokens) - size))
     head = [bos_id] if tokens[:1] == [bos_id] else []
-    return [*head, *tokens[begin + len(head) : begin + size]]
+    return head + tokens[begin + len(head) : begin + size]
 
 
 def batches(windows: list[Window]) -> Iterator[list[Window]]:
