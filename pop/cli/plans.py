@@ -37,7 +37,7 @@ def plans(args) -> None:
             print(f"  pruned layers: {', '.join(map(str, plan.layers))}")
         if plan.full_depth_below:
             print(f"  below {plan.full_depth_below} tokens: the whole model")
-        if plan.layers and plan.full_depth_selected:
+        if plan.selects:
             print(f"  selected by: layer {plan.selects_at}")
         for name, value in plan.about.items():
             for line in lines_of(name, value):
