@@ -53,19 +53,21 @@ def python_texts(times: int = 1) -> list[str]:
     """
     rng = random.Random(0)
     library = Path(sysconfig.get_paths()["stdlib"])
-    sources = [{file.stem: file.read_text(encoding="utf-8", errors="ignore") for file in sorted(library.glob("*.py"))}]
+    sources = [
+        [(file.stem, file.read_text(encoding="utf-8", errors="ignore")) for file in sorted(library.glob("*.py"))]
+    ]
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
 
-        sources.append(dict(sorted(topics.items())))
+        sources.append(sorted(topics.items()))
     least, most = CHARACTERS
     texts = []
     for source, count in zip(sources, (MODULES, DOCUMENTS), strict=False):
-        long_enough = [name for name, text in source.items() if len(text) > least]
-        for name in rng.sample(long_enough, min(times * count, len(long_enough))):
-            begin = rng.randrange(max(1, len(source[name]) - most))
+        long_enough = [(name, text) for name, text in source if len(text) > least]
+        for name, text in rng.sample(long_enough, min(times * count, len(long_enough))):
+            begin = rng.randrange(max(1, len(text) - most))
             if name not in LEFT_OUT:
-                texts.append(source[name][begin : begin + most])
+                texts.append(text[begin : begin + most])
     return texts
 
 
