@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, first_layer
-from pop.calibration.texts import SHORTEST, Window, size_of, total_size
+from pop.calibration.texts import SHORTEST, Window, head_of, size_of, total_size
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 from pop.runner import row_lengths
@@ -162,8 +162,7 @@ def hold_out(windows: list[Window], longest: int, bos_id: int | None) -> tuple[l
         judged.append((taken, media))
         rest = tokens[len(taken) :]
         if len(rest) >= SHORTEST:
-            head = [bos_id] if tokens[0] == bos_id else []
-            insort(left, (head + rest, []), key=size_of)
+            insort(left, (head_of(tokens, bos_id) + rest, []), key=size_of)
     return left, judged
 
 

@@ -101,10 +101,15 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
             model.check_fits(len(tokens), "a text with images")
             windows.append((tokens, media))
             continue
-        bos = tokens[:1] if tokens[0] == model.config.bos_id else []
-        step = max(1, size - len(bos))
-        windows += [(bos + tokens[begin : begin + step], []) for begin in range(len(bos), len(tokens), step)]
+        head = head_of(tokens, model.config.bos_id)
+        step = max(1, size - len(head))
+        windows += [(head + tokens[begin : begin + step], []) for begin in range(len(head), len(tokens), step)]
     return [window for window in windows if size_of(window) >= SHORTEST]
+
+
+def head_of(tokens: list[int], bos_id: int | None) -> list[int]:
+    """BOS, if the tokens begin with it."""
+    return [bos_id] if tokens[0] == bos_id else []
 
 
 def size_of(window: Window) -> int:
@@ -136,7 +141,7 @@ def choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[Wi
 def excerpt(tokens: list[int], size: int, rng: random.Random, bos_id: int | None = None) -> list[int]:
     """`size` consecutive tokens from a random place, or all if they are fewer. It begins with BOS if the tokens do."""
     begin = rng.randint(0, max(0, len(tokens) - size))
-    head = [bos_id] if tokens[:1] == [bos_id] else []
+    head = head_of(tokens, bos_id)
     return head + tokens[begin + len(head) : begin + size]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.questions import KINDS, Question, Writer, make_questions, quotations
-from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, as_list, default_texts, parted
+from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, as_list, default_texts, head_of, parted
 from pop.engine.modes import engine_modes
 from pop.errors import InputError, check_count, some
 from pop.generation.sampling import check_finite
@@ -204,11 +204,11 @@ def _joined(model, texts) -> tuple[list[int], list[int]]:
     if texts is None:
         _, texts = parted(default_texts(model))
     rows = [model.encode(text, "text") for text in as_list(texts)]
-    head = rows[0][:1] if rows and rows[0][0] == model.config.bos_id else []
-    text = [token for row in rows for token in (row[1:] if row[0] == model.config.bos_id else row)]
+    heads = [head_of(row, model.config.bos_id) for row in rows]
+    text = [token for head, row in zip(heads, rows, strict=True) for token in row[len(head) :]]
     if len(text) < SHORTEST:
         raise InputError(f"the texts have {len(text)} tokens, but a check needs {SHORTEST}; give longer ones")
-    return head, text
+    return heads[0], text
 
 
 def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
