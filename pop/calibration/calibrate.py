@@ -156,7 +156,11 @@ def calibrate(
         else:
             with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
                 decided = search.search(model, windows, judge, speedup, rank, step)
-        plan = _closed_form(model, decided, windows, judge, rank, progress)
+        fitting = first_tokens(windows, tokens_needed(model))
+        groups = decided.groups(model.config.num_layers, model.module.deepstack_layers)
+        total = total_size(fitting) * sum(group.is_pruned for group in groups)
+        with progress_bar("fitting", total, "tokens", progress) as step:
+            plan = min(fitted(model, fitting, decided, rank, RIDGES, step), key=judge.loss)
         keep(plan, 0)
     if steps:
         with progress_bar("distilling", steps, "steps", progress) as step:
@@ -271,14 +275,6 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
 
 
 # ---- The work ----
-
-
-def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
-    """Fit the corrections of a plan. The held-out windows choose lambda."""
-    num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
-    windows = first_tokens(windows, tokens_needed(model))
-    with progress_bar("fitting", num_groups * total_size(windows), "tokens", progress) as step:
-        return min(fitted(model, windows, plan, rank, RIDGES, step), key=judge.loss)
 
 
 def _keep(path, run: str, plan: PrunePlan, done: int) -> None:
