@@ -23,7 +23,7 @@ from pop.calibration.passes import Pass, first_layer
 from pop.calibration.texts import SHORTEST, Window, head_of, size_of, total_size
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
-from pop.runner import row_lengths
+from pop.runner import padded
 
 CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
 BEGINNING = 16  # the first tokens of a continuation, which also count by themselves; a single one could decide
@@ -87,8 +87,8 @@ class Judge:
             passage = []
             room = len(tokens)
         tokens = tokens[:room]
-        row = torch.tensor([tokens + passage[:-1]])  # [1, T]
-        shown = model.vision.images(model.module, [media], row, row_lengths(None, row))
+        row, lengths = padded([tokens + passage[:-1]])  # [1, T] and [1]
+        shown = model.vision.images(model.module, [media], row, lengths)
         model_pass = Pass(model.module, row.to(model.device), shown)
         h = model_pass.run_layers(model_pass.embed(), 0)
         return Case(cut, len(tokens) - cut, passage, model_pass, {}, h[0, cut - 1 :])
