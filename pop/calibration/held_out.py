@@ -179,11 +179,11 @@ def repeated_passage(prompt: list[int], images: Sequence[range], rng: random.Ran
     """
     images = sorted(images, key=lambda image: image.start)
     edges = [0, *chain.from_iterable((image.start, image.stop) for image in images), len(prompt)]
-    stretches = zip(edges[::2], edges[1::2], strict=True)
-    begin, end = max(stretches, key=lambda stretch: stretch[1] - stretch[0])
-    length = end - begin
+    stretches = map(range, edges[::2], edges[1::2])
+    longest = max(stretches, key=len)
+    length = len(longest)
     size = min(LONGEST_PASSAGE, length // 4)
     if size < 2:
         return []
-    begin += rng.randint(1, length // 2 - size)  # not the first token, which may be BOS
+    begin = longest.start + rng.randint(1, length // 2 - size)  # not the first token, which may be BOS
     return prompt[begin : begin + size]
