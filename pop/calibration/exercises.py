@@ -143,8 +143,9 @@ def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
     for place, line in sorted(zip(places, lines, strict=True), reverse=True):
         text[place:place] = line
     form = rng.choice(forms)
-    questions = [f"\n{form.format(*fact)}" for fact in rng.sample(facts, count)]
-    asked = [token for question in questions for token in model.encode(question, bos=False)]
+    asked = []
+    for fact in rng.sample(facts, count):
+        asked += model.encode(f"\n{form.format(*fact)}", bos=False)
     return text, asked
 
 
