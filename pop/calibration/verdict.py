@@ -204,11 +204,13 @@ def _joined(model, texts) -> tuple[list[int], list[int]]:
     if texts is None:
         _, texts = parted(default_texts(model))
     rows = [model.encode(text, "text") for text in as_list(texts)]
-    heads = [head_of(row, model.config.bos_id) for row in rows]
-    text = [token for head, row in zip(heads, rows, strict=True) for token in row[len(head) :]]
+    text = []
+    for row in rows:
+        head = head_of(row, model.config.bos_id)
+        text += row[len(head) :]
     if len(text) < SHORTEST:
         raise InputError(f"the texts have {len(text)} tokens, but a check needs {SHORTEST}; give longer ones")
-    return heads[0], text
+    return head_of(rows[0], model.config.bos_id), text
 
 
 def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
