@@ -232,7 +232,7 @@ def tool_calls(writer: Writer, length: int, depth: float) -> Question:
         task = f"Call the function register for {name}, with the town and the number."
         calls.append((task, arguments))
         lines.append((f'\n{task}\n{{"name":', f' "register", "arguments": {json.dumps(arguments)}}}'))
-    found = _chat_call(writer.model, *calls[_nearest(depth, FACTS)])
+    found = _chat_call(writer.model, *calls[round(depth * (FACTS - 1))])
     if found is None:
         return _asked("tool calls", writer, length, depth, facts, lines, examples=1)
     head, asking, answer = found
@@ -258,16 +258,11 @@ def _chat_call(model, task: str, arguments: dict) -> tuple[list[int], list[int],
     return prompt[:begin], prompt[begin:], list(answer)
 
 
-def _nearest(depth: float, count: int) -> int:
-    """The fact that is nearest to a depth."""
-    return round(depth * (count - 1))
-
-
 def _asked(
     kind: str, writer: Writer, length: int, depth: float, facts: list[str], lines, *, examples: int = 2
 ) -> Question:
     """Ask for the fact nearest to the depth, after some others as examples. lines: (question, answer) of each fact."""
-    question, answer = lines.pop(_nearest(depth, len(facts)))
+    question, answer = lines.pop(round(depth * (len(facts) - 1)))
     told = chain.from_iterable(writer.rng.sample(lines, examples))
     asking = "".join(["\n", *told, question])
     return Question(kind, writer.prompt(length, facts, asking), writer.encode(answer))
