@@ -282,12 +282,12 @@ def _as_text(exact: np.ndarray) -> str:
 
 def table(record: dict) -> str:
     """A verdict's record as a table, the full model beside the plan, and its sentence."""
-    rows = [["exact answers, plan / full model", *(f"{int(length):,} tokens" for length in record["loss"])]]
+    rows = {"exact answers, plan / full model": [f"{int(length):,} tokens" for length in record["loss"]]}
     for kind, by_length in record["answers"].items():
-        rows.append([kind, *map(_cell, by_length.values())])
+        rows[kind] = map(_cell, by_length.values())
     for name, key, form in LOSSES:
-        rows.append([name, *(f"{figures[key]:{form}}" for figures in record["loss"].values())])
-    lines = [f"{name:34}" + "".join(f"{cell:>26}" for cell in cells) for name, *cells in rows]
+        rows[name] = [f"{figures[key]:{form}}" for figures in record["loss"].values()]
+    lines = [f"{name:34}" + "".join(f"{cell:>26}" for cell in cells) for name, cells in rows.items()]
     return "\n".join([*lines, "", record["sentence"]])
 
 
