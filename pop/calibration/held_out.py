@@ -179,8 +179,7 @@ def repeated_passage(prompt: list[int], images: Sequence[range], rng: random.Ran
     """
     images = sorted(images, key=lambda image: image.start)
     edges = [0, *chain.from_iterable((image.start, image.stop) for image in images), len(prompt)]
-    stretches = map(range, edges[::2], edges[1::2])
-    longest = max(stretches, key=len)
+    longest = max(map(range, edges[::2], edges[1::2]), key=len)  # stretch of text
     length = len(longest)
     size = min(LONGEST_PASSAGE, length // 4)
     if size < 2:

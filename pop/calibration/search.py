@@ -204,8 +204,11 @@ def _plan_of(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan:
     """The plan that prunes these layers, with tokens at full depth."""
     allowed = [index for index in range(max(layers)) if index not in layers]  # kept, with pruned layers after them
     if not allowed:
-        total = round(FULL_DEPTH_SHARE * _prompt_length(model))
-        return PrunePlan(layers, full_depth_first=1, full_depth_last=total)
+        return PrunePlan(
+            layers,
+            full_depth_first=1,
+            full_depth_last=round(FULL_DEPTH_SHARE * _prompt_length(model)),
+        )
     selecting = max(allowed, key=lambda index: lookups[index])
     last, selected = last_and_selected(_prompt_length(model))
     return PrunePlan(
