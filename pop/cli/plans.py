@@ -98,7 +98,7 @@ def describe(plan: PrunePlan) -> str:
 def speed(model, plan: PrunePlan) -> str:
     """A sentence on the speedup that a plan brings. The fastest of four prefills counts, and of four at full depth."""
     length = min(PROMPT, model.max_seq_len)
-    rounds = 4 * [PrunePlan.none(), plan]
+    rounds = 4 * ["none", plan]
     times = [model.generate(length * [0], max_new_tokens=1, plan=one).ttft_s for one in rounds]
     speedup = min(times[::2]) / min(times[1::2])
     return (
