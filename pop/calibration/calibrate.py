@@ -204,8 +204,11 @@ def _windows(model, texts: list, images, videos, longest: int) -> list[Window]:
 def _identity(model, asked, texts: list[list[Window]], about: dict) -> str:
     """What tells a run from others, as a hash. texts: the windows to fit, and those that judge."""
     tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
-    plain = [weight for weight in model.module.parameters() if type(weight) is torch.nn.Parameter]  # not of int8
-    sampled = [one.detach().flatten()[:: max(1, one.numel() // SAMPLED)].tolist() for one in plain]
+    sampled = [
+        weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)].tolist()
+        for weight in model.module.parameters()
+        if type(weight) is torch.nn.Parameter  # not of int8
+    ]
     weights = model.sketch.tolist(), sampled, model.dtype, model.max_seq_len
     return hashlib.sha256(repr((__version__, weights, asked, tokens, about)).encode()).hexdigest()
 
