@@ -51,8 +51,12 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     """
     kind = KINDS[number % len(KINDS)]
     ((tokens, media),) = choose(windows, 1, rng)
-    if media:
-        return _with_images(model, kind, tokens, media, rng)
+    if media:  # the window stays whole, and the continuation begins after its last image
+        images = model.vision.locate(tokens, media)
+        cut = max(len(tokens) - CONTINUATION, *(image.stop for image in images))
+        length = min(CONTINUATION, model.max_seq_len - cut)
+        row = _with_lookup(model, kind, tokens, cut, length, images, rng)
+        return Exercise(torch.tensor([row]), cut, [media])
     texts = without_images(windows)
     longest = max(map(size_of, texts))
     shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)
@@ -65,15 +69,6 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
         text = excerpt(tokens, size, rng, model.config.bos_id)
         rows.append(_with_lookup(model, kind, text, cut, size - cut, [], rng))
     return Exercise(torch.tensor(rows), cut, [[]] * count)
-
-
-def _with_images(model, kind: str, tokens: list[int], media: list[Prepared], rng: random.Random) -> Exercise:
-    """An exercise of one whole window, whose continuation begins after its last image."""
-    images = model.vision.locate(tokens, media)
-    cut = max(len(tokens) - CONTINUATION, *(image.stop for image in images))
-    length = min(CONTINUATION, model.max_seq_len - cut)
-    row = _with_lookup(model, kind, tokens, cut, length, images, rng)
-    return Exercise(torch.tensor([row]), cut, [media])
 
 
 def _with_lookup(model, kind: str, text: list[int], cut: int, length: int, images: Sequence[range], rng) -> list[int]:
