@@ -177,8 +177,7 @@ def repeated_passage(prompt: list[int], images: Sequence[range], rng: random.Ran
         images: Where each image and video is in the prompt, from `Processor.locate`.
         rng: Decides where the passage begins.
     """
-    images = sorted(images, key=lambda image: image.start)
-    edges = [0, *chain.from_iterable((image.start, image.stop) for image in images), len(prompt)]
+    edges = sorted([0, len(prompt), *chain.from_iterable((image.start, image.stop) for image in images)])
     longest = max(map(range, edges[::2], edges[1::2]), key=len)  # stretch of text
     length = len(longest)
     size = min(LONGEST_PASSAGE, length // 4)
