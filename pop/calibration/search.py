@@ -121,10 +121,11 @@ def _samples(model, windows: list[Window]) -> tuple[list[Pair], list[Pair]]:
     for tokens, _ in choose(texts, SAMPLES, rng):
         text = excerpt(tokens, SAMPLE, rng, model.config.bos_id)
         cut = len(text) - min(RESPONSE, len(text) // 3)
-        plain.append((text[:cut], text[cut:]))
-        passage = repeated_passage(text[:cut], [], rng)
+        prompt = text[:cut]
+        plain.append((prompt, text[cut:]))
+        passage = repeated_passage(prompt, [], rng)
         cue = max(1, len(passage) // CUES_IN_REPEATED)
-        repeated.append((text[:cut] + passage[:cue], passage[cue:]))
+        repeated.append((prompt + passage[:cue], passage[cue:]))
     return plain, repeated
 
 
