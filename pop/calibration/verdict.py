@@ -85,13 +85,14 @@ class Verdict:
         kept = "; the full model has no exact answer, so only the KL counts"
         if everything[:, 1].any():
             kept = f"; of all exact answers it keeps {_as_text(everything)}"
-        if self.holds and self.unjudged:
-            return f"The plan holds, but the full model has too few exact answers to judge {some(self.unjudged)}{kept}."
-        if self.holds:
-            return f"The plan holds at each length and for each kind of question{kept}."
         if _keeps_too_few(everything):
             kept = ""  # that is the first of the failures
-        return f"The plan does not hold: {some(self.failures, '; ')}{kept}."
+        said = "holds at each length and for each kind of question"
+        if self.failures:
+            said = f"does not hold: {some(self.failures, '; ')}"
+        elif self.unjudged:
+            said = f"holds, but the full model has too few exact answers to judge {some(self.unjudged)}"
+        return f"The plan {said}{kept}."
 
     def record(self) -> dict:
         """The verdict for a plan's record. JSON makes texts of the lengths."""
