@@ -55,8 +55,8 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
         images = model.vision.locate(tokens, media)
         cut = max(len(tokens) - CONTINUATION, *(image.stop for image in images))
         length = min(CONTINUATION, model.max_seq_len - cut)
-        row = _with_lookup(model, kind, tokens, cut, length, images, rng)
-        return Exercise(torch.tensor([row]), cut, [media])
+        row = _lookup(model, kind, tokens[:cut], length, images, rng)
+        return Exercise(torch.tensor([row or tokens]), cut, [media])
     texts = without_images(windows)
     longest = max(map(size_of, texts))
     shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)
@@ -67,23 +67,21 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     rows = []
     for tokens, _ in choose(long_enough, count, rng):
         text = excerpt(tokens, size, rng, model.config.bos_id)
-        rows.append(_with_lookup(model, kind, text, cut, size - cut, [], rng))
+        rows.append(_lookup(model, kind, text[:cut], size - cut, [], rng) or text)
     return Exercise(torch.tensor(rows), cut, [[]] * count)
 
 
-def _with_lookup(model, kind: str, text: list[int], cut: int, length: int, images: Sequence[range], rng) -> list[int]:
-    """The first `cut` tokens of a text as a prompt, and `length` tokens that can be looked up in it.
+def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int]:
+    """A prompt, and `length` tokens that can be looked up in it. Empty if the kind is text, or the prompt is too short.
 
-    A prompt with images, or with too few words for a table, becomes a repetition. If the kind is text, or the prompt is
-    too short, the text stays as it is.
+    A prompt with images, or with too few words for a table, becomes a repetition.
     """
-    prompt = text[:cut]
     asked = []
     if kind == "table" and not images:
         prompt, asked = _table(model, prompt, rng)
     if kind != "text" and not asked:
         asked = _repetition(model, prompt, length, images, rng)
-    return prompt + list(islice(cycle(asked), length)) if asked else text
+    return prompt + list(islice(cycle(asked), length)) if asked else []
 
 
 def _repetition(model, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int]:
