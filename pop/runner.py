@@ -290,7 +290,10 @@ class Runner:
             )
 
     def _check_cache(self, cache: KVCache, added: Tensor) -> None:
-        """Raise InputError unless `cache` is one of this model with B rows, and room for `added` [B] more tokens."""
+        """Raise InputError unless `cache` is intact, and one of this model with B rows.
+
+        It must have room for `added` [B] more tokens, otherwise this raises ContextOverflow, and take an image at once.
+        """
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
         config = self.module.config

@@ -32,17 +32,17 @@ def _supports(feature: str) -> bool:
 
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
-IS_X86 = CAPABILITY in ("AVX2", "AVX512")  # and new enough for kernels.cpp
+HAS_AVX2 = CAPABILITY in ("AVX2", "AVX512")  # which kernels.cpp needs
 HAS_BF16 = _supports("avx512_bf16")
 HAS_AMX = _supports("amx_tile")
 
 # Dtypes without fast products: float16, and bfloat16 on x86 processors without instructions for it.
-WIDENED = {torch.float16, torch.bfloat16} if IS_X86 and not HAS_BF16 else {torch.float16}
+WIDENED = {torch.float16, torch.bfloat16} if HAS_AVX2 and not HAS_BF16 else {torch.float16}
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 
 # Dtypes in which kernels.cpp is faster than torch: for one token a row, and for attention of several tokens. With
 # several tokens, torch uses AMX for bfloat16.
-FUSED_TOKEN = {torch.float32, torch.bfloat16} if IS_X86 else set()
+FUSED_TOKEN = {torch.float32, torch.bfloat16} if HAS_AVX2 else set()
 FUSED = FUSED_TOKEN - {torch.bfloat16} if HAS_AMX else FUSED_TOKEN
 MOST_E = 256  # the widest head that kernels.cpp takes
 MOST_ROWS = 64  # the most rows of a product that kernels.cpp takes
@@ -185,7 +185,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
         q: [B, T, H, E].
         k, v: [B, N, K, E].
         held: [B, N], the positions of the keys.
-        spans: [B, T, 2], the first and the last position that each query attends to.
+        spans: [B, T, 2], the first and the last position that each query attends to. The first may be below 0.
         scale: The factor on q . k.
 
     Returns: [B, T, H * E].
@@ -242,8 +242,8 @@ def decode_attention_call(
     """The call of kernels.cpp that writes decode_attention(...) to `out`, or None if it cannot take these tensors."""
     if not (_fits(q, FUSED_TOKEN) and _agree(q, keys, values, spans) and q.shape[1] == 1):
         return None
-    whole_heads = q.stride(3) == keys.stride(3) == values.stride(3) == 1
-    if not (whole_heads and spans.is_contiguous() and spans.dtype == torch.int32):
+    dense_heads = q.stride(3) == keys.stride(3) == values.stride(3) == 1
+    if not (dense_heads and spans.is_contiguous() and spans.dtype == torch.int32):
         return None
     sizes = _attention_sizes(q, keys[:, :-1], values)  # without the spare slot
     return _call("attend_token", (q, keys, values, out, spans), sizes, ctypes.c_float(scale))

@@ -36,7 +36,7 @@ class Graph:
     The function takes no arguments, and its Python reads no number of a tensor: the record has the numbers of one call.
     The caller gets copies of the results.
 
-    Recorded work reads the weights as they lay in memory. So it is recorded anew if their dtypes, shapes, strides or
+    A record reads the weights as they lay in memory. So it is made anew if their dtypes, shapes, strides or
     storages change, and for another number of threads.
 
     The function runs as it is without compiled code, and if an operator gives a number. At the third call it runs, and
@@ -75,6 +75,7 @@ class _Record(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.thread = threading.get_ident()
+        self.is_complete = False  # whether it lacks no calls of code that was compiled meanwhile
         self.calls: list[Callable] | None = []  # None if the function cannot be repeated
         self.compiled: list[Callable] = []  # the compiled functions among the calls
         self.counters: list[Tensor] = []  # tensors of integers that the calls change in place
@@ -97,7 +98,6 @@ class _Record(TorchDispatchMode):
                         undo.callback(setattr, module, name, original)
             with self:
                 self.outputs = function()
-            # Whether it lacks no calls of code that was compiled meanwhile.
             self.is_complete = self.calls is None or len(modules) == len(PyCodeCache.modules)
         if not self.compiled:
             self.calls = None

@@ -58,7 +58,7 @@ class Graph:
         return tuple(output.clone() for output in self.outputs)
 
     def _run_and_capture(self, function: Work) -> Results:
-        """Run the function, capture it, and return the results of the run."""
+        """Run the function, capture it, and return the results of the run. The graph's device is the current one."""
         with _capturing:
             stream = _stream(self.device)
             current = torch.cuda.current_stream()

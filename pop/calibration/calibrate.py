@@ -160,7 +160,7 @@ def calibrate(
         groups = decided.groups(model.config.num_layers, model.module.deepstack_layers)
         total = total_size(fitting) * sum(group.is_pruned for group in groups)
         with progress_bar("fitting", total, "tokens", progress) as step:
-            plan = min(fitted(model, fitting, decided, rank, RIDGES, step), key=judge.loss)
+            plan = min(fitted(model, fitting, decided, rank, RIDGES, step), key=judge.loss)  # which chooses lambda
         keep(plan, 0)
     if steps:
         with progress_bar("distilling", steps, "steps", progress) as step:
@@ -277,7 +277,7 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     )
 
 
-# ---- The work ----
+# ---- Progress that is kept, and the record ----
 
 
 def _keep(path, run: str, plan: PrunePlan, done: int) -> None:

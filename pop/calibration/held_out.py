@@ -51,10 +51,10 @@ class Losses(NamedTuple):
 class Case(NamedTuple):
     """A held-out window, and what the full model computes on it."""
 
-    cut: int  # the prompt's tokens, after which the continuation begins
-    continued: int  # the continuation's tokens
+    prompt_length: int  # how many tokens the prompt has
+    continuation_length: int  # how many tokens follow it
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
-    model_pass: Pass  # over all three, without the passage's last token
+    model_pass: Pass  # over prompt, continuation and passage, without the passage's last token
     entering: dict[int, Tensor]  # h [1, T, D] where the last judged plan leaves the full pass, by that layer's index
     full: Tensor  # h [N + 1, D] that predicts the N tokens after the prompt, and the next one
 
@@ -82,14 +82,14 @@ class Judge:
         images = model.vision.locate(tokens, media)
         cut = max([len(tokens) * 2 // 3, len(tokens) - CONTINUATION, *(image.stop for image in images)])
         passage = repeated_passage(tokens[:cut], images, rng)
-        room = model.max_seq_len - len(passage)
-        if room < cut:  # after an image
+        most = model.max_seq_len - len(passage)  # tokens of the prompt and its continuation
+        if most < cut:  # after an image
             passage = []
-            room = len(tokens)
-        tokens = tokens[:room]
+            most = len(tokens)
+        tokens = tokens[:most]
         row, lengths = padded([tokens + passage[:-1]])  # [1, T] and [1]
         shown = model.vision.images(model.module, [media], row, lengths)
-        model_pass = Pass(model.module, row.to(model.device), shown)
+        model_pass = Pass(model.module, row, shown)
         h = model_pass.run_layers(model_pass.embed(), 0)
         return Case(cut, len(tokens) - cut, passage, model_pass, {}, h[0, cut - 1 :])
 
@@ -105,9 +105,9 @@ class Judge:
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = max(1, len(case.passage) // CUES_IN_PASSAGE)
             targets = torch.tensor(case.passage[cue:], dtype=torch.int64, device=pruned.device)
-            begin = case.continued + cue  # where the first token to copy is predicted
+            begin = case.continuation_length + cue  # where the first token to copy is predicted
             copied = pruned[begin:].argmax(-1) == targets
-            continued = kl[: case.continued + 1]
+            continued = kl[: case.continuation_length + 1]
             parts.append((continued, kl[begin:], copied, continued[:BEGINNING]))
         return Losses(*(_mean(torch.cat(kind)) for kind in zip(*parts, strict=True)))
 
@@ -123,8 +123,8 @@ class Judge:
         If there are none, it has all windows.
         """
         judge = copy.copy(self)
-        long_enough = [case for case in self.cases if case.cut >= least]
-        judge.cases = sorted(long_enough or self.cases, key=lambda case: case.cut)[:count]
+        long_enough = [case for case in self.cases if case.prompt_length >= least]
+        judge.cases = sorted(long_enough or self.cases, key=lambda case: case.prompt_length)[:count]
         return judge
 
     def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:
@@ -133,7 +133,7 @@ class Judge:
         if first not in case.entering:
             case.entering.clear()  # the states of each layer would take much memory
             case.entering[first] = case.model_pass.run_layers(case.model_pass.embed(), 0, first)
-        return case.model_pass.run_pruned(plan, case.entering[first], case.cut)[0, case.cut - 1 :]
+        return case.model_pass.run_pruned(plan, case.entering[first], case.prompt_length)[0, case.prompt_length - 1 :]
 
 
 def _mean(values: Tensor) -> float:
@@ -178,10 +178,10 @@ def repeated_passage(prompt: list[int], images: Sequence[range], rng: random.Ran
         rng: Decides where the passage begins.
     """
     edges = sorted([0, len(prompt), *chain.from_iterable((image.start, image.stop) for image in images)])
-    longest = max(map(range, edges[::2], edges[1::2]), key=len)  # stretch of text
-    length = len(longest)
+    stretch = max(map(range, edges[::2], edges[1::2]), key=len)
+    length = len(stretch)
     size = min(LONGEST_PASSAGE, length // 4)
     if size < 2:
         return []
-    begin = longest.start + rng.randint(1, length // 2 - size)  # not the first token, which may be BOS
+    begin = stretch.start + rng.randint(1, length // 2 - size)  # not the first token, which may be BOS
     return prompt[begin : begin + size]

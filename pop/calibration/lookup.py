@@ -23,7 +23,7 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
         model: A pop.Model. Its plan plays no part.
         prompt, answer: Token ids.
         share: Of the tokens to select from: all but the first one and the last ones.
-        last: How many tokens the prompt's end has. They are at full depth anyway.
+        last: How many tokens the prompt's end has, at least 1. They are at full depth anyway.
     """
     T = len(prompt)
     size = len(answer)
@@ -35,6 +35,7 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
     h = model_pass.embed()
     found = []
     for index in range(model.config.num_layers):
+        # The pruned layer need not exist: a plan selects only before one.
         plan = PrunePlan(
             (index + 1,), full_depth_first=1, full_depth_last=last, full_depth_selected=share, selecting_layer=index
         )

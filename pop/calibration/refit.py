@@ -152,9 +152,9 @@ def _of_all_heads(model, rows: Tensor) -> Tensor:
 
 def _corrections(model, plan: PrunePlan, solutions: list[GroupCorrections]) -> Corrections:
     """The corrections of a plan's first groups."""
-    shared, weights, updates = zip(*solutions, strict=True)
+    codes, weights, updates = zip(*solutions, strict=True)
     weight = torch.cat(weights).unflatten(1, (2, -1)).to(model.dtype)  # [n, 2, K * E, R]
-    shared = torch.stack(shared).to(model.dtype)
+    shared = torch.stack(codes).to(model.dtype)
     updates = [update for update in updates if update is not None]
     update = torch.stack(updates).to(model.dtype) if updates else None
     layers = plan.layers[: len(weight)]

@@ -109,7 +109,7 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
 
 def head_of(tokens: list[int], bos_id: int | None) -> list[int]:
     """BOS, if the tokens begin with it."""
-    return [bos_id] if tokens[0] == bos_id else []
+    return [bos_id] if tokens[:1] == [bos_id] else []
 
 
 def size_of(window: Window) -> int:

@@ -285,7 +285,7 @@ def table(record: dict) -> str:
     """A verdict's record as a table, the full model beside the plan, and its sentence."""
     rows = {"exact answers, plan / full model": [f"{int(length):,} tokens" for length in record["loss"]]}
     for kind, by_length in record["answers"].items():
-        rows[kind] = map(_cell, by_length.values())
+        rows[kind] = [*map(_cell, by_length.values())]
     for name, key, form in LOSSES:
         rows[name] = [f"{figures[key]:{form}}" for figures in record["loss"].values()]
     lines = [f"{name:34}" + "".join(f"{cell:>26}" for cell in cells) for name, cells in rows.items()]

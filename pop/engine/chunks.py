@@ -129,7 +129,8 @@ class FullDepth(NamedTuple):
             W = min(stepped(W), chunk.valid.shape[1])
         valid = torch.arange(W) >= W - counts[:, None]  # [B, W]; here padding comes first
         if W == 0:
-            return cls(plan, {}, valid.long(), valid, last_is_full)  # no columns: [B, 0]
+            no_columns = valid.long()  # [B, 0]
+            return cls(plan, {}, no_columns, valid, last_is_full)
 
         is_full, valid, last_is_full = to_device([is_full, valid, last_is_full], cache.device)
         if selection is not None:
@@ -155,7 +156,8 @@ def attention_metadata(
 ) -> ByWindow:
     """How consecutive tokens attend to the cache, for each window that the layers have.
 
-    Of the keys, several tokens with a window read only those that they may attend to.
+    Of the keys, several tokens with a window read only those that they may attend to. For tokens that are not
+    consecutive, ALL_KEYS has to replace the band.
 
     Args:
         ropes: The tokens' rotary tables, on the device. The other tensors are on the CPU, or all on the device.

@@ -200,6 +200,7 @@ class Call:
             return
         cache.intact = False  # until `commit`, since K and V of tokens that the cache counts change, layer by layer
         for at in positions.split(self.chunk_size, dim=1):
+            # Without windows and images, a token's slot is its position, and its rotary position too.
             (there,) = to_device([at], cache.device)
             attention = attention_metadata(self.module.rope(there), cache, at, cache.lengths)
             if at.shape[1] > 1:  # these tokens are not consecutive; a single one has no band, as in decode

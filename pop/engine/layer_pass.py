@@ -118,11 +118,11 @@ class LayerPass:
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             at = chunk.attention[layer.window]
-            places = at.rope, at.slots, *self.keys_values[index]
+            arguments = at.rope, at.slots, *self.keys_values[index]
             if z is None:
-                self.stages.pruned_layer(layer, h, *places)
+                self.stages.pruned_layer(layer, h, *arguments)
             else:
-                self.stages.corrected_layer(layer, h, z, group.corrections.weight[number], *places)
+                self.stages.corrected_layer(layer, h, z, group.corrections.weight[number], *arguments)
 
 
 class ReplayedPasses(LayerPass):

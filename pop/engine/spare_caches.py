@@ -13,7 +13,7 @@ FEWEST_TOKENS = 256  # tokens. All sizes are multiples of it, so that a spare ca
 class SpareCaches:
     """Makes caches for a model's answers, and keeps up to `most` of them when the answers have ended.
 
-    Without any to keep, as on a CPU, every cache is new.
+    Without any to keep, as on a CPU, every cache is new. Otherwise `free_bytes` must know the device's memory.
     """
 
     def __init__(self, most: int):

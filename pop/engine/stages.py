@@ -15,7 +15,7 @@ from pop.engine.selection import received
 from pop.pruning.corrections import code, corrected_keys_values
 
 Results = tuple[Tensor, ...]
-Work = Callable[[], Results]  # a decode step (decode_step.py) or a pass (layer_pass.py), on fixed memory
+Work = Callable[[], Results]  # a function for `replay`: a decode step (decode_step.py) or a pass (layer_pass.py)
 
 
 def full_layer(layer, h, keys, values, metadata: AttentionMetadata):
@@ -50,9 +50,9 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: the plain ones, or replacements such as compiled ones.
 
-    `replay(module, what, other)` returns a runner. Each call of the runner takes the same work, and runs it once. The
-    runner may record the work, and repeat the record later. `what` says in words which work it is. `other` is a runner
-    of which no work runs at the same time, so both may use the same memory.
+    `replay(module, what, other)` returns a runner. Each call of the runner takes the same function, and runs it once.
+    The runner may record the function, and repeat the record later. `what` says in words which function it is. `other`
+    is a runner of which no function runs at the same time, so both may use the same memory.
     """
 
     full_layer: Callable[..., Tensor] = full_layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from pop.runner import FULL_DEPTH, padded
 from pop.system.memory import to_device
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Batch:
     """Prompts of different lengths, and their answers."""
 
@@ -33,6 +33,7 @@ class Batch:
     params: SamplingParams  # how all answers are sampled, and where they end
     plan: PrunePlan  # the resolved plan of the prompts
     began: float  # when the call began, by time.perf_counter(); the seconds of the answers count from it
+    _: KW_ONLY
     is_list: bool = False  # whether `generate` returns a list
     earlier: KVCache | None = None  # a cache of one row, which all prompts continue and none changes
     # All tokens before the prompts: those in `earlier`, then any sampled token that has not run yet.
@@ -42,6 +43,7 @@ class Batch:
     def __post_init__(self):
         model = self.model
         params = self.params
+        self.earlier_tokens = list(self.earlier_tokens)
         if params.stop:
             model.need_tokenizer("stop")
 
@@ -49,14 +51,14 @@ class Batch:
         seeds = params.seeds(len(self.prompts))
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)
-        self.rules = LogitsRules(model, params, [[*self.earlier_tokens, *prompt] for prompt in self.prompts])
+        self.rules = LogitsRules(model, params, [self.earlier_tokens + prompt for prompt in self.prompts])
 
         self.answers = [
             Answer(model.tokenizer, ends, params.stop, limit, seed)
             for limit, seed in zip(self._limits(), seeds, strict=True)
         ]
         # An answer's last token is sampled but never run, so it needs no slot.
-        longest = max(map(len, self.prompts)) + params.max_new_tokens - 1
+        longest = max(map(len, self.prompts)) + int(params.max_new_tokens) - 1
         self.max_seq_len = min(model.max_seq_len, len(self.earlier_tokens) + longest)
         self.cache: KVCache | None = None  # made by `prefill`
         self.times: list[float] = []  # when each token of the batch was there, by time.perf_counter()
@@ -124,7 +126,7 @@ class Batch:
         logits = self.prefill()  # [B, V]
         rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
         while True:
-            tokens, pieces = self._take_tokens(logits, rows)
+            tokens, pieces = self._next_tokens(logits, rows)
             self.after_step(self)
             yield pieces
             unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
@@ -135,10 +137,10 @@ class Batch:
                 tokens = self._keep_rows(unfinished, tokens)
             logits = self.model.decode_prepared(tokens, self.cache)
 
-    def _take_tokens(self, logits: Tensor, rows: list[int]) -> tuple[Tensor, list[str]]:
+    def _next_tokens(self, logits: Tensor, rows: list[int]) -> tuple[Tensor, list[str]]:
         """Pick the next token of each row from logits [B, V], and give it to the row's answer.
 
-        Returns the tokens [B], and the text that they settle, for each answer of the batch.
+        Returns the tokens [B] to run next, and the text that they settle, for each answer of the batch.
         """
         answers = [self.answers[row] for row in rows]
         generators = [answer.generator for answer in answers]

@@ -111,9 +111,16 @@ def _in_order(run: re.Match) -> str:
 
 # All that a tokenizer.json may set. Other settings must be off. Truncation and padding do not change a text's ids.
 _SETTINGS = {
-    "version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "truncation",
+    "version",
+    "added_tokens",
+    "truncation",
     "padding",
-}  # fmt: skip
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+}
 _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 
 

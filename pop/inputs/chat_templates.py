@@ -18,9 +18,8 @@ from pop.inputs.tokenizers import any_of, splitter
 Template = Callable[..., str]  # called with messages, tools and other variables by name
 
 # For checkpoints without a template: what `chat_format` of `pop.load` may name.
-TEMPLATES = {
-    path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].glob("data/chat/*.jinja"))
-}
+FOLDER = Path(__file__).parents[1] / "data" / "chat"
+TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
 
 
 class ControlMarks:

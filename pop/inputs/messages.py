@@ -50,17 +50,17 @@ def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[
     _check_keys(message, n)
     role = message["role"]
     try:
-        calls = [read_call(given) for given in message.get("tool_calls") or ()]
+        calls = [read_call(call) for call in message.get("tool_calls") or ()]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise InputError(f"{where}: tool_calls must be a list like {[tool_call('f', {'x': 1})]}") from None
-    content = message.get("content")
-    if calls and content is None:
-        content = ""
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
-    parts = [_read_part(part, where, vision) for part in content]
+    given = message.get("content")
+    if calls and given is None:
+        given = ""
+    if isinstance(given, str):
+        given = [{"type": "text", "text": given}]
+    if not isinstance(given, list) or not given:
+        raise InputError(f"{where}: the content must be text or a list of parts, got {given!r:.80}.")
+    parts = [_read_part(part, where, vision) for part in given]
     text = "".join(part for part in parts if isinstance(part, str))
     shown = [part for part in parts if isinstance(part, Prepared)]
     if shown and role != "user":
@@ -70,11 +70,10 @@ def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[
     thoughts = message.get("reasoning_content")
     if not isinstance(thoughts, str | None):
         raise InputError(f"{where}: reasoning_content must be text, got {thoughts!r:.80}.")
+    written = text
     if shown:  # templates need no pixels
-        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in parts]
-    else:
-        content = text
-    checked = message | {"content": content}
+        written = [{"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in parts]
+    checked = message | {"content": written}
     checked.pop("tool_calls", None)
     if calls:
         checked["tool_calls"] = calls

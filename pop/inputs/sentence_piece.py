@@ -45,15 +45,15 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> Tokenizer:
     vocab = {model.id_to_piece(id): id for id in range(len(model)) if not model.is_unused(id)}
     bytes_of = _bytes_of(vocab)
     # The pieces that sentencepiece finds in no text: the unknown piece, control pieces and user-defined ones.
-    unspelt = {name: id for name, id in vocab.items() if model.is_control(id) or model.is_unknown(id)}
+    not_found = {name: id for name, id in vocab.items() if model.is_control(id) or model.is_unknown(id)}
 
     special, others, _ = sort_added(added, vocab)
-    for name, id in unspelt.items():
+    for name, id in not_found.items():
         if name in _CONTROL or model.is_unknown(id) or original.is_control(id):
             special[name] = id
-    others |= unspelt
+    others |= not_found
     others = {name: id for name, id in others.items() if name not in special}
-    refuse_spelt(special.keys() | _CONTROL, vocab.keys() - unspelt.keys())
+    refuse_spelt(special.keys() | _CONTROL, vocab.keys() - not_found.keys())
     bos_id = model.bos_id()
     return Tokenizer(
         model.encode,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pop.errors import PlanError
 from pop.models.config import DTYPES
+from pop.models.layers import KeysValues
 from pop.pruning.sketch import SKETCH_SIZE
 
 
@@ -53,7 +54,7 @@ def code(layer, h: Tensor, previous: Tensor, shared: Tensor) -> Tensor:
     return layer.multiply(torch.cat((x, before), dim=-1), shared)
 
 
-def corrected_keys_values(layer, h, z, weight, rope) -> tuple[Tensor, Tensor]:
+def corrected_keys_values(layer, h, z, weight, rope) -> KeysValues:
     """K and V of a pruned layer of a calibrated plan, each [B, T, K, E], as the cache holds them.
 
     Args:

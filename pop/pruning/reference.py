@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.models.images import TEXT, Images
+from pop.models.layers import KeysValues
 from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan  # 20 and 16 tokens
 
 # Shapes: T tokens, of which N are the prompt's, D numbers in h, H heads of width E for queries, K for keys and values,
 # V tokens in the vocabulary, and R numbers in a code. k and v are keys and values. Their names in text are K and V.
+# KeysValues are those of one layer, each [T, K, E], or [1, T, K, E] while the layers run.
 # `images` below is what images bring to a prompt (pop/models/images.py). TEXT: it has none. Then `last_attended` is
 # None, `at` returns TEXT, and `rotary`, `place` and `add_deepstack` return what they get.
-
-KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E], or [1, T, K, E] while the layers run
 
 
 def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> Tensor:
@@ -67,9 +67,9 @@ def run_layers(
 
     h = images.place(module.embed(tokens[None]))  # [1, T, D]
     groups = plan.to(h.device, h.dtype).groups(len(module.layers), module.deepstack_layers)
-    groups = [group for group in groups for _ in group.layers]  # for each layer, the one that it belongs to
+    group_of = [group for group in groups for _ in group.layers]  # by layer
     for index, layer in enumerate(module.layers[:stop]):
-        group = groups[index]
+        group = group_of[index]
         rope = ropes[layer.window]
         skips = ~full_depth & group.is_pruned  # [T]
         if selected is not None and index > plan.selects_at:

@@ -57,9 +57,9 @@ def test_the_layers_below_the_pruned_ones_run_once(model, notes):
 def test_a_quick_judge_has_the_shortest_windows(model):
     judge = Judge(model, windows_of(random_texts(2, 60, 30, 90, 45)))
     quick = judge.on_shortest(2, least=30)
-    assert [case.cut for case in quick.cases] == [30, 40]
-    assert [case.cut for case in judge.on_shortest(2, least=61).cases] == [20, 30], "none is long enough"
-    assert [case.cut for case in judge.cases] == [40, 20, 60, 30]
+    assert [case.prompt_length for case in quick.cases] == [30, 40]
+    assert [case.prompt_length for case in judge.on_shortest(2, least=61).cases] == [20, 30], "none is long enough"
+    assert [case.prompt_length for case in judge.cases] == [40, 20, 60, 30]
     assert quick.losses(PLAN) != judge.losses(PLAN)
 
 
@@ -117,8 +117,8 @@ def test_the_held_out_windows_have_three_lengths(media, count, size, longest, ex
 def test_a_continuation_leaves_room_for_the_passage(spare):
     model = tiny_model(tiny_config(), max_seq_len=60 + spare)
     (case,) = Judge(model, windows_of(random_texts(2, 60))).cases
-    assert (case.cut, case.continued, len(case.passage)) == (40, min(20, 10 + spare), 10)
-    assert len(case.full) == case.continued + len(case.passage)
+    assert (case.prompt_length, case.continuation_length, len(case.passage)) == (40, min(20, 10 + spare), 10)
+    assert len(case.full) == case.continuation_length + len(case.passage)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=3), st.integers(0, 99), st.integers(0, 9))

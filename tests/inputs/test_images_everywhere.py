@@ -162,7 +162,7 @@ def test_the_judge_continues_after_the_last_image(model):
     for number, ((window, ones), case) in enumerate(zip(windows, judge.cases, strict=True)):
         passage = case.passage
         cut = [len(window) * 2 // 3, 19 + len(tokens_of(b)) - 1, len(window) - 1][number]
-        assert case.cut == cut
+        assert case.prompt_length == cut
         kl = naive_kl(model, plan, window + passage, cut, images_of(model, window, ones))
         texts.append(kl[: len(window) - cut + 1])
         passages.append(kl[len(window) - cut + 1 : -1])
@@ -172,7 +172,8 @@ def test_the_judge_continues_after_the_last_image(model):
     assert judge.losses(plan)[:2] == pytest.approx(expected, rel=1e-4)
     tight = pop.Model(model.module, model.config, max_seq_len=len(windows[1][0]), compile=False)
     (case,) = Judge(tight, windows[1:2]).cases
-    assert (case.cut + case.continued, case.passage) == (len(windows[1][0]), [])  # no room for the passage
+    assert case.prompt_length + case.continuation_length == len(windows[1][0])
+    assert case.passage == []  # no room for it
 
 
 def test_the_judge_continues_after_an_image_that_follows_a_video():
@@ -185,7 +186,7 @@ def test_the_judge_continues_after_an_image_that_follows_a_video():
     )
     window = tokens_of(2, film, *range(3, 21), image, 5)
     (case,) = Judge(model, [(window, [image, film])]).cases
-    assert (window[case.cut - 1], window[case.cut :], case.continued) == (60, [63, 5], 2)
+    assert (window[case.prompt_length - 1], window[case.prompt_length :], case.continuation_length) == (60, [63, 5], 2)
 
 
 def test_calibration_with_images(model, notes):

@@ -33,7 +33,7 @@ def vision_flops(config, patches: Sequence[int]) -> int:
     P = sum(patches)
     blocks = P * (4 * C**2 + 2 * C * vision.intermediate_size) + sum(2 * C * count**2 for count in patches)
     if isinstance(vision, Qwen3VisionConfig):
-        values = 3 * vision.frames * vision.patch_size**2
+        values = 3 * vision.frames * vision.patch_size**2  # three channels of a patch's pixels, in all its frames
         square = vision.merge_size**2  # patches of a token
         num_tokens = P // square
         # Two matrices turn a square of patches into a token, and two more for each DeepStack layer.
