@@ -91,19 +91,11 @@ def test_an_answer_may_call_tools():
     assert said({"choices": [{"message": {"content": "Hi", "reasoning": "Hm."}}]}) == "Hm.Hi"
 
 
-@pytest.mark.parametrize(
-    ("name", "line", "message"),
-    [
-        ("log.jsonl", '{"messages": [{"role": "assistant", "content": "Hi"}]}', "line 1 holds no question"),
-        ("log.jsonl", "{", "line 1 is not a conversation"),
-        ("log.jsonl", "\n", "holds no conversation"),
-        ("log.txt", "Hi", "must end in .jsonl"),
-    ],
-)
-def test_a_file_without_requests_is_refused_before_a_server_is_asked(name, line, message, tmp_path, capsys):
-    (tmp_path / name).write_text(line)
-    assert check_chats.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+def test_a_request_without_a_question_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"messages": [{"role": "assistant", "content": "Hi"}]}')
+    with pytest.raises(InputError, match="log.jsonl, line 1 holds no question"):
+        check_chats.questions_in(str(path))
 
 
 def test_requests_become_prompts_for_a_benchmark(requests, tmp_path, capsys):
@@ -119,11 +111,6 @@ def test_requests_become_prompts_for_a_benchmark(requests, tmp_path, capsys):
     (tmp_path / "odd.jsonl").write_text(json.dumps({"messages": [{"role": "user", "name": "A"}]}))
     assert prompts.main([str(folder), str(tmp_path / "odd.jsonl"), str(tmp_path / "none")]) == 2
     assert "request 1: message 0" in capsys.readouterr().err and not (tmp_path / "none").exists()
-
-
-def test_answers_that_could_not_be_written_are_not_asked_for(requests, tmp_path, capsys):
-    assert check_chats.main([requests, "--out", str(tmp_path / "missing" / "out")]) == 2
-    assert "the answers cannot be written" in capsys.readouterr().err
 
 
 def test_what_decides_the_form_of_an_answer_is_sent(tmp_path):
