@@ -244,14 +244,6 @@ def test_a_disk_that_is_full_from_the_start_promises_nothing(calibration, run, m
     assert not list(pathlib.Path().glob("my.plan*"))
 
 
-def test_the_speedup_reaches_the_library(calibration, run, monkeypatch):
-    def calibrate(model, texts, *, speedup, **options):
-        raise pop.InputError(f"asked for {speedup}")
-
-    monkeypatch.setattr(pop, "calibrate", calibrate)
-    assert run(*calibration[1], "--speedup", "1.2", status=2).err.endswith("asked for 1.2\n")
-
-
 @pytest.mark.parametrize(
     ("words", "prompt"),
     [
