@@ -52,29 +52,27 @@ def test_conversations_that_cannot_be_used_are_left_out_with_a_note(tmp_path, mo
     assert note.startswith(f"2 of 3 conversations cannot be used; the first is {path}, line 1: message 0 has the role")
 
 
-def test_a_message_of_a_developer_is_one_of_the_system(tmp_path, model):
-    told = [{"role": "system", "content": "Be brief."}, *ASKED]
-    path = write(tmp_path, {"messages": [told[0] | {"role": "developer"}, *ASKED]})
-    assert encoded(model, read_text(path)) == [model.chat_format().encode(told)]
+SYSTEM = {"role": "system", "content": "Be brief."}
+DEVELOPER = {"role": "developer", "content": "Be polite."}
+EMPTY = {"role": "system", "content": ""}
 
 
-def test_several_system_messages_at_the_beginning_become_one(tmp_path, model):
-    given = {"messages": [{"role": name, "content": name} for name in ("system", "developer")] + ASKED}
-    path = write(tmp_path, given)
-    told = [{"role": "system", "content": "system\n\ndeveloper"}, *ASKED]
-    assert encoded(model, read_text(path)) == [model.chat_format().encode(told)]
-    assert len(conversation(json.dumps(given), "line 1")["messages"]) == 2 + len(ASKED)  # as a server gets them
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([DEVELOPER], SYSTEM | {"content": "Be polite."}),
+        ([SYSTEM, DEVELOPER], SYSTEM | {"content": "Be brief.\n\nBe polite."}),
+        ([EMPTY], EMPTY),
+    ],
+)
+def test_messages_of_the_system_and_of_a_developer_become_one(given, told, tmp_path, model):
+    path = write(tmp_path, {"messages": [*given, *ASKED]})
+    assert encoded(model, read_text(path)) == [model.chat_format().encode([told, *ASKED])]
 
 
-def test_the_name_of_a_tool_stays():
-    messages = [{"role": "tool", "name": "f", "content": "1"}]
+def test_a_server_gets_each_system_message_and_the_name_of_a_tool():
+    messages = [SYSTEM, SYSTEM, *ASKED, {"role": "tool", "name": "f", "content": "1"}]
     assert conversation(json.dumps({"messages": messages}), "line 1")["messages"] == messages
-
-
-def test_an_empty_system_message_stays(tmp_path, model):
-    messages = [{"role": "system", "content": ""}, *ASKED]
-    path = write(tmp_path, {"messages": messages})
-    assert encoded(model, read_text(path)) == [model.chat_format().encode(messages)]
 
 
 def test_tools_are_written_as_the_chat_format_writes_them(tmp_path, model, monkeypatch):
