@@ -53,23 +53,21 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_two_plans_are_measured_beside_full_depth(run, tmp_path):
-    (out, _), asked = run("--input-len", "300", "--tensor-parallel-size", "2", "--enable-prefix-caching")
+    """Quantised weights have the limits of the original ones."""
+    options = ["--input-len", "300", "--tensor-parallel-size", "2", "--enable-prefix-caching"]
+    (out, _), asked = run(*options)
     words = ["--model", str(tmp_path / "tiny"), "--input-len", "300", "--batch-size", "1", "--output-len", "1"]
-    words += ["--tensor-parallel-size", "2", "--enable-prefix-caching", "--no-enable-prefix-caching"]
+    words += [*options[2:], "--no-enable-prefix-caching"]
     assert asked == [[words, [], 1, 0.0], [words, [4, 5], 192, 0.0], [words, [4, 5], 192, 0.0512]]
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:3] for row in rows] == [["none", "2", "1.00x"], ["plain", "1", "2.00x"], ["selects", "1", "2.00x"]]
     model = pop.load(tmp_path / "tiny", prune=None)
     plans = [pop.PrunePlan((4, 5), 192, 1, full_depth_selected=share) for share in (0.0, 0.0512)]
     assert [row[3] for row in rows[1:]] == [f"{plan.speedup(model, 300):.2f}x" for plan in plans]
-
-
-def test_quantised_weights_have_the_limits_of_the_original_ones(run, tmp_path):
-    (out, _), _ = run("--input-len", "300")
     path = tmp_path / "tiny" / "config.json"
     fields = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "compressed-tensors"}}
     path.write_text(json.dumps(fields))
-    assert run("--input-len", "300")[0].out == out
+    assert run(*options)[0].out == out
 
 
 def test_a_saved_plan_is_measured_in_their_place(run, tmp_path):
