@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from PIL import Image
-from support.tiny import random_model, tiny_config
+from support.tiny import tiny_config, tiny_model
 from support.tiny_qwen3_vl import FILM, IMAGE_MARK, VIDEO_MARK, A, B, seeing_model
 
 import pop
@@ -69,8 +69,7 @@ def test_chat_shows_images_with_the_first_message_of_a_conversation(command, mod
 
 @pytest.mark.parametrize("words", [("generate", "m", "Hi"), ("chat", "m")])
 def test_the_command_line_refuses_what_cannot_be_seen(command, model, words):
-    config = tiny_config(vocab_size=926)
-    blind = pop.Model(random_model(config), config, model.tokenizer, compile=False)
+    blind = tiny_model(tiny_config(vocab_size=926), tokenizer=model.tokenizer, compile=False)
     out, said = command(*words, "--image", "a.png", typed="Hi\n", loaded=blind, status=2)
     assert out == "" and "llama model takes text only" in said and "images" in said
     out, said = command(*words, "--image", "c.png", typed="Hi\n", status=2)

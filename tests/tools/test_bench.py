@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 import torch
 from support.replay import Replay
-from support.tiny import hf_config, random_model, tiny_config, write_checkpoint
+from support.tiny import hf_config, tiny_config, tiny_model
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import pop
@@ -22,11 +22,6 @@ from tools.bench import measure, processes, shapes
 from tools.bench.tower import vision_flops
 
 pytestmark = pytest.mark.usefixtures("given_rates")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(write_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured under Linux")
@@ -65,7 +60,7 @@ def test_prompts_may_begin_with_an_image(seeing, capsys):
     assert tower["ratio"]["median"] == pytest.approx(share * full / flops)
 
 
-def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
+def test_the_command_line_end_to_end(tiny_folder, tmp_path, capsys, monkeypatch):
     children = []
 
     def in_child(what, argv, cache, extra=()):
@@ -78,7 +73,7 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
     options = (
         f"--layers 4 --lengths 16,8 --runs 1 --decode-steps 2 --prune 0.5 --dtype bfloat16 --device cpu --plot {drawn}"
     )
-    assert bench.main(["--shape", folder, *options.split(), "--json", str(path)]) == 0
+    assert bench.main(["--shape", tiny_folder, *options.split(), "--json", str(path)]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert json.loads(path.read_text()) == result
@@ -98,8 +93,7 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
 
 def test_short_prompts_are_measured_as_a_gpu_replays_them(monkeypatch):
     """But those that `measure_cold` measures are new."""
-    module = random_model(tiny_config(num_layers=2))
-    model = pop.Model(module, module.config, compile=False)
+    model = tiny_model(tiny_config(num_layers=2), compile=False)
     model._stages.replay = Replay
     model._stages.replayed_tokens = 8
     prefill, calls = engine.prefill, []

@@ -6,7 +6,7 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
-from support.tiny import random_model, tiny_config
+from support.tiny import tiny_config, tiny_model
 
 import pop
 from pop.pruning import cost
@@ -17,8 +17,7 @@ from tools.common import timed
 
 @pytest.fixture
 def model():
-    config = tiny_config()
-    return pop.Model(random_model(config), config, compile=False)
+    return tiny_model(tiny_config(), compile=False)
 
 
 def test_rounds_alternate_and_the_first_is_not_recorded():

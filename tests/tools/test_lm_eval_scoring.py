@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.harness import close, ids, instances, naive
-from support.tiny import random_model, tiny_gemma3_config
+from support.tiny import tiny_gemma3_config, tiny_model
 
 import pop
 from pop.errors import InputError
@@ -61,8 +61,7 @@ def test_the_greedy_flag_and_long_continuations(make, monkeypatch, at_once):
 
 def test_a_long_continuation_leaves_the_context_to_the_next_one():
     """Layers with windows hold no more than a window and a chunk: after that, the context is prefilled again."""
-    config = tiny_gemma3_config()
-    model = pop.Model(random_model(config), config, plan=0.5, chunk_size=8)
+    model = tiny_model(tiny_gemma3_config(), plan=0.5, chunk_size=8)
     contexts = [[9, 8, 7, 6, 5, 4], list(range(20, 32))]
     continuations = [[[11, 12], [13], [14, 15]], [list(range(40, 60)), [12, 13, 14]]]
     scored = scoring.score(model, contexts, continuations)
