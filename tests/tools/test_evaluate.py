@@ -152,9 +152,11 @@ def test_one_run_prints_the_report_of_the_figures_in_json(run, tiny_folder, text
     assert sum(log_probs) / len(log_probs) == pytest.approx(row["log_prob"])
 
 
-def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder, text_file):
-    result = run("--prune 0.6 --seed 3 --new-tokens 3 --tasks text,generation,ruler,retrieval")
-    model = pop.load(tiny_folder, prune=None)
+def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder, text_file, notes):
+    loaded = notes(pop, "load", lambda name, **options: options["compile"])
+    result = run("--prune 0.6 --seed 3 --new-tokens 3 --tasks text,generation,ruler,retrieval --no-compile")
+    assert loaded == [False]
+    model = pop.load(tiny_folder, prune=None, compile=False)
     made = selection.make_contenders(model, ["0.6"], [])
     tokens = model.tokenizer.encode(text_file.read_text(encoding="utf-8"), bos=False)
     windows = text.spread_windows(tokens, 40, 5, model.tokenizer.bos_id)
@@ -201,14 +203,6 @@ def test_a_plan_that_prunes_no_prompt_of_some_length_is_named(tiny, capsys):
     evaluate._note_unpruned(args, [Contender(name, tiny, plan) for name, plan in plans.items()])
     (line,) = capsys.readouterr().err.splitlines()
     assert "long prunes no prompt of fewer than 512 tokens" in line
-
-
-def test_no_compile_reaches_the_model(run, monkeypatch):
-    options = []
-    load = pop.load
-    monkeypatch.setattr(pop, "load", lambda name, **given: options.append(given) or load(name, **given))
-    run("--tasks ttft --no-compile")
-    assert options[0]["compile"] is False
 
 
 def test_human_eval_runs_from_the_command_line(run, capsys, monkeypatch):
