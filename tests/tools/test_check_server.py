@@ -101,19 +101,19 @@ def test_a_prompt_about_conversations_has_one_bos(tmp_path):
     said = [{"messages": [{"role": "user", "content": "Sphinx of black quartz. " * 5}]} for _ in range(9)]
     questions, tokenizer = check_server.questions_of(folder, [900], 1, 3, [[("line 1", chat) for chat in said]])
     assert {question.prompt.count(tokenizer.bos_id) for question in questions[900]} == {1}
+    assert all("quartz" in tokenizer.decode(question.prompt) for question in questions[900])
 
 
-def test_questions_can_be_about_a_text_of_ones_own(tiny_folder, tmp_path, capsys, notes):
+def test_questions_can_be_about_a_text_of_ones_own(tiny_folder, tmp_path, monkeypatch, capsys):
     text = "Sphinx of black quartz, judge my vow. " * 200
-    chat = {"messages": [{"role": "user", "content": text}]}
-    for given in (text, [("line 1", chat)]):
-        questions, tokenizer = check_server.questions_of(tiny_folder, [900], 1, 3, [given])
-        assert all("quartz" in tokenizer.decode(question.prompt) for question in questions[900])
+    questions, tokenizer = check_server.questions_of(tiny_folder, [900], 1, 3, [text])
+    assert all("quartz" in tokenizer.decode(question.prompt) for question in questions[900])
     (tmp_path / "mine.txt").write_text(text)
-    asked = notes(check_server, "questions_of", lambda *given: given[-1])
+    made = Mock(return_value=(questions, tokenizer))
+    monkeypatch.setattr(check_server, "questions_of", made)
     words = [tiny_folder, "--url", "http://127.0.0.1:1/v1", "--lengths", "900", "--questions", "1", "--text"]
     assert check_server.main([*words, str(tmp_path / "mine.txt")]) == 2
-    assert asked == [[text]]
+    assert made.call_args.args[-1] == [text]
     err = capsys.readouterr().err
     assert "does not answer" in err and err.count("\n") == 1  # there is no server
     assert check_server.main([*words, str(tmp_path / "missing.txt")]) == 2
