@@ -222,19 +222,19 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 WHAT = {"type": "text", "text": "What is this?"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def qwen():
     """A tiny Qwen3-VL, which takes images and tools."""
     return seeing_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def qwen_url(qwen):
     with serving(qwen) as (_, address):
         yield address
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def qwen_client(qwen_url):
     return client_of(qwen_url)
 
@@ -260,7 +260,7 @@ def image(url, **more):
 
 
 def test_an_image_is_what_its_data_url_holds(qwen, qwen_client):
-    asked = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    asked = {"model": "tiny", "max_tokens": 4, "temperature": 0, "extra_body": FRESH}
     answer = qwen_client.chat.completions.create(**asked, messages=user([image(data_url(A)), WHAT]))
     expected = qwen.chat(user([{"type": "image", "image": A}, WHAT]), max_new_tokens=4)
     assert answer.choices[0].message.content == expected.text
@@ -335,12 +335,11 @@ def test_values_that_ask_for_nothing(url, path, also):
     assert ask(url, path, BODIES[path] | also)[0] == 200
 
 
-def test_the_first_token_is_waited_for_from_when_the_request_has_arrived(model, monkeypatch):
+def test_the_first_token_is_waited_for_from_when_the_request_has_arrived(url, monkeypatch):
     """Also while others are encoded."""
     understand = app.understand
     monkeypatch.setattr(app, "understand", lambda *args: time.sleep(0.5) or understand(*args))
-    with serving(model) as (_, url):
-        usage = ask(url, "/chat/completions", CHAT | {"max_tokens": 2})[1]["usage"]
+    usage = ask(url, "/chat/completions", CHAT | {"max_tokens": 2})[1]["usage"]
     assert usage["time_to_first_token"] > 0.5
 
 
@@ -405,12 +404,11 @@ def test_every_route_says_how_many_tokens_were_pruned_and_when_the_first_one_cam
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
+def start(tiny_folder, monkeypatch):
     """start(*words) runs the command with a tiny model up to where it would answer. Returns its status."""
-    folder = write_chat_checkpoint(tmp_path / "chat")
     monkeypatch.setattr("tools.serve.__main__.threading.Thread", Mock())
     monkeypatch.setattr("tools.serve.__main__.uvicorn", Mock())
-    return lambda *words: main([str(folder), "--port", "0", *words])
+    return lambda *words: main([tiny_folder, "--port", "0", *words])
 
 
 def test_the_options_reach_the_model(start, monkeypatch, capsys):
@@ -586,9 +584,9 @@ def test_tool_calls_in_responses(qwen, qwen_client, says, notes):
 
 def test_images_in_responses(qwen_client):
     shown = data_url(random_bytes(600, 600, 3, seed=1))
-    asked = {"model": "tiny", "temperature": 0}
+    asked = {"model": "tiny", "temperature": 0, "extra_body": FRESH}
     items = user([{"type": "input_image", "image_url": shown, "detail": "low"}, WHAT | {"type": "input_text"}])
-    answer = qwen_client.responses.create(**asked, input=items, max_output_tokens=4, extra_body=FRESH)
+    answer = qwen_client.responses.create(**asked, input=items, max_output_tokens=4)
     messages = user([image(shown, detail="low"), WHAT])
     chat = qwen_client.chat.completions.create(**asked, messages=messages, max_tokens=4)
     assert answer.output_text == chat.choices[0].message.content
@@ -790,7 +788,7 @@ def test_a_client_that_hangs_up_frees_its_place(model, monkeypatch):
 
 
 @pytest.mark.parametrize("route", ["completions", "responses"])
-def test_an_error_within_a_stream_ends_it(model, monkeypatch, route):
+def test_an_error_within_a_stream_ends_it(client, monkeypatch, route):
     """Before the first piece, the status tells of it. The client learns nothing of what failed."""
     draws = []
 
@@ -802,14 +800,13 @@ def test_an_error_within_a_stream_ends_it(model, monkeypatch, route):
 
     monkeypatch.setattr(Row, "draw", draw)
     asked = {"completions": TEXT | {"max_tokens": 30}, "responses": {"model": "tiny", "input": "Hello"}}[route]
-    with serving(model) as (_, url):
-        create = getattr(client_of(url), route).create
-        stream = create(**asked, stream=True)
-        with pytest.raises(openai.APIError, match="the server failed") as caught:
-            list(stream)
-        assert "secret" not in str(caught.value.body)
-        with pytest.raises(openai.InternalServerError, match="the server failed"):
-            list(create(**asked, stream=True))
+    create = getattr(client, route).create
+    stream = create(**asked, stream=True)
+    with pytest.raises(openai.APIError, match="the server failed") as caught:
+        list(stream)
+    assert "secret" not in str(caught.value.body)
+    with pytest.raises(openai.InternalServerError, match="the server failed"):
+        list(create(**asked, stream=True))
 
 
 def test_who_may_ask(model):
