@@ -1,6 +1,7 @@
 """One row's answer: `Answer` while it grows, `Generation` when it has ended."""
 
 import dataclasses
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -43,8 +44,8 @@ class Answer:
         self.stop = stop
         self.max_new_tokens = max_new_tokens
         self.generator = torch.Generator().manual_seed(seed)  # of the numbers by which its tokens are drawn
-        # Holds back incomplete characters. None: the answer is token ids only.
-        self.text_of = None if tokenizer is None else tokenizer.text_stream()
+        self.tokenizer = tokenizer  # None: the answer is token ids only
+        self.decoder = getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
         self.tokens: list[int] = []
         self.logprobs: list[float | None] = []
         self.text = ""  # settled: no later token changes it
@@ -55,16 +56,17 @@ class Answer:
         """Take the next token, and return the text that it settles. A finished answer takes nothing more."""
         if self.finish_reason:
             return ""
+        data = b""
         if token in self.end_ids:
             self.finish_reason = "stop"
-            token = None
         else:
             self.tokens.append(token)
             self.logprobs.append(logprob)
             if len(self.tokens) == self.max_new_tokens:
                 self.finish_reason = "length"
-        if self.text_of is not None:
-            self.pending += self.text_of(token, self.finish_reason is not None)
+            if self.tokenizer is not None:
+                data = self.tokenizer.token_bytes(token)
+        self.pending += self.decoder.decode(data, self.finish_reason is not None)
         # Where each stop string begins, and its length.
         found = sorted((self.pending.find(stop), len(stop)) for stop in self.stop if stop in self.pending)
         if found:

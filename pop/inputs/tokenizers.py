@@ -3,7 +3,6 @@
 Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's BPE of characters in sentence_piece.py.
 """
 
-import codecs
 import copy
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -133,11 +132,6 @@ class Tokenizer:
             return self._bytes_of[id]
         except (KeyError, TypeError):
             raise InputError(f"token id {id!r} is not in the vocabulary of {self.vocab_size} tokens.") from None
-
-    def text_stream(self) -> Callable[[int | None, bool], str]:
-        """Return a function that takes an answer's next id and whether it is the last. It returns whole characters."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda id, last: decoder.decode(b"" if id is None else self.token_bytes(id), last)
 
 
 def splitter(ids: dict[str, int]) -> Splitter:

@@ -33,7 +33,6 @@ from support.tiny_qwen3_vl import A, seeing_model
 
 import pop
 from pop.generation.sampling import SamplingParams
-from pop.inputs.tokenizers import Tokenizer
 from tools.serve import requests as limits
 from tools.serve.__main__ import main
 from tools.serve.replies import error_object
@@ -244,7 +243,8 @@ def says(monkeypatch):
     """says(text): from now on, every answer has this text."""
 
     def says(text):
-        monkeypatch.setattr(Tokenizer, "text_stream", lambda self: lambda token, last: text if last else "")
+        decoder = Mock(decode=lambda data, last: text if last else "")
+        monkeypatch.setattr("pop.generation.answers.getincrementaldecoder", lambda encoding: lambda errors: decoder)
 
     return says
 
