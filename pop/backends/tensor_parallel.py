@@ -191,18 +191,17 @@ class Part:
         for (name, parameter), of_whole in zip(model.named_parameters(), whole.parameters(), strict=True):
             self.num_parameters += of_whole.numel()
             for axis in range(-of_whole.dim(), 0):
-                count = of_whole.shape[axis]
-                if parameter.shape[axis] != count:
-                    self.shards[name] = self._shard(name, axis, count)
+                if parameter.shape[axis] != of_whole.shape[axis]:
+                    self.shards[name] = self._shard(name, of_whole, axis)
         return model
 
-    def _shard(self, name: str, axis: int, count: int) -> Shard:
-        """Which of `count` rows or columns of a parameter the rank has."""
+    def _shard(self, name: str, whole: Tensor, axis: int) -> Shard:
+        """Which rows or columns of a whole parameter the rank has."""
         *_, kind, last = name.split(".")
-        width = count
+        width = whole.shape[axis]
         if last == "gate_up_proj":  # of each expert: gate's rows, then those of up
-            width = count // 2
-        return Shard(axis, count, width, self.kv_rows if kind in OF_KV_HEADS else self._share(width))
+            width //= 2
+        return Shard(whole, axis, width, self.kv_rows if kind in OF_KV_HEADS else self._share(width))
 
     def _share(self, count: int) -> range:
         """The rank's share of `count`, which is divided as evenly as possible."""

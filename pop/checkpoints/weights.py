@@ -50,9 +50,9 @@ BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 class Shard:
     """The part of a parameter that one of several processes holds (pop/backends/tensor_parallel.py)."""
 
-    axis: int  # along which the parameter is cut. It counts from the end, where a single expert has the same axes
-    whole: int  # the length of the whole parameter along that axis
-    width: int  # the same, or half of it for gate_up_proj
+    whole: Tensor  # the whole parameter, on the meta device
+    axis: int  # along which it is cut. It counts from the end, where a single expert has the same axes
+    width: int  # its length along that axis, or half of it for gate_up_proj
     share: range  # of each width, which the part has
 
     def of_whole(self, tensor: Tensor) -> Tensor:
@@ -88,11 +88,7 @@ def load_weights(
     """
     shards = shards or {}
     parameters = dict(module.named_parameters())
-    whole = dict(parameters)
-    for name, shard in shards.items():
-        shape = list(parameters[name].shape)
-        shape[shard.axis] = shard.whole
-        whole[name] = torch.empty(shape, device="meta")
+    whole = parameters | {name: shard.whole for name, shard in shards.items()}
     sources = _survey(folder, module.config, whole)
     weights = {name: torch.empty(one.shape, dtype=dtype, device=device) for name, one in parameters.items()}
     targets = {}
