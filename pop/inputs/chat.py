@@ -53,7 +53,6 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Tokenizer, vision: Processor, template: str):
-        self.tokenizer = tokenizer
         self.vision = vision
         self._variables = tokenizer.template_variables
         self._places = vision.marks  # for each kind, what a template writes in its place
@@ -72,20 +71,16 @@ class ChatFormat:
         self.tokenizer = tokenizer.reserving([*around, *self._spoken])
         after_answer = self._names(rest.partition(_QUESTION)[0])
         self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
+        ids = self.tokenizer.special_tokens
+        self.end_ids = tuple(ids[name] for name in dict.fromkeys(self.ends) if name in ids)  # these end an answer
         continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
         self.opening = prompt[len(begun) :] if continues else ""  # the text that opens the model's turn
 
         texts = [template, *self._variables.values(), *self._places.values()]
-        self._marks = ControlMarks(self.tokenizer.special_tokens, texts)
+        self._marks = ControlMarks(ids, texts)
         self._variables = {key: self._marks.put(text) for key, text in self._variables.items()}
         self._places = {kind: self._marks.put(text) for kind, text in self._places.items()}
         self._template = jinja(self._marks.put(template))
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        ids = self.tokenizer.special_tokens
-        return tuple(ids[name] for name in dict.fromkeys(self.ends) if name in ids)
 
     def encode(self, messages: list[dict], add_generation_prompt: bool = True, **options) -> list[int]:
         """Return the token ids of a conversation. Arguments as for `prompt`."""
