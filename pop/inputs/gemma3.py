@@ -37,10 +37,10 @@ class GemmaProcessor(Processor):
         ids = [config.boi_id, *placeholders, config.eoi_id]
         return Prepared(kind, pixels, ("\n\n", ids, "\n\n"))
 
-    def _placed(self, module, rows, runs, lengths, feature_index):
+    def _placed(self, module, media, frames, lengths, feature_index):
         M = self.config.vision.tokens_per_image
         weight = next(module.parameters())
-        pixels = torch.cat([one.pixels for media in rows for one in media])  # [N, 3, S, S]
+        pixels = torch.cat([one.pixels for one in media])  # [N, 3, S, S]
         parts = pixels.split(IMAGES_AT_ONCE)
         features = [module.image_features(part.to(weight, non_blocking=True)) for part in parts]  # [images, M, D] each
         look_ahead = (M - 1 - feature_index % M).where(feature_index >= 0, 0)

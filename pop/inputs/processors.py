@@ -103,14 +103,17 @@ class Processor:
         if not self.placeholders:
             return TEXT
         feature_index = torch.full_like(tokens, -1, device="cpu")
-        runs = []  # of each row
+        frames = []  # for each row, where each run of placeholders is, and its grid
         count = 0
         for row, (media, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-            runs.append(self.runs(tokens[row, :length], media, f"row {row}"))
-            for run in chain.from_iterable(runs[row]):
+            runs = self.runs(tokens[row, :length], media, f"row {row}")
+            frames.append([(run, one.grid) for one, own in zip(media, runs, strict=True) for run in own])
+            for run, _ in frames[row]:
                 feature_index[row, run.start : run.stop] = torch.arange(count, count + len(run))
                 count += len(run)
-        return self._placed(module, rows, runs, lengths, feature_index) if count else TEXT
+        if not count:
+            return TEXT
+        return self._placed(module, list(chain.from_iterable(rows)), frames, lengths, feature_index)
 
     def prepare_batch(self, images, videos, num_rows: int) -> list[list[Prepared]]:
         """Return each row's images and then its videos, prepared from the forms that `pop.Model.generate` accepts."""

@@ -147,12 +147,10 @@ class QwenProcessor(Processor):
             pieces.append([config.end_id])
         return Prepared(kind, pixels, tuple(pieces), grid)
 
-    def _placed(self, module, rows, runs, lengths, feature_index):
+    def _placed(self, module, media, frames, lengths, feature_index):
         rope_positions = feature_index.new_zeros(3, *feature_index.shape)
         for row, length in enumerate(lengths.tolist()):
-            frames = [(run, one.grid) for one, own in zip(rows[row], runs[row], strict=True) for run in own]
-            rope_positions[:, row, :length] = image_positions(length, frames, self.config.vision.merge_size)
-        media = [one for row in rows for one in row]
+            rope_positions[:, row, :length] = image_positions(length, frames[row], self.config.vision.merge_size)
         pixels = torch.cat([one.pixels for one in media])  # [P, ...]
         features, deepstack = module.image_features(pixels, [one.grid for one in media])
         return Images(features, feature_index, rope_positions=rope_positions, deepstack=deepstack)
