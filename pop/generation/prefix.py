@@ -71,10 +71,13 @@ class Prefix:
                 cut = tokens[0]
         self._encoded = self.tokens[:cut]
         self._left_tokens = self.tokens[cut:]  # encoded with each prompt
-        self._left_media = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] >= cut]
+        self._left_media = []
+        encoded = []  # images and videos that no prompt encodes again
+        for one, tokens in zip(media, ranges, strict=True):
+            part = encoded if tokens[0] < cut else self._left_media
+            part.append(one)
         self._cache = None
         if cut:
-            encoded = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] < cut]
             tokens, lengths = padded([self._encoded])
             self._cache = model.new_cache(1, cut)
             model.prefill_prepared(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
