@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ from urllib.request import Request
 import pytest
 import torch
 from support import hub_server
+from support.disk import full_disk
 from support.goldens import REFUSED
 from support.hub_server import COMMIT, LISTING, REPOSITORY, HubServer, cut, other, redirect, stall, status
 from support.tiny import shard
@@ -227,7 +227,6 @@ def interrupted(server, folder):
     def begin(how):
         def fault(handler):
             cut(0.5)(handler)
-            handler.wfile.flush()
             while not part.exists() or part.stat().st_size != half:
                 time.sleep(0.01)
             how()
@@ -573,13 +572,9 @@ def test_too_little_disk_space(server, folder, monkeypatch):
 
 
 def test_a_disk_that_fills_up(server, folder):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert len(server.files[TWO]) > 20_000 > len(server.files["tokenizer.json"])
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    with full_disk(room=20_000):
         refused(f"{partial(folder)} is kept", os.strerror(errno.EFBIG), error=CheckpointError)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not folder.exists()
     server.requests.clear()
     fetch_right(folder, server)

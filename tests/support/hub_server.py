@@ -89,15 +89,16 @@ class Handler(BaseHTTPRequestHandler):
             return json.dumps(self.server.listing()).encode()
         return self.server.files[self.path.rsplit("/", 1)[-1]]
 
-    def file(self, shift: int = 0):
-        """Answer as asked, but start `shift` bytes later and say so."""
+    def file(self, shift: int = 0, part: float = 1.0):
+        """Answer as asked, but start `shift` bytes later and say so, or break off after a part of the answer."""
         data = self.body()
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
         headers = {"Accept-Ranges": "bytes"}
         if wanted:
             headers["Content-Range"] = f"bytes {start + shift}-{len(data) - 1}/{len(data)}"
-        self.answer(data[start + shift :], headers, 206 if wanted else 200)
+        rest = data[start + shift :]
+        self.answer(rest[: int(part * len(rest))], headers, 206 if wanted else 200, length=len(rest))
 
     def answer(self, data: bytes, headers: dict[str, str] | None = None, status: int = 200, length: int | None = None):
         """Send an answer. length: a false Content-Length, or a negative number for none."""
@@ -135,12 +136,7 @@ def cut(part: float = 0.5, reset: bool = False):
     """Break off after a part of what was asked for."""
 
     def fault(handler):
-        data = handler.body()
-        wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted else 0
-        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {}
-        rest = data[start:]
-        handler.answer(rest[: int(part * len(rest))], headers, 206 if wanted else 200, length=len(rest))
+        handler.file(part=part)
         handler.wfile.flush()
         if reset:
             handler.server.released.wait(0.2)  # without this pause, the reset would also discard what was sent
@@ -155,7 +151,6 @@ def stall(part: float = 0.5):
 
     def fault(handler):
         cut(part)(handler)
-        handler.wfile.flush()
         handler.server.released.wait(60)
 
     return fault
