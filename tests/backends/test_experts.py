@@ -118,15 +118,17 @@ def test_cpus_keep_the_loop():
     assert torch.equal(experts.fastest(*tokens), by_expert(*tokens, linear=experts.linear))
 
 
-@pytest.mark.parametrize("width", [14, 15, 30])
+LAYOUTS = [(dict, 1), (dict, 3), (experts_one_by_one, 3), (experts_transposed, 1), (experts_transposed, 2)]
+
+
 @pytest.mark.parametrize(
-    ("layout", "size"),
-    [(dict, 1), (dict, 3), (experts_one_by_one, 3), (experts_transposed, 1), (experts_transposed, 2)],
+    ("layout", "size", "width"), [*((*one, width) for one in LAYOUTS for width in (14, 15, 30)), (dict, 6, 3)]
 )
 def test_each_process_reads_its_part_of_any_layout(tmp_path, layout, size, width):
     """Of each expert, every process has a share of gate, of up and of down. One process has all.
 
-    If experts are 15 or 30 wide, gate and up together, or down, are square, so shapes do not tell the layout.
+    If experts are 15 or 30 wide, gate and up together, or down, are square, so shapes do not tell the layout. Of
+    experts that are 3 wide, three of six processes have no share.
     """
     config = tiny_qwen3_moe_config(num_kv_heads=6, experts=ExpertsConfig(count=7, per_token=3, width=width))
     write_weights(tmp_path, config, seed=3)

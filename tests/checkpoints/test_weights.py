@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.goldens import REFUSED
-from support.tiny import shard, tiny_config, tiny_qwen3_moe_config, write_checkpoint, write_index, write_weights
+from support.tiny import shard, tiny_config, write_checkpoint, write_index
 
 import pop
 from pop.backends.tensor_parallel import Part
@@ -21,7 +21,7 @@ from pop.checkpoints.config_json import read_config
 from pop.checkpoints.weights import load_weights
 from pop.errors import CheckpointError, ConfigError, PopError
 from pop.models import build
-from pop.models.config import ExpertsConfig, LlamaConfig
+from pop.models.config import LlamaConfig
 
 INDEX = "model.safetensors.index.json"
 
@@ -127,22 +127,6 @@ def test_large_tensors_are_copied_in_slices(rank, processes, tmp_path, monkeypat
     embedding = stored(tmp_path)["model.embed_tokens.weight"].chunk(processes)[rank]
     assert torch.equal(module.state_dict()["model.embed_tokens.weight"], embedding)
     assert max(copied) <= 2**20 and sum(copied) == sum(weight.nbytes for weight in module.parameters())
-
-
-@pytest.mark.parametrize("rank", range(6))
-def test_a_process_may_have_no_share_of_the_experts(rank, tmp_path):
-    """Six processes share experts of width 3."""
-    config = tiny_qwen3_moe_config(num_heads=6, num_kv_heads=6, experts=ExpertsConfig(count=4, per_token=2, width=3))
-    write_weights(tmp_path, config, seed=0)
-    part = Part(config, rank, 6)
-    module = part.build()
-    load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=part.shards)
-    whole = stored(tmp_path)
-    for name, weight in module.state_dict().items():
-        if name.endswith("experts.down_proj"):
-            share = part.shards[name].share
-            assert torch.equal(weight, whole[name][..., share.start : share.stop])
-            assert len(share) in (0, 1)
 
 
 def test_progress_bar(tmp_path, monkeypatch, capsys):
