@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from support.compiler import requires_compiler, requires_new_torch
 from support.goldens import GOLDENS
-from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, corrections, run
+from support.nightly import NIGHTLY
+from support.parallel_worker import LENGTHS, PROMPT, corrections, run
 from support.readme import READMES, blocks
 from support.tiny import tiny_config, tiny_olmo2_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
@@ -42,7 +43,7 @@ CASES = {
     "conversation": {"checkpoint": "chat"},
 }
 # By number of processes. Four take long; what two cannot show is more than one head that has copies.
-RUNS = {2: [*CASES], 4: [*CASES] if THOROUGH else ["tied", "calibrated"]}
+RUNS = {2: [*CASES], 4: [*CASES] if NIGHTLY else ["tied", "calibrated"]}
 TEXTS = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
 LAYERS = pop.PrunePlan((1, 3, 4))
 TORCHRUN = [re.sub(r"\\\n *", "", block).strip() for block in blocks("bash") if block.startswith("torchrun ")]
@@ -142,7 +143,7 @@ def test_several_processes_calibrate_and_compile_as_one_does(ranks, folder):
     for found in (_of("calibrated", rank) for rank in ranks):
         for name, tensor in corrections(plan).items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
-        if THOROUGH or len(ranks) == 2:
+        if NIGHTLY or len(ranks) == 2:
             torch.testing.assert_close(found["compiled"], step, rtol=0, atol=2e-5)
 
 
@@ -156,7 +157,7 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(folder)
 
 
 @requires_new_torch  # torch 2.8 prints lines of Gloo's as well
-@pytest.mark.parametrize("line", TORCHRUN if THOROUGH else TORCHRUN[:1], ids=lambda line: line.split()[1])
+@pytest.mark.parametrize("line", TORCHRUN if NIGHTLY else TORCHRUN[:1], ids=lambda line: line.split()[1])
 def test_the_readmes_lines_print_once_what_one_process_prints(line, tmp_path, monkeypatch, capsys):
     """With a tiny model under the given name, two processes, and this machine instead of two machines."""
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path))
@@ -283,7 +284,7 @@ for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], params, model.resolve(
 ENDS = {"killed": "Signal 9", "raised": "on purpose", "ended": "exitcode"}
 
 
-@pytest.mark.parametrize("how", ENDS if THOROUGH else ["raised"])
+@pytest.mark.parametrize("how", ENDS if NIGHTLY else ["raised"])
 def test_a_rank_that_fails_ends_the_others(how, folder, tmp_path):
     """Within seconds, although they wait for its sums during a generation."""
     script = tmp_path / "failing.py"
@@ -301,13 +302,12 @@ def test_a_rank_that_fails_ends_the_others(how, folder, tmp_path):
     assert time.time() - float(re.search(r"failed at (\S+)", said)[1]) < 20
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_norm_of_keys_is_cut_as_the_keys_are(size):
+def test_the_norm_of_keys_is_cut_as_the_keys_are():
     """Four ranks hold two copies of each of OLMo-2's two K/V heads, so two of them hold the same half of the norm."""
     config = tiny_olmo2_config(num_heads=4, num_kv_heads=2)
     cut = []
-    for rank in range(size):
-        part = Part(config, rank, size)
+    for rank in range(4):
+        part = Part(config, rank, 4)
         part.build()
         attention = "model.layers.0.self_attn."
         keys = part.shards[f"{attention}k_proj.weight"].share

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from support import fake_captures
+from support.nightly import NIGHTLY
 from torch._inductor import config as inductor
 
 import pop
@@ -33,7 +34,6 @@ from pop.engine import compile
 from pop.pruning import selection
 from pop.system import memory
 
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # compiling takes most of the time
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
 LENGTHS = [9, 5]
 # For the tiny models with a vision tower: pixels a side of an image, and a prompt.
@@ -71,12 +71,12 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
 
 
 def compiled(model: pop.Model) -> torch.Tensor:
-    """A step of a batch through torch.compile. A thorough run also compiles its calibrated prefill."""
+    """A step of a batch through torch.compile. The nightly run also compiles its calibrated prefill."""
     ready = compile.ReadyStages(model.module, compile=True, required=True)
     ready._renew()
     stages = ready._stages
     cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
-    prefill_stages = stages if THOROUGH else engine.EAGER
+    prefill_stages = stages if NIGHTLY else engine.EAGER
     engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, prefill_stages)
     return engine.decode(model.module, torch.tensor([3, 8]), cache, stages)
 
@@ -159,7 +159,7 @@ def main(folder: Path) -> None:
         found.update({f"{name}/{what}": tensor.contiguous() for what, tensor in run(model).items()})
         found[f"{name}/read"] = torch.tensor([sum(read)])
         found[f"{name}/agreed"] = torch.tensor([len(agreed)])
-        if case.get("compile") and (size == 2 or THOROUGH):
+        if case.get("compile") and (size == 2 or NIGHTLY):
             found[f"{name}/compiled"] = compiled(model)
         if case.get("calibrate"):
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
