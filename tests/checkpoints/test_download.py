@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -237,14 +239,15 @@ def interrupted(server, folder):
 
 
 def test_a_download_continues_after_a_kill(server, folder, interrupted):
-    half = interrupted(lambda: os.kill(child, signal.SIGKILL))
-    child = os.fork()
-    if child == 0:
-        try:
-            fetch()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    half = interrupted(lambda: process.kill())
+    code = (
+        "from pop.checkpoints import download, registry\n"
+        f"registry.MODELS['tiny'] = registry.Entry('tiny', 'llama', 1, {REPOSITORY!r})\n"
+        "download.download('tiny')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    assert process.wait(1200) == -signal.SIGKILL
     assert not folder.exists()
     fetch_right(folder, server)
     assert server.asked(ONE) == [None, f"bytes={half}-"]
