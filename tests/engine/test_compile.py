@@ -23,6 +23,7 @@ from support.tiny import (
     tiny_config,
     tiny_gemma3_config,
     tiny_gemma3_vl_config,
+    tiny_model,
     tiny_qwen3_vl_config,
 )
 from support.tiny_images import both_ways, random_bytes
@@ -224,6 +225,10 @@ def test_a_compiled_model_can_be_copied(pair):
     compiled, eager, _ = pair
     twin = copy.deepcopy(compiled)
     assert twin.generate([3, 4, 5], max_new_tokens=4).tokens == eager.generate([3, 4, 5], max_new_tokens=4).tokens
+
+
+def test_tiny_models_run_eagerly_by_default():
+    assert not tiny_model(tiny_config()).compiled
 
 
 def test_where_nothing_compiles_auto_logs_it_once_and_true_is_refused(monkeypatch, caplog):
