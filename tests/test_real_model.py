@@ -157,12 +157,10 @@ def test_selected_tokens_bring_answers_back(model):
     """Codes, facts and quotations of speech on prompts of 512 tokens, read by the plan of 14 layers that ships.
 
     By the right answers' log-probability, beside the full model's: -0.81 nats, and -1.41 if no tokens are selected.
-    With fewer last tokens and more selected ones, as it once had, it is -0.51.
     """
     plan = pop.PrunePlan.load("smollm2-135m-14")
     alone = dataclasses.replace(plan, full_depth_selected=0.0)
-    more = dataclasses.replace(plan, full_depth_last=96, full_depth_selected=0.0558)
-    plans = {"full": pop.PrunePlan.none(), "selected": plan, "alone": alone, "more selected": more}
+    plans = {"full": pop.PrunePlan.none(), "selected": plan, "alone": alone}
     contenders = [Contender(name, model, plan) for name, plan in plans.items()]
     texts = {name: model.tokenizer.encode(read_text(files), bos=False) for name, files in read_domains([]).items()}
     writer = Writer(model, texts, seed=3)
@@ -171,4 +169,3 @@ def test_selected_tokens_bring_answers_back(model):
     nats = {name: row["difference"]["value"] for name, row in rows.items()}
     print(nats)
     assert nats["selected"] > nats["alone"] + 0.3
-    assert nats["more selected"] > -0.8
