@@ -168,4 +168,4 @@ def test_selected_tokens_bring_answers_back(model):
     rows = evaluate_retrieval(contenders, questions)["rows"]
     nats = {name: row["difference"]["value"] for name, row in rows.items()}
     print(nats)
-    assert nats["selected"] > nats["alone"] + 0.3
+    assert nats["selected"] > max(nats["alone"] + 0.3, -1.1)

@@ -36,8 +36,8 @@ class Graph:
     The function takes no arguments, and its Python reads no number of a tensor: the record has the numbers of one call.
     The caller gets copies of the results.
 
-    A record reads the weights as they lay in memory. So it is made anew if their dtypes, shapes, strides or
-    storages change, and for another number of threads.
+    A record reads the weights as they lay in memory. So it is made anew if their dtypes, shapes, strides or storages
+    change, and for another number of threads.
 
     The function runs as it is without compiled code, and if an operator gives a number. At the third call it runs, and
     its results are compared with those of its record. If they differ, it is not repeated.

@@ -34,7 +34,6 @@ class RopeConfig:
 
     def __post_init__(self):
         _check(self.factor >= 1, f"the RoPE factor must be at least 1, not {self.factor}")
-        _check(self.kind != "default" or self.factor == 1, f"a RoPE factor of {self.factor} needs another kind")
         _check(
             self.high_freq_factor > self.low_freq_factor,
             f"high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor})",

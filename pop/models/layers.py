@@ -64,18 +64,21 @@ class GemmaRMSNorm(RMSNorm):
 def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
     """The angle per position of each rotated pair: [E/2] float32 (Su et al. 2021, with Llama-3.1's scaling).
 
-    "linear" divides all frequencies by `factor`, which is 1 in "default". "llama3" decides by wavelength. With a
-    context of M original tokens, it divides frequencies whose wavelength is above M / low_freq_factor. It keeps those
-    whose wavelength is below M / high_freq_factor, and blends the rest.
+    "linear" divides all frequencies by `factor`. "llama3" decides by wavelength. With a context of M original tokens,
+    it divides frequencies whose wavelength is above M / low_freq_factor. It keeps those whose wavelength is below
+    M / high_freq_factor, and blends the rest.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = 1.0 / rope.base**exponents
+    if rope.kind == "linear":
+        return frequencies / rope.factor
     if rope.kind == "llama3":
         wavelengths = 2 * math.pi / frequencies
         turns = rope.original_max_positions / wavelengths  # in the original context
-        kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        kept = kept.clamp(0, 1)
         return (1 - kept) * frequencies / rope.factor + kept * frequencies
-    return frequencies / rope.factor
+    return frequencies
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor) -> Rope:

@@ -88,6 +88,18 @@ def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch
     assert unjudged.judgement == ", does not hold"
 
 
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b'{"layers": [1], "about": []}', b'{"layers":[1],"\\u001b[2J":1}']
+)
+def test_a_file_that_is_no_plan_is_refused_in_a_sentence(content, tmp_path, run):
+    path = tmp_path / "plan"
+    if content is not None:
+        path.write_bytes(content)
+    out, err = run("plans", path, status=2)
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert str(path) in err and err.strip().isprintable()
+
+
 HOSTILE = "\x1b]0;x\a\n\x9b2J\u202e\ud800" + "x" * 4000
 WRONG = {"answers": {HOSTILE: {"256": [1, 2]}}, "loss": {HOSTILE: 3}, "kept": [HOSTILE], "sentence": None}
 

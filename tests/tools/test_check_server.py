@@ -124,6 +124,7 @@ def test_questions_can_be_about_a_text_of_ones_own(tiny_folder, tmp_path, monkey
     ("models", "completions", "says"),
     [
         ({}, {}, "other JSON"),
+        ({"data": []}, {}, "other JSON"),
         ({"data": [{"id": "m"}]}, {}, "ignores the plan|other JSON"),
         ({"data": [{"id": "m"}]}, {"choices": [{"text": None}]}, "other JSON"),
         ({"data": [{"id": "m"}]}, ["x"], "other JSON"),

@@ -42,7 +42,7 @@ from support.gguf_files import (  # noqa: E402
 # ---- weights
 
 
-@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_1, Q.Q4_K, Q.Q6_K])
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_1, Q.Q4_K, Q.Q6_K])
 def test_tensor_types(tmp_path, kind):
     """Every value is what `gguf` dequantises, in bfloat16."""
     tensors = make_tensors(width=256, quantised=kind)
@@ -228,6 +228,7 @@ def test_refused_by_name(tmp_path, error, keys, changed, words):
     [
         (lambda file: write_gguf(file, {}, {}, "mamba"), "mamba"),
         (lambda file: write_gguf(file, make_tensors(), LLAMA_KEYS, endianess=gguf.GGUFEndian.BIG), "big-endian"),
+        (lambda file: file.touch(), "not a sound GGUF file"),
         (lambda file: file.write_text("no GGUF file at all"), "not a sound GGUF file"),
     ],
 )

@@ -218,7 +218,7 @@ def test_each_weight_is_checked(tmp_path, monkeypatch, name, value, said):
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("value", [Bomb(), [], torch.ones(3)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", [Bomb(), [], 3, None, torch.ones(3)], ids=lambda value: type(value).__name__)
 def test_files_of_something_else_are_refused(tmp_path, monkeypatch, value):
     """Saved by torch, and as a bare pickle."""
     from_meta(tmp_path / "meta")

@@ -87,12 +87,14 @@ def test_an_own_method_keeps_its_description(tiny, monkeypatch):
     assert (made.name, made.method) == ("mine", "every second")
 
 
-def test_a_saved_plan_keeps_its_corrections_and_is_called_by_how_they_were_made(tiny, tmp_path):
-    plan = pop.PrunePlan((2, 3), 1, 1, random_corrections(tiny.config, (2, 3), 0, model=tiny))
+def test_calibrated_contenders_carry_corrections(tiny, tmp_path):
+    full, made = selection.make_contenders(tiny, ["calibrated:0.6"], [], calibration=[list(range(3, 200)) * 12])
+    assert made.plan.corrections.layers == made.plan.layers == (2, 3, 4)
+    assert made.flops(64) < full.flops(64)
     for steps, method in ((0, "calibrated"), (3, "distilled")):
-        dataclasses.replace(plan, about={"steps": steps}).save(tmp_path / "saved.plan")
+        dataclasses.replace(made.plan, about={"steps": steps}).save(tmp_path / "saved.plan")
         _, saved = selection.make_contenders(tiny, [str(tmp_path / "saved.plan")], [])
-        assert (saved.method, contents(saved.plan)) == (method, contents(plan))
+        assert (saved.method, contents(saved.plan)) == (method, contents(made.plan))
 
 
 @pytest.fixture
