@@ -67,5 +67,4 @@ def grouped(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Te
     ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)  # [X], where each expert's pairs end
     both = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=ends)  # [N * k, 2 * I]
     out = F.grouped_mm(experts.gated(both), down.transpose(1, 2), offs=ends)  # [N * k, D]
-    out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, (-1, k))  # [N, k, D]
-    return (out * shares[..., None]).sum(1)
+    return experts.weighted(out, order, shares)

@@ -78,9 +78,13 @@ def by_expert(
         if len(tokens):
             inner = gated(linear(tokens[None], gate_up[expert]))  # [1, n, I]
             outputs.append(linear(inner, down[expert])[0])  # [n, D]
-    out = torch.cat(outputs)[order.argsort()]  # [N * k, D], in the order of `chosen`
-    out = out.unflatten(0, (-1, k))  # [N, k, D]
-    return (out * shares[..., None]).sum(1)
+    return weighted(torch.cat(outputs), order, shares)
+
+
+def weighted(out: Tensor, order: Tensor, shares: Tensor) -> Tensor:
+    """Results [N * k, D] of pairs in an `order` [N * k], and the shares [N, k] of the pairs -> [N, D]."""
+    out = torch.empty_like(out).index_copy(0, order, out)  # in the order of the tokens
+    return (out.unflatten(0, shares.shape) * shares[..., None]).sum(1)
 
 
 def gated(both: Tensor) -> Tensor:
