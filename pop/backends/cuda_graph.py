@@ -37,7 +37,7 @@ class Graph:
 
     def __init__(self, module: torch.nn.Module, what: str, other: Graph | None = None):
         self.device = next(module.parameters()).device
-        self.sum_over_processes = module.sum_over_processes
+        self.largest_of_processes = module.largest_of_processes
         self.refused = _refused.setdefault(module, set())
         self.what = what
         self.pool = other.pool if other else torch.cuda.graph_pool_handle()
@@ -79,7 +79,7 @@ class Graph:
                 reason = str(error.__context__ or error).split("\n")[0]
                 logger.warning("%s runs without a CUDA graph: %s", self.what, reason)
             failed = torch.tensor([self.graph is None], dtype=torch.int64, device=self.device)
-            if self.sum_over_processes(failed):
+            if self.largest_of_processes(failed):
                 self.refused.add(self.what)
                 self.graph = None
         return results

@@ -174,7 +174,6 @@ class Part:
         with torch.device("meta"):
             model = models.build(self.config)
             whole = models.build(self.whole)
-        model.sum_over_processes = add_up
         model.largest_of_processes = largest
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]

@@ -160,7 +160,7 @@ class ReadyStages:
         except Exception as error:
             reason = error
             failures = failures + 1
-        if self.module.sum_over_processes(failures).any():
+        if self.module.largest_of_processes(failures).any():
             raise reason
 
     @engine_modes()

@@ -82,8 +82,8 @@ class PrunableModel(nn.Module):
             tower, `vision_block_inputs(N, P)` returns zeros in the shapes that such a layer takes for N images of P
             patches.
         causal_attention: the attention of the plain pass. A backend may replace it.
-        sum_over_processes, largest_of_processes: if several processes share the model's heads, these reduce the tensors
-            that each process has computed from its own heads.
+        largest_of_processes: if several processes share the model's heads, this gives the maxima of tensors that each
+            process has computed from its own heads.
     """
 
     config: object
@@ -91,7 +91,6 @@ class PrunableModel(nn.Module):
     deepstack_layers: int = 0
     vision_blocks: str | None = None
     causal_attention = staticmethod(causal_attention)
-    sum_over_processes = staticmethod(lambda x: x)
     largest_of_processes = staticmethod(lambda x: x)
 
     @property
