@@ -62,7 +62,6 @@ class KVCache:
         self.max_seq_len = max_seq_len = check_count("max_seq_len", max_seq_len)
         self.chunk_size = check_count("chunk_size", chunk_size)
         self.has_windows = any(config.windows)
-        slots = [self.slots(window) for window in config.windows]
         size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
         self.intact = True
@@ -72,8 +71,12 @@ class KVCache:
             self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
             self.rope_offsets = torch.zeros_like(self.lengths)
             # Zeros, and zeros again in `reset`: a masked slot has attention weight 0, but 0 * NaN is NaN.
-            self.keys = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
-            self.values = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
+            self.keys = []
+            for window in config.windows:
+                # In memory [B, K, S + 1, E]. Attention goes through the slots head by head, so it reads them in order.
+                shape = (batch_size, config.num_kv_heads, self.slots(window) + 1, config.head_dim)
+                self.keys.append(torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2))
+            self.values = list(map(torch.zeros_like, self.keys))  # with the same strides
             hidden = (config.num_layers, batch_size, config.hidden_size)
             self.previous_hidden = torch.zeros(hidden, dtype=dtype, device=device)
             self.entered, self.skipped = _empty_states(self.previous_hidden, 0)
@@ -175,7 +178,7 @@ class KVCache:
         (device_rows,) = to_device([rows], self.device)
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory
-                # The memory stays in the order of empty_slots, in which heads come before slots.
+                # Heads stay before slots in memory.
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)
         self.entered = self.entered[device_rows]
         self.skipped = self.skipped[device_rows]
@@ -190,15 +193,6 @@ class KVCache:
     def slots(self, window: int | None) -> int:
         """S of a layer with this window."""
         return _slots(window, self.max_seq_len, self.chunk_size)
-
-
-def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Keys or values of a layer: zeros [B, S + 1, K, E], in memory [B, K, S + 1, E].
-
-    Attention goes through the slots head by head, so it reads contiguous memory.
-    """
-    shape = (batch_size, config.num_kv_heads, slots + 1, config.head_dim)
-    return torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
 
 
 def _empty_states(hidden: Tensor, slots: int) -> tuple[Tensor, Tensor]:
