@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from pop.models import base
 from pop.models.config import Qwen3VLConfig
 from pop.models.layers import rope_tables
-from pop.models.qwen3 import DecoderLayer
+from pop.models.qwen3 import Qwen3
 from pop.models.vision.qwen3_vl import Grid, VisionTower
 
 
-class Qwen3VL(base.DecoderModel):
-    layer_class = DecoderLayer
+class Qwen3VL(Qwen3):
     vision_blocks = "model.visual.blocks"
 
     def __init__(self, config: Qwen3VLConfig):
