@@ -8,7 +8,6 @@ from torch import Tensor
 from pop.calibration.passes import Pass
 from pop.errors import InputError
 from pop.pruning.plan import PrunePlan
-from pop.pruning.reference import full_depth_tokens
 
 Pair = tuple[list[int], list[int]]  # the token ids of a prompt and of its answer
 
@@ -39,7 +38,7 @@ def found_by_layer(model, prompt: list[int], answer: list[int], share: float, la
         plan = PrunePlan(
             (index + 1,), full_depth_first=1, full_depth_last=last, full_depth_selected=share, selecting_layer=index
         )
-        selected = model_pass.selected(plan, h, full_depth_tokens(T, T, plan))
+        selected = model_pass.selected(plan, h, T)
         found.append(selected[0, begin : begin + size].float().mean())
         h = model_pass.run_layer(index, h)
     return torch.stack(found).cpu()

@@ -90,24 +90,23 @@ class Pass:
                 continue
             for index in inside:
                 if plan.selects and index == plan.selects_at:
-                    whole = whole | self.selected(plan, h, full_depth[:prompt_length])
+                    whole = whole | self.selected(plan, h, prompt_length)
                 h = self.run_layer(index, h)
         return h
 
     @torch.no_grad()
-    def selected(self, plan: PrunePlan, h: Tensor, full_depth: Tensor) -> Tensor:
-        """The tokens [B, T] bool that a plan selects from prompts, by the h [B, T, D] that enters its selecting layer.
+    def selected(self, plan: PrunePlan, h: Tensor, prompt_length: int) -> Tensor:
+        """The tokens [B, T] bool that a plan selects from prompts, all of `prompt_length` tokens.
 
-        full_depth [prompt_length]: The tokens at full depth by their position.
+        h [B, T, D] enters its selecting layer.
         """
         B, T, _ = h.shape
-        length = len(full_depth)
-        rotary = self.images.rotary(torch.arange(length).expand(B, -1))
-        others = ~full_depth
-        lengths = torch.full((B,), length)
+        rotary = self.images.rotary(torch.arange(prompt_length).expand(B, -1))
+        others = ~full_depth_tokens(prompt_length, prompt_length, plan)
+        lengths = torch.full((B,), prompt_length)
         counts = torch.full((B,), plan.num_selected(int(others.sum())))
-        selected = select(self.module, plan, h[:, :length], rotary, lengths, others.expand(B, -1), counts)
-        return F.pad(selected, (0, T - length))
+        selected = select(self.module, plan, h[:, :prompt_length], rotary, lengths, others.expand(B, -1), counts)
+        return F.pad(selected, (0, T - prompt_length))
 
     def _attend(self, layer, q, k, v):
         return self.module.causal_attention(q, k, v, layer.scale, layer.window, self.last_attended)
