@@ -179,7 +179,7 @@ def check(args) -> int:
     model = _load(args)
     texts = [model.encode(one, "text") for text in given for one in encoded(model, text)]
     tokens = sum(map(len, texts))
-    if texts and tokens < lengths[-1] + CONTINUATION:
+    if texts and tokens < args.longest + CONTINUATION:
         print(
             f"pop: the texts have {tokens:,} tokens; longer prompts repeat them for questions, and for the KL built-in "
             "texts follow",
