@@ -139,7 +139,7 @@ def calibrate(
         "steps": steps,
         "seed": seed,
     }
-    run = _identity(model, (given, decides, speedup), [windows, judged], about)
+    run = _identity(model, (given, decides, speedup), windows + judged, about)
     keep = functools.partial(_keep, resume, run)
     plan = _unfinished(resume, run)
     begin = 0 if plan is None else plan.about["steps"]
@@ -201,16 +201,16 @@ def _windows(model, texts: list, images, videos, longest: int) -> list[Window]:
     return windows
 
 
-def _identity(model, asked, texts: list[list[Window]], about: dict) -> str:
-    """What tells a run from others, as a hash. texts: the windows to fit, and those that judge."""
-    tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
+def _identity(model, asked, windows: list[Window], about: dict) -> str:
+    """What tells a run from others, as a hash. windows: To fit, and then to judge by; `about` counts both."""
+    texts = [(tokens, [one.sha256 for one in media]) for tokens, media in windows]
     sampled = [
         weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)].tolist()
         for weight in model.module.parameters()
         if type(weight) is torch.nn.Parameter  # not of int8
     ]
     weights = model.sketch.tolist(), sampled, model.dtype, model.max_seq_len
-    return hashlib.sha256(repr((__version__, weights, asked, tokens, about)).encode()).hexdigest()
+    return hashlib.sha256(repr((__version__, weights, asked, texts, about)).encode()).hexdigest()
 
 
 def plan_numbers(model, rank: int) -> int:

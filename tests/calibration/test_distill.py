@@ -203,7 +203,7 @@ def test_all_that_decides_a_run_tells_it_from_others(model):
     def run(model=model, plan=PLAN, texts=TEXTS, judged=TEXTS[:1], media=None, rank=15):
         windows = [(text, [SimpleNamespace(sha256=media)] * bool(media)) for text in texts]
         about = {"rank": rank, "steps": 8, "seed": 0}
-        return calibrate_file._identity(model, plan, [windows, windows_of(judged)], about)
+        return calibrate_file._identity(model, plan, windows + windows_of(judged), about)
 
     config = tiny_config()
     half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
