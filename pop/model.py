@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 from typing_extensions import Unpack  # torch needs this package
 
@@ -202,7 +202,18 @@ class Model(Runner):
         in_chat = {"tools": tools, "enable_thinking": enable_thinking}
         return Prefix(self, prompt, in_chat, images=images, videos=videos, plan=plan)
 
-    def score(self, context, continuation, *, images=None, videos=None, plan=None) -> Any:
+    @overload
+    def score(self, context, continuation: str | list[int], *, images=None, videos=None, plan=None) -> float: ...
+
+    @overload
+    def score(
+        self, context, continuation: list[str] | list[list[int]], *, images=None, videos=None, plan=None
+    ) -> list[float]: ...
+
+    @overload
+    def score(self, context, continuation, *, images=None, videos=None, plan=None) -> float | list[float]: ...
+
+    def score(self, context, continuation, *, images=None, videos=None, plan=None):
         """log p(continuation | context): the natural logarithm, summed over the continuation's tokens.
 
         The context is pruned. Its last token and the continuation run at full depth, as decode would run them.

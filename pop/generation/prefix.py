@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any
+from typing import overload
 
 from typing_extensions import Unpack
 
 from pop.errors import InputError
+from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream, as_prompts
 from pop.generation.sampling import Options, sampling_params
 from pop.inputs.processors import Prepared
@@ -85,7 +86,22 @@ class Prefix:
     def __repr__(self) -> str:
         return f"<Prefix: {len(self.tokens):,} tokens, {len(self._left_tokens):,} of them encoded with each prompt>"
 
-    def generate(self, rest, *, images=None, videos=None, **options: Unpack[Options]) -> Any:
+    @overload
+    def generate(
+        self, rest: str | list[int], *, images=None, videos=None, **options: Unpack[Options]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, rest: list[str] | list[list[int]], *, images=None, videos=None, **options: Unpack[Options]
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(
+        self, rest, *, images=None, videos=None, **options: Unpack[Options]
+    ) -> Generation | list[Generation]: ...
+
+    def generate(self, rest, *, images=None, videos=None, **options: Unpack[Options]):
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
         Args:
