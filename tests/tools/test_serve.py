@@ -377,6 +377,19 @@ def test_a_request_chooses_its_plan(model):
             assert answer.choices[0].text == model.generate(**asked, max_new_tokens=9, plan=plan).text
 
 
+def test_prompts_of_more_tokens_than_the_longest_run_at_full_depth(model):
+    served = limits.Served(model, "tiny", {"half": pop.PrunePlan((1, 2))}, longest=20)
+
+    def plans(**asked):
+        body = {"model": "tiny", "prompt": [[5] * 20, [5] * 21], **asked}
+        return [job.plan for job in limits.understand(served, json.dumps(body).encode(), False, print).jobs]
+
+    assert plans() == [None, pop.PrunePlan.none()]
+    assert plans(plan="half") == [pop.PrunePlan((1, 2)), pop.PrunePlan.none()]
+    served.longest = None
+    assert plans() == [None, None]
+
+
 def test_every_route_says_how_many_tokens_were_pruned_and_when_the_first_one_came(url, model):
     """The plan runs the first 2 and the last 3 tokens at full depth."""
     text = "abc" * 9
@@ -465,12 +478,16 @@ def test_the_first_plan_is_the_default_and_has_its_own_name_too(start, tmp_path,
 
 @pytest.mark.parametrize(("host", "is_local"), [("127.0.0.1", True), ("0.0.0.0", False)])
 def test_the_key_and_whether_others_reach_the_host_go_to_the_server(host, is_local, start, monkeypatch):
-    """Without the first, anybody could use it. The second decides which names of hosts are checked."""
+    """Without the first, anybody could use it. The second decides which names of hosts are checked.
+
+    The longest prompt that is pruned goes there, too.
+    """
     made = Mock()
     monkeypatch.setattr("tools.serve.__main__.Server", made)
     monkeypatch.setenv("POP_API_KEY", "secret")
-    assert start("--prune", "none", "--host", host) == 0
+    assert start("--prune", "none", "--host", host, "--longest", "900") == 0
     assert made.call_args.args[2:4] == ("secret", is_local)
+    assert made.call_args.kwargs == {"longest": 900}
 
 
 @pytest.mark.parametrize("files", [["a/my.plan", "b/my.plan"], ["a/none.plan"]])
@@ -488,6 +505,7 @@ def test_two_plans_of_one_name_are_refused(files, start, tmp_path, capsys):
     [
         ("--prune none --prune default", "--prune default first"),
         ("--prune none --cache-mb -7", "--cache-mb is -7"),
+        ("--prune none --longest 0", "--longest is 0"),
         ("--port 99999", "cannot be served"),
     ],
 )

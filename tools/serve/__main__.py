@@ -48,6 +48,8 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         check_count(f"--{option}", getattr(args, option), least)
     if args.cache_mb is not None:
         check_count("--cache-mb", args.cache_mb, 0)
+    if args.longest is not None:
+        check_count("--longest", args.longest, 1)
     loading = ("max_seq_len", "device", "compile", "chat_format")
     default, *others = args.prune or ["default"]
     if "default" in others:
@@ -70,7 +72,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     is_local = LOCAL.fullmatch(args.host) is not None
     if key is None and not is_local:
         print(f"anybody who reaches {args.host} can use this server; set {KEY} to ask for a key", file=sys.stderr)
-    app = Server(engine, name, key, is_local, plans).app
+    app = Server(engine, name, key, is_local, plans, longest=args.longest).app
     options = {"log_level": "warning", "ws": "none", "lifespan": "off", "server_header": False}
     options |= {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 5}
     config = uvicorn.Config(app, **options)
@@ -127,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     plans = "as in pop.load: default, none, a share, a plan's path or name; repeat it to offer several to requests, "
     plans += "which call a file by its name; the first one is the default"
     parser.add_argument("--prune", action="append", help=plans)
+    parser.add_argument("--longest", type=int, help="prompts of more tokens run at full depth", metavar="TOKENS")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")
     parser.add_argument("--max-seq-len", type=int, help="the most tokens of a prompt and its answer")

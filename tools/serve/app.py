@@ -42,13 +42,20 @@ class Server:
         key: What clients must send as the API key. None asks for none, and answers only requests to this machine's
             own names if `is_local`: another site's page in a browser cannot reach the server under its own name.
         plans: What requests may name as their plan, besides "default" and "none".
+        longest: Prompts of more tokens run at full depth.
     """
 
     def __init__(
-        self, engine: Engine, name: str, key: str | None = None, is_local: bool = True, plans: dict | None = None
+        self,
+        engine: Engine,
+        name: str,
+        key: str | None = None,
+        is_local: bool = True,
+        plans: dict | None = None,
+        longest: int | None = None,
     ):
         self.engine, self.name, self.key, self.is_local = engine, name, key, is_local
-        self.served = Served(engine.model, name, plans)
+        self.served = Served(engine.model, name, plans, longest)
         self.reading = 0  # bytes of requests that are being read
         self.arriving = 0  # requests that are being encoded
         self.encoder = ThreadPoolExecutor(1)  # one at a time, so that their memory is bounded

@@ -71,11 +71,19 @@ class Served:
         model: A model with a tokenizer.
         name: What clients call it.
         plans: What requests may name as their plan, besides "default", the model's own, and "none".
+        longest: Prompts of more tokens run at full depth. None: every plan prunes prompts of any length.
     """
 
-    def __init__(self, model: pop.Model, name: str, plans: dict[str, pop.PrunePlan] | None = None):
+    def __init__(
+        self,
+        model: pop.Model,
+        name: str,
+        plans: dict[str, pop.PrunePlan] | None = None,
+        longest: int | None = None,
+    ):
         self.model = model
         self.name = name
+        self.longest = longest
         self.plans = {"default": None, "none": pop.PrunePlan.none(), **(plans or {})}
 
     @functools.cached_property
@@ -199,10 +207,12 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
     jobs = []
     for tokens, media in prompts:
         model.check_fits(len(tokens))
+        is_too_long = served.longest is not None and len(tokens) > served.longest
+        depth = served.plans["none" if is_too_long else plan]
         for number in range(answers):
             seed = None if params.seed is None else (params.seed + number) % 2**63
             one = dataclasses.replace(params, seed=seed)
-            job = Job(len(jobs), tokens, media, one, top_logprobs, emit, served.plans[plan], uses_kept)
+            job = Job(len(jobs), tokens, media, one, top_logprobs, emit, depth, uses_kept)
             jobs.append(job)
     most = sum(min(params.max_new_tokens, model.max_seq_len - len(job.tokens)) for job in jobs)
     if params.logprobs and most * (top_logprobs + 1) > MAX_LOGPROBS:
