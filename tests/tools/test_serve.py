@@ -5,6 +5,7 @@ import copy
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -34,7 +35,7 @@ from support.tiny_qwen3_vl import A, seeing_model
 import pop
 from pop.generation.sampling import SamplingParams
 from tools.serve import requests as limits
-from tools.serve.__main__ import main
+from tools.serve.__main__ import main, work
 from tools.serve.replies import error_object
 from tools.serve.rows import Row
 
@@ -498,6 +499,15 @@ def test_two_plans_of_one_name_are_refused(files, start, tmp_path, capsys):
         pop.PrunePlan((2,)).save(tmp_path / file)
     assert start(*offered("0.2", *(tmp_path / file for file in files))) == 2
     assert "rename the file" in capsys.readouterr().err
+
+
+def test_a_server_whose_engine_fails_ends(model, monkeypatch, capsys):
+    """So that what supervises it starts another one."""
+    leave = Mock()
+    monkeypatch.setattr(os, "_exit", leave)
+    work(Mock(run=Mock(side_effect=RuntimeError("lost")), model=model))
+    leave.assert_called_once_with(1)
+    assert "cpu cannot be used: lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

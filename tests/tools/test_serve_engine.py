@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise, product
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -447,6 +448,20 @@ def test_others_get_tokens_during_a_long_prefill():
     engine.submit([new_job(prompt(50, 1))])
     engine.turn()
     assert other.answer_tokens - before == (50 - 2) // 7 + 1
+
+
+@pytest.mark.parametrize("step", ["prefill_prepared", "decode"])
+def test_an_error_that_takes_the_device_with_it_ends_the_engine(step, paper, monkeypatch):
+    """Those who wait get the error. A lack of memory is no such error, also if the device has none left to be tried."""
+    engine, jobs = new_engine(paper), jobs_of((9, 9))
+    engine.submit(jobs)
+    monkeypatch.setattr(pop.Model, step, Mock(side_effect=RuntimeError("illegal address")))
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.OutOfMemoryError))
+    engine.turn()
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError("lost")))
+    with pytest.raises(RuntimeError, match="lost"):
+        engine.turn()
+    assert [str(job.events[-1].error) for job in jobs] == ["illegal address"] * 2
 
 
 def test_errors_reach_those_whom_they_concern(paper, monkeypatch, caplog, notes):

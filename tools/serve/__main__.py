@@ -38,6 +38,8 @@ def work(engine: Engine) -> None:
     """Run the engine. Without it the server is of no use, so it ends with it."""
     try:
         engine.run()
+    except Exception as error:
+        print(f"tools.serve ends, because {engine.model.device} cannot be used: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(1)
 

@@ -68,7 +68,7 @@ class Engine:
                     self.waiting.remove(job)
 
     def run(self) -> None:
-        """Work for ever."""
+        """Work for ever. Raises what torch raises once the device is lost."""
         while True:
             self.turn()
 
@@ -82,6 +82,7 @@ class Engine:
                 self._admit(job)
             except Exception as error:  # torch may raise nearly anything, and the other rows must continue
                 job.fail(error)
+                self._use_device()
         self._step()
 
     def _admit(self, job: Job) -> None:
@@ -142,6 +143,12 @@ class Engine:
             for row in self.rows:
                 row.job.fail(error)
             self.rows, self.cache = [], None
+            self._use_device()
+
+    def _use_device(self) -> None:
+        """Raise an error if the device can no longer be used, as a GPU cannot after a write to a wrong address."""
+        with suppress(torch.OutOfMemoryError):
+            torch.ones(1, device=self.model.device).tolist()
 
     def _next_tokens(self) -> None:
         drawn = {}
