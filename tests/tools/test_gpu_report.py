@@ -128,10 +128,13 @@ def test_parts_run_in_processes_that_may_hang_or_die(names, status, argv, capsys
     child.write_text(CHILD)
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
+    (tmp_path / "version").write_text("NVRM version: 570.1\nGCC version: 12\n")
+    monkeypatch.setattr(gpu_report, "DRIVER", tmp_path / "version")
     assert gpu_report.main([*names, *argv, "--limit", "1"]) == status
     out = capsys.readouterr().out
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert {"machine", "commit", "cuda"} < lines[0].keys()
+    assert lines[0]["driver"] == "NVRM version: 570.1"
     assert "prefill of 2,048" not in out  # which is estimated for another shape
     assert re.search(r"^matrix product +798 TFLOP/s +estimated$", out, re.M)
     if "decode" in names:

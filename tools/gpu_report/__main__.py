@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,7 @@ from tools.gpu_report import parts
 from tools.gpu_report.estimates import SHAPE, TARGETS, estimates
 
 LIMIT = 480  # seconds of a part
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +65,9 @@ def _run(args, argv: list[str], lines: list[dict]) -> None:
     if args.child:
         measure(setup, names[0])
         return
-    say({"machine": machine(setup.device), "cuda": torch.version.cuda, "pop": pop.__version__, "commit": commit()})
+    driver = DRIVER.read_text().splitlines()[0] if DRIVER.exists() else None
+    versions = {"cuda": torch.version.cuda, "driver": driver, "pop": pop.__version__, "commit": commit()}
+    say({"machine": machine(setup.device), **versions})
     options = [word for word in argv if word not in names]
     for name in names:
         progress(name)
