@@ -83,8 +83,9 @@ def by_expert(
 
 def weighted(out: Tensor, order: Tensor, shares: Tensor) -> Tensor:
     """Results [N * k, D] of pairs in an `order` [N * k], and the shares [N, k] of the pairs -> [N, D]."""
-    out = torch.empty_like(out).index_copy(0, order, out)  # in the order of the tokens
-    return (out.unflatten(0, shares.shape) * shares[..., None]).sum(1)
+    out = torch.empty_like(out).index_copy(0, order, out)  # [N * k, D], in the order of the tokens
+    out = out.unflatten(0, shares.shape)  # [N, k, D]
+    return (out * shares[..., None]).sum(1)
 
 
 def gated(both: Tensor) -> Tensor:
