@@ -21,6 +21,7 @@ from pop.generation.sampling import Options, sampling_params
 from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared
+from pop.pruning.sketch import EQUAL
 from pop.runner import Runner, token_ids
 
 REPORTED_TOKENS = 2048  # tokens of the prompt whose speedup repr(model) states
@@ -71,10 +72,9 @@ class Model(Runner):
             text += " by arithmetic (launches bound short prompts)"
         if plan.layers and plan.corrections is None:
             text += ", without corrections, so it loses answers about the prompt"
-        return (
-            f"<{self.name}: {self.num_parameters / 1e6:,.0f} M parameters, {self.dtype} on {self.device}, "
-            f"{text}{plan.judgement}>"
-        )
+        elif plan.layers and self._distance(plan) <= EQUAL:  # the verdict was on these weights
+            text += plan.judgement
+        return f"<{self.name}: {self.num_parameters / 1e6:,.0f} M parameters, {self.dtype} on {self.device}, {text}>"
 
     @overload
     def generate(

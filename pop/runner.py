@@ -275,12 +275,16 @@ class Runner:
         corrections = plan.corrections
         if corrections is None:
             return plan
-        note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
+        note = check_distance(self._distance(plan), plan.name)
         is_first = self.part is None or self.part.rank == 0
         if is_first and note and note not in self._notes:
             print(f"pop: {note}", file=sys.stderr, flush=True)
         self._notes.add(note)
         return plan.to(self.device, self.dtype, self.part and self.part.kv_rows)
+
+    def _distance(self, plan: PrunePlan) -> float:
+        """How far the model's weights are from those that a calibrated plan was fitted to."""
+        return distance(self.sketch[list(plan.layers)], plan.corrections.sketch)
 
     def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
         """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""

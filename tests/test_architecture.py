@@ -74,7 +74,8 @@ def test_the_import_rule():
 
 def test_models_and_engine_know_no_device_compiler_or_file():
     """Whatever depends on a machine is a swap in backends/. Only compile.py deals with the compiler."""
-    pattern = r"is_compiling|get_cpu_capability|device\.type|\bopen\(|\.(?:read|write)_(?:text|bytes)\("
+    devices = r"is_compiling|get_cpu_capability|device\.type|is_c(?:uda|pu)|torch\.cuda"
+    pattern = devices + r"|\bopen\(|\.(?:read|write)_(?:text|bytes)\("
     found = {name: re.findall(pattern, path.read_text(encoding="utf-8")) for name, path in FILES.items()}
     found.pop("engine/compile.py")
     pure = ("models/", "pruning/", "engine/")

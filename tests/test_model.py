@@ -37,12 +37,14 @@ def test_chunks_do_not_change_the_result(model):
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
 def test_modes_of_the_caller_change_no_bit(family, mode):
     """Prefill, decode, extend, the plain pass, and scores, of a model in float32."""
-    model = tiny_model(FAMILIES[family](), 5, plan=pop.PrunePlan((1, 3)))
+    model = tiny_model(FAMILIES[family](), 5, plan=pop.PrunePlan((1, 3), full_depth_selected=0.5, selecting_layer=0))
 
     def results():
+        answer = model.prefix([*range(30)]).generate([4, 5], max_new_tokens=3)
         cache = model.new_cache(1, 64)
         found = [model.prefill([range(30)], cache), model.decode([3], cache), model.extend([[4, 5]], cache)]
-        return [*found, model.logits([range(9)]), torch.tensor(model.score([1, 2, 3], [4, 5]))]
+        numbers = [*answer.tokens, model.score([1, 2, 3], [4, 5])]
+        return [*found, model.logits([range(9)]), torch.tensor(numbers)]
 
     expected = results()
     with mode():

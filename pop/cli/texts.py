@@ -144,7 +144,7 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
         found += _tokens_in(model, fitted[-1:])
     if found > given_tokens:
         print(
-            f"{given_tokens:,} of {needed:,} tokens are given; with built-in texts, there are {found:,}",
+            f"{given_tokens:,} of {needed:,} tokens to fit are given; with built-in texts, there are {found:,}",
             file=sys.stderr,
         )
     return fitted, rest

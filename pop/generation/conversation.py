@@ -47,6 +47,10 @@ class Conversation:
         if earlier and earlier[-1].get("role") == "user":
             raise InputError("the last of messages has the role user; leave it out, and give it to `send`")
 
+    def __copy__(self):
+        """Refused: a turn of either would give away the cache of both."""
+        raise InputError("a conversation cannot be copied; model.start_chat(messages=chat.messages) begins another one")
+
     @property
     def messages(self) -> list[dict]:
         """The conversation as `model.chat` takes it."""

@@ -98,7 +98,7 @@ def test_built_in_texts_make_up_the_rest_until_they_suffice(model, monkeypatch, 
     assert capsys.readouterr().err == ""
     text = "Hello, world. " * 100
     assert calibration_texts(model, {"a.txt": text}) == ([text[:1120], *["x" * 80] * 5], [text[1120:]])
-    assert "1,120 of 1,500 tokens are given; with built-in texts, there are 1,520" in capsys.readouterr().err
+    assert "1,120 of 1,500 tokens to fit are given; with built-in texts, there are 1,520" in capsys.readouterr().err
 
 
 def test_calibrate_and_check_get_what_ends_with_an_answer_or_where_one_begins(file, folder, ids, run, monkeypatch):

@@ -1,6 +1,7 @@
 """The KV cache: its size, and what remains of it after a reset, a copy, and rows that leave."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ def test_states_that_do_not_fit_are_refused_before_the_cache_counts_tokens(monke
     assert cache.intact and cache.lengths.tolist() == [0]
 
 
+def test_memory_that_fails_in_the_allocation_is_refused_as_well(monkeypatch):
+    def zeros(*_, **__):
+        raise RuntimeError("out of memory")
+
+    model = tiny_model(tiny_config(), seed=3)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(pop.CacheMemoryError, match="a KV cache of 1 x 30 tokens, more than cpu could allocate"):
+        model.new_cache(1, 30)
+
+
 def test_spare_caches_give_way_to_states(monkeypatch):
     model = tiny_model(tiny_config(), seed=3)
     cache = model.new_cache(1, 30)
@@ -74,17 +85,19 @@ def test_spare_caches_give_way_to_states(monkeypatch):
 
 
 def test_rows_that_leave_free_their_memory_and_a_later_prompt_selects_among_the_others():
+    """So many that the later prompt selects tokens of the earlier one."""
+    plan = dataclasses.replace(SELECTING, full_depth_selected=0.9)
     module = random_model(tiny_config(), seed=3)
     tokens = torch.randint(module.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
-    _, cache = prefill(module, tokens, torch.tensor([20, 7, 15]), SELECTING)
+    _, cache = prefill(module, tokens, torch.tensor([20, 7, 15]), plan)
     rows = torch.tensor([2, 0])
     fewer = copy.deepcopy(cache)
     fewer.keep_rows(rows)
     assert fewer.nbytes * 3 == cache.nbytes * 2
     assert fewer.keys[0].stride() == new_cache(module, 2).keys[0].stride()  # each head's slots stay contiguous
     later = tokens.flip(1)
-    expected, _ = prefill(module, later, torch.tensor([9, 9, 9]), SELECTING, cache=cache)
-    found, _ = prefill(module, later[rows], torch.tensor([9, 9]), SELECTING, cache=fewer)
+    expected, _ = prefill(module, later, torch.tensor([9, 9, 9]), plan, cache=cache)
+    found, _ = prefill(module, later[rows], torch.tensor([9, 9]), plan, cache=fewer)
     assert_close(found, expected[rows])
 
 

@@ -4,6 +4,7 @@ Answers are scripted, so that they end in every way there is; the logits that th
 compared with pop/pruning/reference.py, given which tokens of the whole sequence are at full depth.
 """
 
+import copy
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -289,3 +290,9 @@ def test_a_template_may_write_the_system_message_in_each_turn(script):
         script.send(chat, text, [*b"Yes", END])
     asked = chat.messages[:-1]
     assert chat.tokens[: -len(b"Yes")] == model.chat_tokens(asked)
+
+
+def test_a_conversation_is_not_copied(model):
+    """Two that share a cache would give it away twice."""
+    with pytest.raises(pop.InputError, match="start_chat"):
+        copy.copy(model.start_chat())

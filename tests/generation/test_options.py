@@ -159,6 +159,7 @@ def test_rows_leave_a_batch_in_another_mode_than_it_began_in(model):
 STATED = [
     ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
     ({"do_sample": True, "top_k": 20, "min_p": 0.0}, {"temperature": 1.0, "top_k": 20}),
+    ({"do_sample": True, "min_p": 0.05}, {"temperature": 1.0, "min_p": 0.05}),
     ({"do_sample": True, "top_k": 0, "temperature": None}, {"temperature": 1.0}),
     ({"do_sample": False, "temperature": 0.6, "top_k": 3}, {}),
     ({"temperature": 0.6, "repetition_penalty": 1.1, "eos_token_id": 2}, {"repetition_penalty": 1.1}),

@@ -717,6 +717,7 @@ def test_a_wrong_request_gets_an_error_object(url, path, body, status, says):
     ("path", "changes", "param"),
     [
         ("/completions", {"prompt": "a" * 600}, None),
+        ("/completions", {"prompt": [1, "a"]}, "prompt"),
         ("/chat/completions", {"messages": [{"role": "usr", "content": "a"}]}, "messages"),
         ("/chat/completions", {"messages": [{"role": "usr", "content": "a"}], "tools": TOOLS}, "messages"),
         ("/chat/completions", {"tools": TOOLS}, "tools"),

@@ -19,7 +19,10 @@ from pop.generation.answers import end_ids
 
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer"}},
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "population": {"type": "integer", "minimum": 0, "maximum": 99_999_999},
+    },
     "required": ["city", "population"],
     "additionalProperties": False,  # otherwise a model may add properties until the answer is cut
 }

@@ -200,10 +200,13 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
         _check_size(model, size)
         if isinstance(body["prompt"], list) and any(isinstance(one, dict) for one in body["prompt"]):
             raise Wrong("the prompt is a list of messages; send these to /v1/chat/completions", param="prompt")
-        prompts, _ = as_prompts(body["prompt"])
-        if len(prompts) * answers > MAX_ANSWERS:
-            raise Wrong(f"there are {len(prompts)} prompts; a request may have {MAX_ANSWERS} answers", param="prompt")
-        prompts = [(model.encode(prompt), []) for prompt in prompts]
+        try:
+            texts, _ = as_prompts(body["prompt"])
+            if len(texts) * answers > MAX_ANSWERS:
+                raise Wrong(f"there are {len(texts)} prompts; a request may have {MAX_ANSWERS} answers", param="prompt")
+            prompts = [(model.encode(text), []) for text in texts]
+        except pop.InputError as error:
+            raise Wrong(str(error), param="prompt") from None
     jobs = []
     for tokens, media in prompts:
         model.check_fits(len(tokens))
