@@ -72,7 +72,7 @@ class Model(Runner):
             text += " by arithmetic (launches bound short prompts)"
         if plan.layers and plan.corrections is None:
             text += ", without corrections, so it loses answers about the prompt"
-        elif plan.layers and self._distance(plan) <= EQUAL:  # the verdict was on these weights
+        elif plan.corrections is not None and self._distance(plan) <= EQUAL:  # the verdict was on these weights
             text += plan.judgement
         return f"<{self.name}: {self.num_parameters / 1e6:,.0f} M parameters, {self.dtype} on {self.device}, {text}>"
 

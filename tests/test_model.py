@@ -36,7 +36,7 @@ def test_chunks_do_not_change_the_result(model):
 @pytest.mark.parametrize("mode", [partial(torch.autocast, "cpu", dtype=torch.bfloat16), torch.inference_mode])
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
 def test_modes_of_the_caller_change_no_bit(family, mode):
-    """Prefill, decode, extend, the plain pass, and scores, of a model in float32."""
+    """Prefill, decode, extend, the plain pass, scores, and an answer after a prefix, of a model in float32."""
     model = tiny_model(FAMILIES[family](), 5, plan=pop.PrunePlan((1, 3), full_depth_selected=0.5, selecting_layer=0))
 
     def results():

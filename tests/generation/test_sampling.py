@@ -83,7 +83,10 @@ def test_the_first_and_the_last_random_number(settings):
 
 
 def test_extreme_settings():
-    """A tiny temperature or top_p, min_p=1 and top_k=1 are greedy. A huge temperature levels all tokens."""
+    """A tiny temperature or top_p, min_p=1 and top_k=1 are greedy.
+
+    At a huge temperature, possible tokens are equally likely.
+    """
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     tiny = ({"top_p": 1e-9}, {"temperature": 5e-324}, {"temperature": Fraction(1, 10**40)})
     for settings in (*tiny, {"min_p": 1}, {"top_k": 1}, {"top_k": np.int64(1), "temperature": 1e-39}):
