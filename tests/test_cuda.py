@@ -28,12 +28,15 @@ from support.tiny import (
     tiny_qwen3_config,
     tiny_qwen3_vl_config,
 )
+from support.tiny_chat import write_chat_checkpoint
 from support.tiny_images import picture
 
 import pop
 from pop import engine
 from pop.backends import cpu, cuda
 from pop.backends.cuda_graph import Graph
+from pop.calibration.distill import distillation_loss
+from pop.calibration.exercises import Exercise
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.attention import cache_attention as general_attention
 from pop.engine.decode_step import DecodeStep
@@ -156,6 +159,42 @@ def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device)
             assert (by_position | selected).sum() == 3 + int(0.3 * (n - 3))
             expected, _ = reference.forward(naive, tokens[row, :n], by_position, plan, selected=selected)
             assert_equal(logits[row], expected[-1], dtype)
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradients_of_distillation_are_those_of_float32_on_the_cpu(dtype, device):
+    model, naive = make("llama", dtype, device)
+    plan = plan_of(model, "calibrated")
+    losses, gradients = [], []
+    for module, where in ((model.module, device), (naive, torch.device("cpu"))):
+        leaves = {
+            name: tensor.to(where, torch.float32, copy=True).requires_grad_()
+            for name, tensor in plan.corrections.tensors.items()
+        }
+        trained = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
+        exercise = Exercise(random_tokens(2, 40).to(where), 28, [[], []])
+        loss = distillation_loss(module, model.vision, trained, exercise)
+        loss.backward(inputs=[*leaves.values()])
+        losses.append(loss.item())
+        gradients.append(torch.cat([leaf.grad.flatten().cpu() for leaf in leaves.values()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if dtype == torch.float32 else 4e-2)
+    assert_equal(*gradients, dtype)
+
+
+def test_a_model_is_calibrated_and_its_plan_judged(device, tmp_path):
+    """The corrections serve the model on the CPU too, where the verdict has the same loss."""
+    folder = write_chat_checkpoint(tmp_path / "chat", **SIZES)
+    text = " ".join(f"word{n} of line{n * n}" for n in range(400))
+    model, other = (pop.load(folder, prune=None, device=where, progress=False) for where in (device, "cpu"))
+    plan = pop.calibrate(model, [text], "1,3,4", steps=2, progress=False)
+    asked = {"texts": [text], "lengths": (600,), "questions": 1, "progress": False}
+    found, expected = (pop.check(one, plan, **asked).loss[600]["kl"] for one in (model, other))
+    without = pop.check(model, dataclasses.replace(plan, corrections=None), **asked).loss[600]["kl"]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found < without
 
 
 # Replayed steps

@@ -49,6 +49,8 @@ def accelerate(module: nn.Module) -> None:
             if not is_there:
                 logger.warning("attention is slow here: it needs %s", what)
     module.causal_attention = backend.causal_attention
+    if backend is cuda:
+        module.masked_attention = cuda.masked_attention
     for layer in module.layers:
         layer.cache_attention = backend.cache_attention
         layer.multiply = cpu.linear

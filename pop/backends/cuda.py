@@ -94,6 +94,13 @@ def causal_attention(
     return fused_attention(q, k, v, scale, before, mask).flatten(2)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Like pop.models.layers.masked_attention."""
+    if not is_supported(q):
+        return layers.masked_attention(q, k, v, mask, scale)
+    return fused_attention(q, k, v, scale, mask=mask).flatten(2)
+
+
 def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
     if not is_supported(q):

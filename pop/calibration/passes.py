@@ -24,7 +24,7 @@ from pop.backends.cpu import WIDENED
 from pop.engine.selection import select
 from pop.models.base import PrunableLayer
 from pop.models.images import TEXT, Images
-from pop.models.layers import causal_mask, masked_attention
+from pop.models.layers import causal_mask
 from pop.pruning.corrections import code, corrected_keys_values
 from pop.pruning.plan import Group, PrunePlan
 from pop.pruning.reference import full_depth_tokens
@@ -133,16 +133,17 @@ class Pass:
                 k, v = layer.keys_values(h, rope)
             else:
                 k, v = corrected_keys_values(layer, h, z, corrections.weight[number], rope)
-            attend = functools.partial(_attend_prompt, prompt_k=k, prompt_v=v, rows=rows, mask=masks[layer.window])
+            attend = functools.partial(self._attend_prompt, prompt_k=k, prompt_v=v, rows=rows, mask=masks[layer.window])
             f = layer(f, tuple(table[rows] for table in rope), attend)
         if corrections is not None:
             h = corrections.updated(h, z, first.multiply)
         return self.images.add_deepstack(h.index_put(rows, f), group.layers[-1])
 
-
-def _attend_prompt(layer, q, k, v, *, prompt_k, prompt_v, rows, mask):
-    """Full-depth rows q, k, v [B, W, heads, E] attend to K and V [B, T, K, E] of all tokens, with their own k and v."""
-    return masked_attention(q, prompt_k.index_put(rows, k), prompt_v.index_put(rows, v), mask, layer.scale)
+    def _attend_prompt(self, layer, q, k, v, *, prompt_k, prompt_v, rows, mask):
+        """Full-depth q, k, v [B, W, heads, E] attend to K and V [B, T, K, E] of all tokens, with their own k and v."""
+        k = prompt_k.index_put(rows, k)
+        v = prompt_v.index_put(rows, v)
+        return self.module.masked_attention(q, k, v, mask, layer.scale)
 
 
 def first_layer(plan: PrunePlan) -> int:

@@ -24,6 +24,7 @@ from pop.models.layers import (
     Rope,
     Ropes,
     causal_attention,
+    masked_attention,
     rope_frequencies,
     rope_tables,
     rotate,
@@ -81,7 +82,7 @@ class PrunableModel(nn.Module):
         vision_blocks: the name of the submodule that lists the vision tower's layers. None: there is no tower. With a
             tower, `vision_block_inputs(N, P)` returns zeros in the shapes that such a layer takes for N images of P
             patches.
-        causal_attention: the attention of the plain pass. A backend may replace it.
+        causal_attention, masked_attention: those of passes without a cache. A backend may replace them.
         largest_of_processes: if several processes share the model's heads, this gives the maxima of tensors that each
             process has computed from its own heads.
     """
@@ -91,6 +92,7 @@ class PrunableModel(nn.Module):
     deepstack_layers: int = 0
     vision_blocks: str | None = None
     causal_attention = staticmethod(causal_attention)
+    masked_attention = staticmethod(masked_attention)
     largest_of_processes = staticmethod(lambda x: x)
 
     @property

@@ -182,6 +182,20 @@ def test_the_plain_pass_and_its_gradients(kernels, window, look_ahead):
     assert set(kernels) == {"efficient" if look_ahead else "flash"}
 
 
+def test_full_depth_rows_of_a_prompt_and_their_gradients(kernels):
+    """As in distillation: any tokens of a prompt attend to all before them, so each row of the mask is another one."""
+    mask = (torch.arange(9) <= torch.tensor([[0, 3, 4, 8], [0, 1, 7, 8]])[..., None]).contiguous()  # [B, W, T]
+    wanted = [randn(2, *shape, 8, seed=shape[1]).requires_grad_() for shape in ((4, 6), (9, 3), (9, 3))]
+    found = [x.detach().clone().requires_grad_() for x in wanted]
+    results = cuda.masked_attention(*found, mask, 0.3), layers.masked_attention(*wanted, mask, 0.3)
+    torch.testing.assert_close(*results)
+    gradients = [
+        torch.autograd.grad(result.square().sum(), x) for result, x in zip(results, (found, wanted), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert set(kernels) == {"efficient"}
+
+
 def test_a_vision_tower(kernels):
     for dtype, name in ((torch.float32, "efficient"), (torch.float16, "flash")):
         kernels.clear()
@@ -230,6 +244,8 @@ def test_tensors_that_no_kernel_takes_go_the_general_way(monkeypatch, kernels):
     k, v = keys[:, :5], values[:, :5]
     torch.testing.assert_close(cuda.causal_attention(q, k, v, 0.3, 2), layers.causal_attention(q, k, v, 0.3, 2))
     torch.testing.assert_close(cuda.vision_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None]
+    torch.testing.assert_close(cuda.masked_attention(q, k, v, mask, 0.3), layers.masked_attention(q, k, v, mask, 0.3))
     assert not kernels
 
 
