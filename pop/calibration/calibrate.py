@@ -256,7 +256,8 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     tokens, _ = max(windows, key=size_of)
     timed = tokens[:1024]
     model_pass = Pass(model.module, torch.tensor([timed], device=model.device))
-    seconds = min(timeit.repeat(lambda: model_pass.run_layers(model_pass.embed(), 0), number=1, repeat=3)) / len(timed)
+    timed_pass = lambda: model_pass.run_layers(model_pass.embed(), 0).sum().item()  # noqa: E731  (waits for a GPU)
+    seconds = min(timeit.repeat(timed_pass, number=1, repeat=3)) / len(timed)
     num_tokens = total_size(windows)
     useful = tokens_needed(model)
     if num_tokens < useful:
@@ -271,7 +272,7 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     minutes = max(1, round(passed * seconds / 60))
     print(
         f"calibrating on {num_tokens:,} tokens in windows of up to {len(tokens):,}, with {steps} steps: "
-        f"about {minutes:,} min at the machine's present speed before a verdict, "
+        f"about {minutes:,} min on {model.device}, at its present speed, before a verdict, "
         f"{needed / 1e9:.1f} GB beside the weights, a plan of {size / 1e6:.0f} MB",
         file=sys.stderr,
     )

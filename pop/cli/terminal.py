@@ -38,6 +38,7 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
         with warnings.catch_warnings(), contextlib.redirect_stdout(output):
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", "CUDA initialization")  # why torch falls back to the CPU
             status = work()
             sys.stdout.flush()
         return status or 0

@@ -156,7 +156,7 @@ def test_what_the_work_takes_is_said_before_it(model, monkeypatch, capsys):
         calibrate(model, TEXTS, steps=300)
     lacks, line = capsys.readouterr().err.splitlines()
     assert f"{sources.tokens_needed(model):,} tokens" in lacks
-    for words in ("calibrating on 2,0", "300 steps", " min ", "0.0 GB beside the weights", "a plan of 0 MB"):
+    for words in ("calibrating on 2,0", "300 steps", " min on cpu,", "0.0 GB beside the weights", "a plan of 0 MB"):
         assert words in line
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from unittest.mock import MagicMock
 
 import pytest
@@ -22,6 +23,7 @@ from pop.checkpoints import registry
 from pop.cli import commands, main
 from pop.cli.commands import excerpts
 from pop.cli.parser import parse
+from pop.cli.terminal import exit_status
 
 # ---- What it prints ----
 
@@ -357,6 +359,19 @@ def test_a_closed_standard_output_is_no_error():
 class FakeTerminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_only_the_warning_that_torch_cannot_use_a_gpu_is_shown(monkeypatch):
+    """Its words are those of torch. A model then runs on the CPU, which nothing else explains."""
+
+    def work():
+        for message in ("CUDA initialization: The NVIDIA driver on your system is too old", "of no use"):
+            warnings.warn(message, stacklevel=1)
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as shown:
+        assert exit_status("pop", work) == 0
+    assert ["driver" in str(one.message) for one in shown] == [True]
 
 
 def test_an_answer_cannot_drive_the_terminal(folder, monkeypatch):

@@ -118,9 +118,10 @@ def test_prefills_are_timed_in_turn_until_all_have_close_times(rounds, seconds, 
 def test_a_row_that_an_idle_machine_would_not_show_says_so(speedup, words):
     row = {"plan": "a plan", "ttft_s": 1.0, "speedup": speedup, "speedup_limit": 1.46}
     row |= {"kl_nats": 0.1, "repetition_kl_nats": 0.1, "copied": 0.9}
-    text = demo.cells_of(row)
+    text = demo.cells_of(row, has_gpu=False)
     assert len(text.splitlines()) == (2 if words else 1)
     assert words in text
+    assert "slower" not in demo.cells_of(row, has_gpu=True)
 
 
 @pytest.mark.parametrize(("has_gpu", "dtype"), [(False, "float32"), (True, "bfloat16")])

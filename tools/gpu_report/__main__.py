@@ -60,7 +60,10 @@ def _run(args, argv: list[str], lines: list[dict]) -> None:
     names = names_in("parts", ",".join(args.parts or parts.PARTS), tuple(parts.PARTS))
     check_count("--limit", args.limit)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("this machine has no GPU that torch can use; run gpu_report where there is one")
+        raise InputError(
+            f"torch {torch.__version__} finds no GPU that it can use; run gpu_report where there is one, install a "
+            "build of torch for CUDA, or a newer driver if a warning says that it is too old"
+        )
     setup = parts.Setup(args)
     if args.child:
         measure(setup, names[0])
