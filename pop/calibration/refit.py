@@ -32,6 +32,10 @@ from pop.pruning.plan import PrunePlan
 from pop.runner import padded
 
 RIDGE = 1e-2  # lambda, unless held-out windows choose it
+# An update that is so many times as large as h turns a token into an attention sink. The first token of a text is one,
+# and is not fitted. If a text begins with one token twice, the second is another. By its size, it alone would decide
+# the update of all tokens, so its own counts as zero.
+SINK = 10
 
 
 class Sums:
@@ -212,4 +216,6 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
             h = model_pass.run_layer(index, h)
     if sums.has_update:
         # The full model's h may have features of images from DeepStack. Add them here as well, so that they cancel.
-        add(h, images.add_deepstack(entering, group[-1]))
+        own = images.add_deepstack(entering, group[-1])
+        is_sink = (h - own).norm(dim=-1) > SINK * own.norm(dim=-1)
+        add(torch.where(is_sink[..., None], own, h), own)

@@ -4,6 +4,7 @@ import contextlib
 import math
 import random
 import weakref
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ TEXTS = random_texts(0, 300, 40, 17, 500, 90)
 
 @given(models(), st.data())
 def test_the_normal_equations_give_the_naive_fit(module, data):
-    """For any groups of pruned layers, padding and first tokens."""
+    """For any groups of pruned layers, padding and first tokens, and where some tokens count as sinks."""
     model = pop.Model(module, module.config)
     layers = data.draw(st.sets(st.integers(0, module.config.num_layers - 1), min_size=1))
     assume(not any(index in layers and index + 1 in layers for index in range(module.deepstack_layers)))
@@ -41,8 +42,9 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     )
     windows = [[token % 60 for token in window] for window in windows]  # none that stands for an image
     assume(max(map(len, windows)) > plan.full_depth_first)
-    found = fitted(model, windows_of(windows), plan, ridge=ridge)
-    assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, ridge))
+    with patch.object(refit, "SINK", data.draw(st.sampled_from([refit.SINK, 0.5]))):
+        found = fitted(model, windows_of(windows), plan, ridge=ridge)
+        assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, ridge))
 
 
 def test_corrections_are_the_best_of_their_rank(model, notes):

@@ -96,7 +96,9 @@ def naive_fit(model, windows, plan, ridge, images=None):
                 own += 0 if linear.bias is None else linear.bias.detach().double().numpy()
                 ys[index, i].append((full[index, name][1].double().numpy() - own)[first:])
             if index in ends:
-                ys[index, "update"].append(full[index, ""][1].double().numpy()[first:] - h[first:])
+                update = full[index, ""][1].double().numpy() - h
+                is_sink = np.linalg.norm(update, axis=-1) > refit.SINK * np.linalg.norm(h, axis=-1)
+                ys[index, "update"].append(np.where(is_sink[:, None], 0, update)[first:])
 
     def solution(index, target):
         x, y = np.concatenate(xs[index]), np.concatenate(ys[index, target])
