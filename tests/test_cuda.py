@@ -175,7 +175,7 @@ def test_the_gradients_of_distillation_are_those_of_float32_on_the_cpu(dtype, de
             for name, tensor in plan.corrections.tensors.items()
         }
         trained = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
-        exercise = Exercise(random_tokens(2, 40).to(where), 28, [[], []])
+        exercise = Exercise(random_tokens(2, 40), 28, [[], []])
         loss = distillation_loss(module, model.vision, trained, exercise)
         loss.backward(inputs=[*leaves.values()])
         losses.append(loss.item())

@@ -197,7 +197,7 @@ def cells_of(row: dict, has_gpu: bool) -> str:
     line = f"{row['plan']:58}" + "".join(f"  {cell:>{len(head)}}" for head, cell in zip(HEADS, cells, strict=True))
     if row["speedup"] > row["speedup_limit"]:
         line += f"\n{TOO_HIGH}"
-    elif row["speedup"] < 1 and not has_gpu:  # there, `GPU` says why
+    elif row["speedup"] < 1 and not has_gpu:  # on a GPU, GPU says why
         line += f"\n{TOO_LOW}"
     return line
 

@@ -32,7 +32,8 @@ def accelerate(module: nn.Module) -> None:
     """Give the parts of a module their faster classes, in place. Weights, names and results stay the same.
 
     Only parts of exactly these classes change: a subclass, such as an adapter's layer, keeps its own `forward`. The
-    attention of the plain pass and that over a cache are replaced, and on GPUs that of vision towers.
+    attention of the plain pass and that over a cache are replaced. On GPUs, so are those of calibration and of vision
+    towers.
     """
     cpu.make_cache_folder()
     cpu.keep_freed_memory()

@@ -4,7 +4,7 @@ F.scaled_dot_product_attention chooses a kernel by sizes. On recent GPUs it take
 new size and stride. On others, a mask and grouped heads lead to plain products in float32. Here the choice is fixed:
 
     flash attention     16-bit dtypes without a mask: causal, in a sliding window, or all to all
-    memory-efficient    the same in float32, with wide heads, and on GPUs older than sm_80; masks of the plain pass
+    memory-efficient    the same in float32, with wide heads, and on GPUs older than sm_80; masks without a cache
     span attention      over a cache, whatever is not causal in all rows alike: see span_attention.py
 
 The first two are torch's, and have gradients. All work in blocks, and read the cache in place. Shape letters:

@@ -6,8 +6,8 @@ later state. Much of the resulting error is linear in h. For token t, let
     s_t    be [x_t ; x_{t-1}], the states of this token and the one before it, normalised without a weight
     r_t    be what the full model computes as K and V, minus the layer's own projections of h
 
-If kept layers follow the group, r_t also holds the full model's h after the group, minus the h that entered it. With
-rows s_t in X and r_t in Y, of N tokens, ridge regression toward no correction is
+If kept layers follow the group, r_t also holds the full model's h after the group, minus the h that entered it (or zero
+for an attention sink, see SINK). With rows s_t in X and r_t in Y, of N tokens, ridge regression toward no correction is
 
     min over C:   sum over t  |r_t - C s_t|^2  +  lambda N |C|^2            C = Y' X (X' X + lambda N I)^-1
 
@@ -32,10 +32,10 @@ from pop.pruning.plan import PrunePlan
 from pop.runner import padded
 
 RIDGE = 1e-2  # lambda, unless held-out windows choose it
-# An update that is so many times as large as h turns a token into an attention sink. The first token of a text is one,
-# and is not fitted. If a text begins with one token twice, the second is another. By its size, it alone would decide
-# the update of all tokens, so its own counts as zero.
-SINK = 10
+# An update that is larger than this, in medians of a batch, makes a token an attention sink. It counts as zero, because
+# it would outweigh all others in a sum of squares. The first token of a text is a sink, and is not fitted. Without BOS,
+# a second token that repeats the first is one as well.
+SINK = 100
 
 
 class Sums:
@@ -217,5 +217,6 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     if sums.has_update:
         # The full model's h may have features of images from DeepStack. Add them here as well, so that they cancel.
         own = images.add_deepstack(entering, group[-1])
-        is_sink = (h - own).norm(dim=-1) > SINK * own.norm(dim=-1)
+        size = (h - own).float().norm(dim=-1)  # [B, T]
+        is_sink = (size > SINK * size[is_fitted].median()) & size.isfinite()
         add(torch.where(is_sink[..., None], own, h), own)

@@ -82,7 +82,8 @@ class PrunableModel(nn.Module):
         vision_blocks: the name of the submodule that lists the vision tower's layers. None: there is no tower. With a
             tower, `vision_block_inputs(N, P)` returns zeros in the shapes that such a layer takes for N images of P
             patches.
-        causal_attention, masked_attention: those of passes without a cache. A backend may replace them.
+        causal_attention: the attention of the plain pass. A backend may replace it.
+        masked_attention: that of full-depth tokens in calibration. A backend may replace it.
         largest_of_processes: if several processes share the model's heads, this gives the maxima of tensors that each
             process has computed from its own heads.
     """

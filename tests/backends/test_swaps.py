@@ -60,7 +60,9 @@ def test_what_makes_attention_slow_on_a_gpu_is_said_by_name(triton, kernels, cap
     monkeypatch.setattr(span_attention, "HAS_TRITON", triton)
     monkeypatch.setattr(cuda, "HAS_KERNELS", kernels)
     monkeypatch.setattr(cuda, "use_flash_3", lambda capability: None)
-    backends.accelerate(random_model(tiny_config(), seed=1))
+    module = random_model(tiny_config(), seed=1)
+    backends.accelerate(module)
+    assert module.masked_attention is cuda.masked_attention
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == len(said)
     assert all(what in message for what, message in zip(said, messages, strict=True))

@@ -82,6 +82,13 @@ def test_the_loss_and_its_gradients_are_the_references(case):
         assert (found - naive).abs().max() <= 1e-3 * naive.abs().max() + 1e-7
 
 
+def test_full_depth_tokens_attend_by_the_function_of_the_module(model, closed, notes):
+    """On a GPU, a backend has replaced it."""
+    calls = notes(model.module, "masked_attention", lambda *args: args)
+    Judge(model, windows_of(TEXTS[:1])).losses(closed)
+    assert len(calls) == len(closed.layers)
+
+
 def test_the_rate_rises_and_falls():
     shares = [schedule(number, 50) for number in range(50)]
     assert shares[0] == 1 / 4

@@ -96,12 +96,13 @@ def naive_fit(model, windows, plan, ridge, images=None):
                 own += 0 if linear.bias is None else linear.bias.detach().double().numpy()
                 ys[index, i].append((full[index, name][1].double().numpy() - own)[first:])
             if index in ends:
-                update = full[index, ""][1].double().numpy() - h
-                is_sink = np.linalg.norm(update, axis=-1) > refit.SINK * np.linalg.norm(h, axis=-1)
-                ys[index, "update"].append(np.where(is_sink[:, None], 0, update)[first:])
+                ys[index, "update"].append(full[index, ""][1].double().numpy()[first:] - h[first:])
 
     def solution(index, target):
         x, y = np.concatenate(xs[index]), np.concatenate(ys[index, target])
+        if target == "update":  # the windows are one batch
+            size = np.linalg.norm(y, axis=-1)
+            y[size > refit.SINK * np.sort(size)[(len(size) - 1) // 2]] = 0
         pull = math.sqrt((RIDGE if start(index) in final else ridge) * len(x))
         rows = np.concatenate([x, pull * np.eye(x.shape[1])])
         padded = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])

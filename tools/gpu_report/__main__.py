@@ -62,7 +62,7 @@ def _run(args, argv: list[str], lines: list[dict]) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(
             f"torch {torch.__version__} finds no GPU that it can use; run gpu_report where there is one, install a "
-            "build of torch for CUDA, or a newer driver if a warning says that it is too old"
+            "build of torch for CUDA, or update the driver if a warning calls it too old"
         )
     setup = parts.Setup(args)
     if args.child:
