@@ -256,8 +256,9 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     tokens, _ = max(windows, key=size_of)
     timed = tokens[:1024]
     model_pass = Pass(model.module, torch.tensor([timed], device=model.device))
-    timed_pass = lambda: model_pass.run_layers(model_pass.embed(), 0).sum().item()  # noqa: E731  (waits for a GPU)
-    seconds = min(timeit.repeat(timed_pass, number=1, repeat=3)) / len(timed)
+    # .item() waits for a GPU.
+    times = timeit.repeat(lambda: model_pass.run_layers(model_pass.embed(), 0).sum().item(), number=1, repeat=3)
+    seconds = min(times) / len(timed)
     num_tokens = total_size(windows)
     useful = tokens_needed(model)
     if num_tokens < useful:
