@@ -6,9 +6,10 @@ may need one of these most. So several sets of layers of equal speed are tried:
     the deepest layers                          ─────────────────[///////////]
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
 
-Which layers lie apart is decided in two steps. Virtual gates (importance.py), on text and on repeated passages, propose
-up to twice as many. A gate tells what a layer does, and not how much of it a correction can supply. So each proposed
-layer is pruned alone, with a correction. The layers with the least loss on short held-out windows are taken.
+Which layers lie apart is decided in three steps. The layer that looks up best is none of them, because it selects
+tokens. Virtual gates (importance.py), on text and on repeated passages, tell which layers prefill needs most. These
+also stay. A gate tells what a layer does, and not how much of it a correction can supply. So each of the others is
+pruned alone, with a correction. The layers with the least loss on short held-out windows are taken.
 
 Then each set gets corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a
 clock, so two runs on a machine give the same plan.
@@ -44,7 +45,7 @@ LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
 FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with a third of them, a worse set wins
 LONGEST_WINDOW = 512  # the most tokens of a window of these
-PROPOSED = 2  # layers that gates propose, for each layer that is to lie apart
+PROPOSED = 0.75  # the share of the layers before the deepest ones that are pruned alone, by gates
 FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
 QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts of twice the last tokens or more
 
@@ -77,6 +78,8 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
+    needed[lookups.argmax()] = torch.inf
+    order = needed.argsort().tolist()
     few = first_tokens([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
     fewer = first_tokens(few, FEWER)
     quick = judge.on_shortest(QUICK, 2 * last_and_selected(_prompt_length(model))[0])
@@ -93,7 +96,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
 
     def candidates() -> Iterator[PrunePlan]:
         for share in TAILS:
-            layers = _fewest(share, needed, model.module.deepstack_layers, is_fast, alone)
+            layers = _fewest(share, order, model.module.deepstack_layers, is_fast, alone)
             if layers is not None:
                 yield from fitted(model, few, plan_of(layers), rank)
             step(1)
@@ -150,43 +153,47 @@ def _lookup_scores(model, passages: list[Pair]) -> Tensor:
 
 
 def _fewest(
-    share: float, needed: Tensor, deepstack_layers: int, is_fast: Callable, alone: Callable
+    share: float, order: list[int], deepstack_layers: int, is_fast: Callable, alone: Callable
 ) -> tuple[int, ...] | None:
     """The fewest layers that are fast enough, a share of which are the deepest. None: there are no such layers.
 
     Args:
         share: Of the layers, the deepest ones.
-        needed: How much prefill needs each layer, as shares [L].
+        order: All layers, those that prefill needs least first.
         deepstack_layers: The number of layers after each of which DeepStack adds features of images.
         is_fast: Whether a plan of these layers allows the speedup.
         alone: From a layer's index to the loss if it is pruned alone.
     """
-    for count in range(1, len(needed)):
-        tail = round(share * count)
-        apart = count - tail
-        layers = layers_apart(needed, apart, tail, deepstack_layers)
+    num_layers = len(order)
+    for count in range(1, num_layers):
+        deepest = range(num_layers - round(share * count), num_layers)
+        apart = count - len(deepest)
+        layers = layers_apart(order, apart, deepest, deepstack_layers)
         if layers is None or not is_fast(layers):
             continue
-        numbers = range(PROPOSED * apart, apart - 1, -1)  # of proposed layers, as many as neighbours allow
-        proposals = (layers_apart(needed, number, tail, deepstack_layers) for number in numbers)
-        proposed = next(filter(None, proposals))
-        best = sorted(proposed[: len(proposed) - tail], key=alone)[:apart]
-        chosen = (*sorted(best), *layers[apart:])
-        return chosen if is_fast(chosen) else layers  # with fewer neighbours, there are more corrections
+        if not apart:
+            return layers
+        candidates = [index for index in order if 0 < index < deepest.start - 1]
+        proposed = round(PROPOSED * len(candidates))
+        by_loss = sorted(candidates[:proposed], key=alone) + candidates[proposed:]
+        chosen = layers_apart(by_loss, apart, deepest, deepstack_layers)
+        # Other neighbours may leave too few layers, or groups with more corrections.
+        return chosen if chosen is not None and is_fast(chosen) else layers
     return None
 
 
-def layers_apart(needed: Tensor, apart: int, tail: int, deepstack_layers: int = 0) -> tuple[int, ...] | None:
-    """The `tail` deepest layers, and those `apart` others that prefill needs least.
+def layers_apart(order: Sequence[int], apart: int, deepest: range, deepstack_layers: int = 0) -> tuple[int, ...] | None:
+    """The `deepest` layers, and the first `apart` layers of `order` that may be pruned before them.
 
-    No three of the others are neighbours, and no two where DeepStack adds features of images between layers. Layer 0
-    and the layer before the deepest ones are kept. None: there are too few others, or DeepStack reaches the deepest.
+    No three of these are neighbours, and no two where DeepStack adds features of images between layers. Layer 0 and the
+    layer before the deepest ones are kept. None: there are too few others, or DeepStack reaches the deepest.
     """
-    first = len(needed) - tail
-    if tail > 1 and first < deepstack_layers:
+    if len(deepest) > 1 and deepest.start < deepstack_layers:
         return None
     chosen: set[int] = set()
-    for index in sorted(range(1, first - 1), key=lambda index: needed[index]):
+    for index in order:
+        if not 0 < index < deepest.start - 1:
+            continue
         most = 1 if index <= deepstack_layers else 2
         with_it = chosen | {index}
         runs = [range(begin, begin + most + 1) for begin in range(index - most, index + 1)]  # one layer too long
@@ -194,7 +201,7 @@ def layers_apart(needed: Tensor, apart: int, tail: int, deepstack_layers: int = 
             chosen = with_it
     if len(chosen) < apart:
         return None
-    return (*sorted(chosen), *range(first, len(needed)))
+    return (*sorted(chosen), *deepest)
 
 
 def _prompt_length(model) -> int:
