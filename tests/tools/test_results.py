@@ -418,6 +418,7 @@ def test_the_row_of_14_layers_in_the_readme_is_that_of_its_own_runs():
         "smollm2-135m-2048-others",
         "smollm2-135m-2048-14",
         "smollm2-135m-unseen",
+        "smollm2-135m-unseen-2048",
         "smollm2-135m-unseen-old",
         "smollm2-135m-unseen-2048-old",
         "gemma3-270m-512",
