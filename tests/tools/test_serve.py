@@ -218,6 +218,7 @@ def test_texts_spell_no_control_tokens(client):
 
 ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 TOOLS = [{"type": "function", "function": ADD}]
+RESPONSES_TOOLS = [{"type": "function", **ADD, "strict": True}]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 WHAT = {"type": "text", "text": "What is this?"}
 
@@ -241,11 +242,21 @@ def qwen_client(qwen_url):
 
 @pytest.fixture
 def says(monkeypatch):
-    """says(text): from now on, every answer has this text."""
+    """says(*pieces): every answer has this text from now on, a piece with each token and the rest with the last one."""
 
-    def says(text):
-        decoder = Mock(decode=lambda data, last: text if last else "")
-        monkeypatch.setattr("pop.generation.answers.getincrementaldecoder", lambda encoding: lambda errors: decoder)
+    def says(*pieces):
+        def decoder(errors):
+            left = [*pieces]
+
+            def decode(data, last):
+                count = len(left) if last else min(1, len(left) - 1)
+                found = "".join(left[:count])
+                del left[:count]
+                return found
+
+            return Mock(decode=decode)
+
+        monkeypatch.setattr("pop.generation.answers.getincrementaldecoder", lambda encoding: decoder)
 
     return says
 
@@ -298,6 +309,33 @@ def test_tool_calls(qwen_client, says):
     assert create(messages=HELLO, tool_choice="none").choices[0].message.content == CALL
     turns = [*HELLO, choice.message, {"role": "tool", "tool_call_id": found.id, "content": "1"}]
     assert create(messages=turns).usage.prompt_tokens > 0
+
+
+SPOKEN = [
+    ([CALL[:3], CALL[3:20], CALL[20:]], ["", None]),
+    (["Let me ", "see.\n", CALL[:3], CALL[3:]], ["", "Let me", " see.", None]),
+    (["I <t", "ook> ", "it. <tool_call>", "{no}"], ["", "I", " <took>", " it.", " <tool_call>{no}"]),
+    ([" ", '{"name": "add", ', '"parameters": {"a": 1}}'], ["", None]),
+    (["{a", " set}"], ["", "{a set}"]),
+    (["Yes", ", so."], ["", "Yes", ", so."]),
+    (["Or <tool_call>?", "</think>", "\n", "So", CALL], ["", "Or", " <tool_call>?</think>", "\nSo", None]),
+]
+
+
+@pytest.mark.parametrize(("pieces", "expected"), SPOKEN)
+def test_a_stream_beside_tools_waits_for_what_may_be_a_call(qwen_client, says, pieces, expected):
+    create = partial(qwen_client.chat.completions.create, model="tiny", tools=TOOLS, max_tokens=len(pieces))
+    says(*pieces)
+    message = create(messages=HELLO).choices[0].message
+    deltas = [chunk.choices[0].delta for chunk in create(messages=HELLO, stream=True)]
+    assert [delta.content for delta in deltas] == expected
+    assert "".join(delta.content or "" for delta in deltas) == (message.content or "")
+    assert bool(deltas[-1].tool_calls) == bool(message.tool_calls) == (expected[-1] is None)
+    asked = {"input": "Hello", "model": "tiny", "tools": RESPONSES_TOOLS, "max_output_tokens": len(pieces)}
+    events = [*qwen_client.responses.create(**asked, stream=True)]
+    said = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert said == [text for text in expected if text]
+    assert events[-1].response.output_text == "".join(said)
 
 
 def test_what_thoughts_mention_is_no_call(qwen_client, says):
@@ -578,8 +616,7 @@ def test_a_streamed_response_is_the_whole_one(client):
 
 
 def test_tool_calls_in_responses(qwen, qwen_client, says, notes):
-    tools = [{"type": "function", **ADD, "strict": True}]
-    create = partial(qwen_client.responses.create, model="tiny", tools=tools, max_output_tokens=3)
+    create = partial(qwen_client.responses.create, model="tiny", tools=RESPONSES_TOOLS, max_output_tokens=3)
     prompts = notes(type(qwen.chat_format()), "prompt", lambda self, *args, **tools: args)
     says(f"Wait.\n{CALL}")
     answer = create(input="Hello")

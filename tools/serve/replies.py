@@ -16,6 +16,7 @@ from pop.inputs.chat import end_of_thoughts
 from tools.serve.requests import CHAT, TEXT, Asked, Wrong
 from tools.serve.rows import Busy, Event
 
+TAG = "<tool_call>"  # begins a call, unless the whole answer is one
 NO_MEMORY = "can't allocate memory"  # in torch's RuntimeError of a CPU
 
 
@@ -24,24 +25,72 @@ def whole(asked: Asked, events: list[Event]) -> dict:
     by_index = defaultdict(list)
     for event in events:
         by_index[event.index].append(event)
-    choices = [_choice(asked, by_index[job.index]) for job in asked.jobs]
+    choices = []
+    for job in asked.jobs:
+        found = by_index[job.index]
+        choices.append(_choice(asked, found, *split_calls(asked, "".join(event.text for event in found))))
     return _named(asked, "chat.completion") | {"choices": choices, "usage": usage_of(asked)}
 
 
 async def chunks_of(asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator[dict]:
-    """The objects of a stream. With tools, an answer comes as one: only its end shows whether it is a call."""
+    """The objects of a stream. Beside tools, text that may belong to a call waits until the answer shows it."""
     named = _named(asked, "chat.completion.chunk")
-    held = {}  # events that wait, by index
+    streams: dict[int, Streamed] = {}
     async for event in events:
-        if asked.is_chat and event.index not in held:
+        if asked.is_chat and event.index not in streams:
             begins = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
             yield named | {"choices": [{"index": event.index, **begins}]}
-        held.setdefault(event.index, []).append(event)
-        if event.finish_reason or not asked.has_tools:
-            yield named | {"choices": [_choice(asked, held[event.index], streamed=True)]}
-            held[event.index] = []
+        answer = streams.setdefault(event.index, Streamed(asked))
+        text = answer.more(event)
+        if event.finish_reason:
+            rest, functions = answer.rest()
+            yield named | {"choices": [_choice(asked, answer.pop_waiting(), text + rest, functions, streamed=True)]}
+        elif text or not asked.has_tools:
+            yield named | {"choices": [_choice(asked, answer.pop_waiting(), text, [], streamed=True)]}
     if asked.include_usage:
         yield named | {"choices": [], "usage": usage_of(asked)}
+
+
+class Streamed:
+    """An answer in a stream, and how much of its text the client has."""
+
+    def __init__(self, asked: Asked):
+        self.asked = asked
+        self.text = ""  # of all events
+        self.sent = 0  # characters of it
+        self.waiting: list[Event] = []  # those after the last chunk
+
+    def more(self, event: Event) -> str:
+        """The text that can be sent now: with tools, only what can belong to no call."""
+        self.text += event.text
+        self.waiting.append(event)
+        begin = self.sent
+        self.sent = before_calls(self.text) if self.asked.has_tools else len(self.text)
+        return self.text[begin : self.sent]
+
+    def rest(self) -> tuple[str, list[dict]]:
+        """What is left of the finished answer: text, and its tool calls."""
+        before, functions = split_calls(self.asked, self.text)
+        return before[self.sent :], functions
+
+    def pop_waiting(self) -> list[Event]:
+        """The events since the last call."""
+        waiting = self.waiting
+        self.waiting = []
+        return waiting
+
+
+def before_calls(text: str) -> int:
+    """How many characters of an answer in progress belong to no tool call, however it goes on."""
+    begin = end_of_thoughts(text)
+    said = text[begin:]
+    if said.lstrip()[:1] in ("", "{"):  # the whole answer may be a call
+        return begin
+    before, is_tagged, _ = said.partition(TAG)
+    if not is_tagged:
+        begun = next(length for length in range(len(TAG) - 1, -1, -1) if before.endswith(TAG[:length]))
+        before = before[: len(before) - begun]
+    return begin + len(before.rstrip())
 
 
 def _named(asked: Asked, kind: str) -> dict:
@@ -68,22 +117,20 @@ def usage_of(asked: Asked) -> dict:
     }
 
 
-def _choice(asked: Asked, events: list[Event], streamed: bool = False) -> dict:
-    """What some events of an answer have brought."""
-    text = "".join(event.text for event in events)
+def _choice(asked: Asked, events: list[Event], text: str, functions: list[dict], streamed: bool = False) -> dict:
+    """What some events of an answer have brought: a text, and calls of functions."""
     reason = events[-1].finish_reason
     entries = [event.logprobs for event in events if event.logprobs]
     logprobs = _logprobs(asked, entries) if entries else None
     if not asked.is_chat:
         return {"index": events[0].index, "text": text, "logprobs": logprobs, "finish_reason": reason}
     message = ({} if streamed else {"role": "assistant"}) | {"content": text}
-    before, functions = split_calls(asked, text)
     if functions:
         calls = []
         for index, function in enumerate(functions):
             named = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
             calls.append(({"index": index} if streamed else {}) | named)
-        message = message | {"content": before or None, "tool_calls": calls}
+        message = message | {"content": text or None, "tool_calls": calls}
         reason = "tool_calls"
     named = {"delta" if streamed else "message": message}
     return {"index": events[0].index, **named, "logprobs": logprobs, "finish_reason": reason}
@@ -100,8 +147,8 @@ def split_calls(asked: Asked, text: str) -> tuple[str, list[dict]]:
     if asked.body.get("parallel_tool_calls") is False:
         calls = calls[:1]
     end = end_of_thoughts(text)
-    said, is_tagged, _ = text[end:].partition("<tool_call>")
-    before = (text[:end] + (said if is_tagged else "")).strip()
+    said, is_tagged, _ = text[end:].partition(TAG)
+    before = (text[:end] + (said if is_tagged else "")).rstrip()
     return before, [call["function"] | {"arguments": json.dumps(call["function"]["arguments"])} for call in calls]
 
 

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 
-from tools.serve.replies import split_calls, usage_of
+from tools.serve.replies import Streamed, split_calls, usage_of
 from tools.serve.requests import MAX_MESSAGES, SAMPLING, UNREAD, Asked, Wrong, unknown
 from tools.serve.rows import Event
 
@@ -206,7 +206,7 @@ def whole(asked: Asked, events: list[Event]) -> dict:
 
 
 async def chunks_of(asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator[dict]:
-    """The events of a stream, each with its type and number. With tools, an answer comes as one."""
+    """The events of a stream, each with its type and number. Text that may belong to a tool call waits."""
     writer = Writer(asked)
     number = 0
     async for chunk in _chunks(writer, events):
@@ -218,18 +218,20 @@ async def _chunks(writer: Writer, events: AsyncIterator[Event]) -> AsyncIterator
     at_text = {"item_id": writer.message_id, "output_index": 0, "content_index": 0}
     is_open = False  # whether the message has been announced
     seen = []
+    answer = Streamed(writer.asked)
     async for event in events:
         if not seen:  # not before an event has come: a request that is refused gets no stream
             yield {"type": "response.created", "response": writer.response("in_progress", [])}
             yield {"type": "response.in_progress", "response": writer.response("in_progress", [])}
         seen.append(event)
-        if writer.asked.has_tools or not event.text:
+        text = answer.more(event)
+        if not text:
             continue
         if not is_open:
             is_open = True
             for chunk in _opening(writer, at_text):
                 yield chunk
-        yield {"type": "response.output_text.delta", **at_text, "delta": event.text, "logprobs": []}
+        yield {"type": "response.output_text.delta", **at_text, "delta": text, "logprobs": []}
     status, output = writer.items(seen)
     for index, item in enumerate(output):
         if item["type"] == "function_call":
@@ -244,7 +246,9 @@ async def _chunks(writer: Writer, events: AsyncIterator[Event]) -> AsyncIterator
             if not is_open:
                 for chunk in _opening(writer, at_text):
                     yield chunk
-                yield {"type": "response.output_text.delta", **at_text, "delta": part["text"], "logprobs": []}
+            rest, _ = answer.rest()
+            if rest:
+                yield {"type": "response.output_text.delta", **at_text, "delta": rest, "logprobs": []}
             yield {"type": "response.output_text.done", **at_text, "text": part["text"], "logprobs": []}
             yield {"type": "response.content_part.done", **at_text, "part": part}
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
