@@ -119,11 +119,11 @@ def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
     """A prompt with facts in place of its end, and tokens that ask for them: none if it has too few words."""
     words = _words(model, prompt)
     count = rng.randint(*FACTS)
-    if len(words) < 2 * count:
+    if len(words) < 3 * count:
         return prompt, []
-    chosen = rng.sample(words, 2 * count)
+    chosen = rng.sample(words, 3 * count)
     forms = rng.choices(FORMS, k=2)
-    facts = [(*pair, _value(rng)) for pair in zip(chosen[::2], chosen[1::2], strict=True)]
+    facts = [(*pair, _value(word, rng)) for *pair, word in zip(chosen[::3], chosen[1::3], chosen[2::3], strict=True)]
     lines = [model.encode(f"\n{forms[0].format(*fact)}\n", bos=False) for fact in facts]
     kept = len(prompt) - sum(map(len, lines))
     if kept < 1:
@@ -142,6 +142,9 @@ def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
     return text, asked
 
 
-def _value(rng) -> str:
+def _value(word: str, rng) -> str:
+    """A word, a number in one of several forms, or a list of digits."""
     number = rng.randrange(10**4, 10**5)
-    return rng.choice((f"{number}", f"{number % 1000}", f"{number / 100:.2f}", f"{number:x}"))
+    digits = ", ".join(f"{number}")
+    numbers = (f"{number}", f"{number % 1000}", f"{number / 100:.2f}", f"{number:x}")
+    return rng.choice((*numbers, digits[:4], digits[:7], word, word))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 
-from pop.errors import InputError
+from pop.errors import InputError, PopError
 from pop.inputs.processors import Prepared
 
 SHORTEST = 16  # tokens; a shorter window is left out
@@ -22,6 +22,7 @@ LEFT_OUT = {"argparse", "heapq", "mailbox", "statistics"}
 PER_INPUT = 60  # tokens that suffice for each of the 2 * D inputs of a fit, see README.md
 BUILTIN = 50_000  # tokens of the built-in texts to fit, about
 PYTHON = 90_000  # and of DOCUMENTS and MODULES
+MESSAGE = (6, 13)  # the logarithms to base 2 of a message's characters, from and to
 
 Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
 
@@ -36,6 +37,35 @@ def default_texts(model) -> list[str]:
     """The built-in texts, and as many of Python's as the model's width asks for."""
     times = (tokens_needed(model) - BUILTIN) / PYTHON
     return builtin_texts() + python_texts(max(1, math.ceil(times)))
+
+
+def texts_to_fit(model) -> list[str | list[int]]:
+    """What calibration sees of the default texts: of each, one half as text and one in conversations.
+
+    Prompts of chats begin with control tokens, which no text has. A base model sees both halves as text.
+    """
+    fitted, _ = parted(default_texts(model))
+    try:
+        chat_format = model.chat_format()
+    except PopError:
+        return fitted
+    rng = random.Random(0)
+    texts = []
+    for text in fitted:
+        middle = len(text) // 2
+        texts += [text[:middle], chat_format.encode(conversation(text[middle:], rng), False)]
+    return texts
+
+
+def conversation(text: str, rng: random.Random) -> list[dict]:
+    """A conversation whose messages are the consecutive parts of a text, of random lengths."""
+    messages = []
+    while rest := text.lstrip():
+        size = round(2 ** rng.uniform(*MESSAGE))
+        role = ("user", "assistant")[len(messages) % 2]
+        messages.append({"role": role, "content": rest[:size]})
+        text = rest[size:]
+    return messages
 
 
 def tokens_needed(model) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from pop.calibration.held_out import HELD_OUT
-from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
+from pop.calibration.texts import SHORTEST, parted, texts_to_fit, tokens_needed
 from pop.errors import InputError, PopError
 from pop.inputs.messages import with_one_system_message
 
@@ -132,7 +132,7 @@ def calibration_texts(model, given: dict[str, Text]) -> tuple[list, list | None]
             )
         fitted += seen
         rest += unseen
-    builtin, _ = parted(default_texts(model))
+    builtin = texts_to_fit(model)
     if not given:
         return builtin, None
     given_tokens = _tokens_in(model, fitted)

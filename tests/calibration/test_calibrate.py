@@ -3,15 +3,18 @@
 import copy
 import dataclasses
 import importlib.util
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.chat_models import CONFIGS, CONTROL, END, START
+from support.letters import Letters
 from support.plans import contents
 from support.texts import random_texts
-from support.tiny import random_model, tiny_config
+from support.tiny import random_model, tiny_config, tiny_model
 
 import pop
 from pop import PrunePlan, calibrate
@@ -100,10 +103,38 @@ def test_texts_are_parted_and_nothing_is_lost(texts):
 
 def test_without_texts_the_last_fifth_of_the_built_in_ones_is_left_out(model, monkeypatch):
     texts = random_texts(1, *[500] * 8)
-    monkeypatch.setattr(calibrate_file, "default_texts", lambda given: texts if given is model else None)
+    monkeypatch.setattr(sources, "default_texts", lambda given: texts if given is model else None)
     found = calibrate(model, plan=PrunePlan((3,)), steps=0, progress=False)
     expected = calibrate(model, sources.parted(texts)[0], PrunePlan((3,)), steps=0, progress=False)
     assert contents(found) == contents(expected)
+
+
+@given(st.integers(0, 99), st.integers(1, 40_000))
+def test_the_messages_of_a_conversation_hold_its_text(seed, length):
+    rng = random.Random(seed)
+    text = "".join(rng.choices("ab c\n", weights=[9, 9, 9, 3, 1], k=length))
+    messages = sources.conversation(text, rng)
+    said = [message["content"] for message in messages]
+    assert "".join("".join(said).split()) == "".join(text.split()) and all(map(str.strip, said))
+    roles = [message["role"] for message in messages]
+    assert roles == (["user", "assistant"] * len(roles))[: len(roles)]
+    shortest, longest = (2**power for power in sources.MESSAGE)
+    assert all(shortest <= len(content) <= longest for content in said[:-1])
+
+
+def test_half_of_what_is_fitted_is_in_conversations_if_the_model_chats(monkeypatch):
+    texts = ["To be or not. " * 200, "That is it. " * 3000]
+    monkeypatch.setattr(sources, "default_texts", lambda model: texts)
+    fitted, _ = sources.parted(texts)
+    base, chats = (tiny_model(CONFIGS["llama"], tokenizer=Letters(marks)) for marks in (None, CONTROL))
+    assert sources.texts_to_fit(base) == fitted
+    found = sources.texts_to_fit(chats)
+    assert found[-1].count(START) > 2
+    assert found == sources.texts_to_fit(chats)
+    for whole, text, ids in zip(fitted, found[::2], found[1::2], strict=True):
+        assert whole.startswith(text) and len(text) == len(whole) // 2
+        assert ids[0] == START and ids[-2] == END
+        assert whole[len(text) :][:40].strip() in chats.tokenizer.decode(ids)
 
 
 def test_memory_that_is_short_is_refused_with_the_numbers(model, monkeypatch):

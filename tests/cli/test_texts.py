@@ -85,7 +85,7 @@ def test_tools_are_written_as_the_chat_format_writes_them(tmp_path, model, monke
 
 
 def test_one_conversation_judges_and_is_not_fitted(tmp_path, model, ids, monkeypatch, capsys):
-    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
+    monkeypatch.setattr("pop.cli.texts.texts_to_fit", lambda model: ["x" * 800])
     path = write(tmp_path, {"messages": ASKED})
     assert calibration_texts(model, {path: read_text(path)}) == (["x" * 800], ids[:1])
     assert capsys.readouterr().err.startswith("0 of ")
@@ -93,7 +93,7 @@ def test_one_conversation_judges_and_is_not_fitted(tmp_path, model, ids, monkeyp
 
 def test_built_in_texts_make_up_the_rest_until_they_suffice(model, monkeypatch, capsys):
     monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 20)
-    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 100] * 20)
+    monkeypatch.setattr("pop.cli.texts.texts_to_fit", lambda model: ["x" * 80] * 20)
     assert calibration_texts(model, {}) == (["x" * 80] * 20, None)
     assert capsys.readouterr().err == ""
     text = "Hello, world. " * 100
