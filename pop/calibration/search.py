@@ -6,10 +6,10 @@ may need one of these most. So several sets of layers of equal speed are tried:
     the deepest layers                          ─────────────────[///////////]
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
 
-Which layers lie apart is decided in three steps. The layer that looks up best comes last, because it selects tokens.
-Virtual gates (importance.py), on text and on repeated passages, tell which layers prefill needs most. These are kept.
-A gate tells what a layer does, and not how much of it a correction can supply. So each of the others is pruned alone,
-with a correction. The layers with the least loss on short held-out windows are taken.
+Which layers lie apart is decided in three steps. The layer that looks up best comes last, because a pruned layer cannot
+select tokens. Virtual gates (importance.py), on text and on repeated passages, tell which layers prefill needs most.
+These are kept. A gate tells what a layer does, and not how much of it a correction can supply. So each of the others is
+pruned alone, with a correction. The layers with the least loss on short held-out windows are taken.
 
 Then each set gets corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a
 clock, so two runs on a machine give the same plan.

@@ -3,7 +3,7 @@
 Each layer updates the residual stream h in two steps:
 
     h = h + o_proj(attention(q, k, v))      # q, k, v: projections of norm(h), q and k rotated by their positions
-    h = h + down(silu(gate(x)) * up(x))     # x: norm(h)
+    h = h + down(silu(gate(x)) * up(x))     # x: norm(h), by post_attention_layernorm
 
 The base classes (base.py) run these steps. They also split them, so that a pruned layer computes only k and v. A family
 file says which parts make up a layer. Attribute names are the checkpoint's names. Shape letters: layers.py.

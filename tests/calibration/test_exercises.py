@@ -100,11 +100,14 @@ def breaks_of(exercise):
 
 
 def test_a_table_has_each_fact_that_it_asks_for(model):
-    """The values of the continuation stand in the prompt, with the same two words. The prompt keeps its length."""
-    rng, found = random.Random(0), 0
+    """The values of the continuation stand in the prompt, with the same two words. The prompt keeps its length.
+
+    A value is a number in hexadecimal or decimal digits, a list of digits, or a word.
+    """
+    rng, found = random.Random(0), set()
     window = model.encode(" ".join(rng.choice(WORDS.split()) for _ in range(3000)), bos=False)
     filled = [re.escape(form.format("WORD", "WORD", "VALUE")) for form in FORMS]
-    patterns = [form.replace("WORD", r"(\w+)").replace("VALUE", r"([0-9a-f.]*[0-9a-f])") for form in filled]
+    patterns = [form.replace("WORD", r"(\w+)").replace("VALUE", r"(\d(?:, \d)+|[0-9a-z.]*[0-9a-z])") for form in filled]
     for _ in range(24):
         tokens, cut, _ = exercise(model, [(window, [])], TABLE, rng)
         size = tokens.shape[1]
@@ -117,8 +120,11 @@ def test_a_table_has_each_fact_that_it_asks_for(model):
                 for text in (prompt, rest)
             )
             assert asked <= stated
-            found += len(asked)
-    assert found > 50
+            found |= asked
+    assert len(found) > 50
+    values = [fact[0] for fact in found]  # digits come before letters in a sorted fact
+    assert any(", " in value for value in values) and any(value.isdecimal() for value in values)
+    assert any(set(fact) <= set(WORDS.split()) for fact in found)
 
 
 def test_the_seed_decides(model):
