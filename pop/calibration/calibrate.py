@@ -74,8 +74,8 @@ def calibrate(
     Args:
         model: A pop.Model.
         texts: Strings or lists of token ids that resemble the prompts to come. None takes built-in ones, but for the
-            last fifth of each, which is left for `pop.check`. Half of them are put into conversations, if the model has
-            a chat format. A wide model needs more.
+            last fifth of each, which is left for `pop.check`. Half of each is put into a conversation, if the model
+            has a chat format. A wide model needs more.
         plan: A PrunePlan fixes the layers to prune and the full-depth tokens. Another value that `PrunePlan.of` takes,
             such as "10,12,19-29", fixes only the layers, and the tokens are chosen. None: both are chosen.
         speedup: The speedup that the shapes must allow for a prompt of 2,048 tokens. It decides how many layers are

@@ -1,6 +1,7 @@
 """The texts of calibration, cut into windows of token ids."""
 
 import contextlib
+import datetime
 import math
 import random
 import sysconfig
@@ -22,6 +23,7 @@ LEFT_OUT = {"argparse", "heapq", "mailbox", "statistics"}
 PER_INPUT = 60  # tokens that suffice for each of the 2 * D inputs of a fit, see README.md
 BUILTIN = 50_000  # tokens of the built-in texts to fit, about
 PYTHON = 90_000  # and of DOCUMENTS and MODULES
+DATE = datetime.date(2026, 1, 1)  # for chat templates that write today's, so that each day's plan is the same
 MESSAGE = (6, 13)  # the logarithms to base 2 of a message's characters, from and to
 
 Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
@@ -40,20 +42,21 @@ def default_texts(model) -> list[str]:
 
 
 def texts_to_fit(model) -> list[str | list[int]]:
-    """What calibration sees of the default texts: of each, one half as text and one in conversations.
+    """What calibration sees of the default texts: of each, one half as text and one as a conversation.
 
-    Prompts of chats begin with control tokens, which no text has. A base model sees both halves as text.
+    Prompts of chats begin with control tokens, which no text has. Without a chat format, or with one that refuses such
+    conversations, the texts stay whole.
     """
     fitted, _ = parted(default_texts(model))
-    try:
-        chat_format = model.chat_format()
-    except PopError:
-        return fitted
     rng = random.Random(0)
     texts = []
-    for text in fitted:
-        middle = len(text) // 2
-        texts += [text[:middle], chat_format.encode(conversation(text[middle:], rng), False)]
+    try:
+        encode = model.chat_format().as_of(DATE).encode
+        for text in fitted:
+            middle = len(text) // 2
+            texts += [text[:middle], encode(conversation(text[middle:], rng), False)]
+    except PopError:
+        return fitted
     return texts
 
 

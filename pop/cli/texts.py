@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from pop.calibration.held_out import HELD_OUT
-from pop.calibration.texts import SHORTEST, parted, texts_to_fit, tokens_needed
+from pop.calibration.texts import DATE, SHORTEST, parted, texts_to_fit, tokens_needed
 from pop.errors import InputError, PopError
 from pop.inputs.messages import with_one_system_message
 
@@ -93,7 +93,7 @@ def encoded(model, text: Text) -> list[str] | list[list[int]]:
     """
     if isinstance(text, str):
         return [text]
-    chat_format = model.chat_format()
+    chat_format = model.chat_format().as_of(DATE)
     ids = []
     refused = []
     for where, conversation in text:

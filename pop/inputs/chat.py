@@ -4,6 +4,8 @@ A format is a checkpoint's chat_template, or the caller's choice (chat_templates
 template's own texts. The text of a message is encoded as text, so nothing that a user writes can become one.
 """
 
+import copy
+import datetime
 import json
 import re
 from collections.abc import Sequence
@@ -81,6 +83,12 @@ class ChatFormat:
         self._variables = {key: self._marks.put(text) for key, text in self._variables.items()}
         self._places = {kind: self._marks.put(text) for kind, text in self._places.items()}
         self._template = jinja(self._marks.put(template))
+
+    def as_of(self, date: datetime.date) -> "ChatFormat":
+        """Return this format on a date, for templates that write today's."""
+        dated = copy.copy(self)
+        dated._variables = self._variables | {"strftime_now": date.strftime}
+        return dated
 
     def encode(self, messages: list[dict], add_generation_prompt: bool = True, **options) -> list[int]:
         """Return the token ids of a conversation. Arguments as for `prompt`."""

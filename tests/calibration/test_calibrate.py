@@ -22,6 +22,7 @@ from pop.calibration import calibrate as calibrate_file
 from pop.calibration import search
 from pop.calibration import texts as sources
 from pop.calibration.calibrate import needed_bytes
+from pop.inputs.chat_templates import TEMPLATES
 
 TEXTS = random_texts(0, *[200] * 12)
 DECIDE = {"speedup": 1.3, "steps": 3, "progress": False}
@@ -134,7 +135,18 @@ def test_half_of_what_is_fitted_is_in_conversations_if_the_model_chats(monkeypat
     for whole, text, ids in zip(fitted, found[::2], found[1::2], strict=True):
         assert whole.startswith(text) and len(text) == len(whole) // 2
         assert ids[0] == START and ids[-2] == END
-        assert whole[len(text) :][:40].strip() in chats.tokenizer.decode(ids)
+        told = chats.tokenizer.decode(ids)
+        assert whole[len(text) :][:40].strip() in told and whole[-20:].strip() in told
+
+
+def test_conversations_have_a_fixed_date_and_a_format_that_refuses_them_leaves_texts(monkeypatch):
+    monkeypatch.setattr(sources, "default_texts", lambda model: ["To be or not. " * 200])
+    template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATES["chatml"]
+    _, ids = sources.texts_to_fit(tiny_model(CONFIGS["llama"], tokenizer=Letters(CONTROL), chat_format=template))
+    assert bytes(ids[:11]) == b"01 Jan 2026"
+    template = "{% if messages[0].content | length > 60 %}{{ raise_exception('no') }}{% endif %}" + TEMPLATES["chatml"]
+    refusing = tiny_model(CONFIGS["llama"], tokenizer=Letters(CONTROL), chat_format=template)
+    assert sources.texts_to_fit(refusing) == ["To be or not. " * 160]
 
 
 def test_memory_that_is_short_is_refused_with_the_numbers(model, monkeypatch):

@@ -257,6 +257,7 @@ def says(monkeypatch):
             return Mock(decode=decode)
 
         monkeypatch.setattr("pop.generation.answers.getincrementaldecoder", lambda encoding: decoder)
+        monkeypatch.setattr("tools.serve.rows.end_ids", lambda model: frozenset())  # no answer ends before max_tokens
 
     return says
 
@@ -317,6 +318,7 @@ SPOKEN = [
     (["I <t", "ook> ", "it. <tool_call>", "{no}"], ["", "I", " <took>", " it.", " <tool_call>{no}"]),
     ([" ", '{"name": "add", ', '"parameters": {"a": 1}}'], ["", None]),
     (["{a", " set}"], ["", "{a set}"]),
+    (['{"name": "add", "parameters":', ' {"a": "<tool_call>"}}'], ["", None]),
     (["Yes", ", so."], ["", "Yes", ", so."]),
     (["Or <tool_call>?", "</think>", "\n", "So", CALL], ["", "Or", " <tool_call>?</think>", "\nSo", None]),
 ]
@@ -324,10 +326,15 @@ SPOKEN = [
 
 @pytest.mark.parametrize(("pieces", "expected"), SPOKEN)
 def test_a_stream_beside_tools_waits_for_what_may_be_a_call(qwen_client, says, pieces, expected):
-    create = partial(qwen_client.chat.completions.create, model="tiny", tools=TOOLS, max_tokens=len(pieces))
+    options = {"tools": TOOLS, "max_tokens": len(pieces), "temperature": 0, "logprobs": True}
+    create = partial(qwen_client.chat.completions.create, model="tiny", messages=HELLO, **options)
     says(*pieces)
-    message = create(messages=HELLO).choices[0].message
-    deltas = [chunk.choices[0].delta for chunk in create(messages=HELLO, stream=True)]
+    (whole,) = create().choices
+    message = whole.message
+    choices = [chunk.choices[0] for chunk in create(stream=True)]
+    tokens = [one.token for choice in choices if choice.logprobs for one in choice.logprobs.content]
+    assert tokens == [one.token for one in whole.logprobs.content] and len(tokens) == len(pieces)
+    deltas = [choice.delta for choice in choices]
     assert [delta.content for delta in deltas] == expected
     assert "".join(delta.content or "" for delta in deltas) == (message.content or "")
     assert bool(deltas[-1].tool_calls) == bool(message.tool_calls) == (expected[-1] is None)

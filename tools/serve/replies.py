@@ -36,17 +36,20 @@ async def chunks_of(asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator
     """The objects of a stream. Beside tools, text that may belong to a call waits until the answer shows it."""
     named = _named(asked, "chat.completion.chunk")
     streams: dict[int, Streamed] = {}
+    held: dict[int, list[Event]] = defaultdict(list)  # the events of each answer since its last chunk
     async for event in events:
         if asked.is_chat and event.index not in streams:
             begins = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
             yield named | {"choices": [{"index": event.index, **begins}]}
         answer = streams.setdefault(event.index, Streamed(asked))
         text = answer.more(event)
+        functions = []
+        held[event.index].append(event)
         if event.finish_reason:
             rest, functions = answer.rest()
-            yield named | {"choices": [_choice(asked, answer.pop_waiting(), text + rest, functions, streamed=True)]}
-        elif text or not asked.has_tools:
-            yield named | {"choices": [_choice(asked, answer.pop_waiting(), text, [], streamed=True)]}
+            text += rest
+        if event.finish_reason or text or not asked.has_tools:
+            yield named | {"choices": [_choice(asked, held.pop(event.index), text, functions, streamed=True)]}
     if asked.include_usage:
         yield named | {"choices": [], "usage": usage_of(asked)}
 
@@ -56,28 +59,22 @@ class Streamed:
 
     def __init__(self, asked: Asked):
         self.asked = asked
-        self.text = ""  # of all events
+        self.text = ""  # of all events, if there are tools
         self.sent = 0  # characters of it
-        self.waiting: list[Event] = []  # those after the last chunk
 
     def more(self, event: Event) -> str:
         """The text that can be sent now: with tools, only what can belong to no call."""
+        if not self.asked.has_tools:
+            return event.text
         self.text += event.text
-        self.waiting.append(event)
         begin = self.sent
-        self.sent = before_calls(self.text) if self.asked.has_tools else len(self.text)
+        self.sent = before_calls(self.text)
         return self.text[begin : self.sent]
 
     def rest(self) -> tuple[str, list[dict]]:
         """What is left of the finished answer: text, and its tool calls."""
         before, functions = split_calls(self.asked, self.text)
         return before[self.sent :], functions
-
-    def pop_waiting(self) -> list[Event]:
-        """The events since the last call."""
-        waiting = self.waiting
-        self.waiting = []
-        return waiting
 
 
 def before_calls(text: str) -> int:
@@ -147,7 +144,8 @@ def split_calls(asked: Asked, text: str) -> tuple[str, list[dict]]:
     if asked.body.get("parallel_tool_calls") is False:
         calls = calls[:1]
     end = end_of_thoughts(text)
-    said, is_tagged, _ = text[end:].partition(TAG)
+    said, _, rest = text[end:].partition(TAG)
+    is_tagged = "</tool_call>" in rest  # otherwise the whole answer is a call
     before = (text[:end] + (said if is_tagged else "")).rstrip()
     return before, [call["function"] | {"arguments": json.dumps(call["function"]["arguments"])} for call in calls]
 
