@@ -22,13 +22,18 @@ def engine():
     return Engine(folder, kv_cache_memory_bytes=256 << 20)
 
 
-def test_the_plan_of_14_layers_equals_the_reference(engine):
-    """Corrections, updates, sinks, the last tokens and selected ones, all in one plan."""
+@pytest.mark.parametrize(("budget", "selecting_layer"), [(256, 8), (64, 18)])
+def test_the_plan_of_14_layers_equals_the_reference(engine, budget, selecting_layer):
+    """Corrections, updates, sinks, the last tokens and selected ones, all in one plan.
+
+    A prompt in chunks needs a selecting layer after which only the deepest layers are pruned, which the plan's is not.
+    """
     shipped = PrunePlan.load("smollm2-135m-14")
-    # The prompts are short.
-    plan = dataclasses.replace(shipped, full_depth_below=0, full_depth_last=96, full_depth_selected=0.05)
+    assert shipped.selecting_layer == 8
+    short = {"full_depth_below": 0, "full_depth_last": 96, "full_depth_selected": 0.05}  # as the prompts are
+    plan = dataclasses.replace(shipped, selecting_layer=selecting_layer, **short)
     ids = pop.load_tokenizer(engine.folder).encode(TEXT.read_text(encoding="utf-8")[:10_000])
     prompts = [ids[:40], ids[100:240]]
     assert plan.num_selected(len(prompts[1]) - 96 - 1) == 2
-    engine.use(plan, budget=64)
+    engine.use(plan, budget=budget)
     engine.assert_equal(engine.generate(prompts), prompts, plan)
