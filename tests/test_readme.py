@@ -217,6 +217,12 @@ def test_the_python_in_the_text_fits_what_it_names(tmp_path):
             inspect.signature(found).bind_partial(*given, **{word.arg: None for word in code.keywords})
 
 
+def test_the_service_is_python():
+    """FastAPI is not among the packages of the tests."""
+    (service,) = (block for block in blocks("", "pop/generation/README.md") if "import fastapi" in block)
+    compile(service, "README.md", "exec")
+
+
 def test_the_extras_in_the_text_are_ones():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     notebook = (ROOT / "tools/examples/tutorial.ipynb").read_text(encoding="utf-8")
