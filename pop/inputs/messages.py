@@ -86,7 +86,7 @@ def _check_keys(message: dict, n: int) -> None:
         raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
     role = message.get("role")
     if not isinstance(role, str) or role not in KEYS or (role == "system" and n > 0):
-        raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
+        raise InputError(f"message {n} has the role {role!r}; use user, assistant, tool or, for the first, system.")
     unknown = message.keys() - {"role", "content", *KEYS[role]}
     if unknown:
         raise InputError(f"message {n} has {[*unknown]!r:.80}, which the role {role} cannot have; leave it out")
