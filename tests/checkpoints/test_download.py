@@ -209,8 +209,8 @@ def test_a_revision(server, folder):
 
 
 def test_another_architecture_is_refused_before_its_weights(server, folder):
-    server.files["config.json"] = b'{"model_type": "mistral"}'
-    refused("model_type", "'mistral'", error=ConfigError)
+    server.files["config.json"] = b'{"model_type": "no_such_model"}'
+    refused("model_type", "'no_such_model'", error=ConfigError)
     assert len(server.requests) == 2
     assert not folder.parent.exists()
 

@@ -72,7 +72,7 @@ def tiny_world(tmp_path, monkeypatch, given_rates):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "head_dim": 16}
-    for name in ("smollm2-135m", "llama3.1-8b", "gemma3-270m"):
+    for name in ("smollm2-135m", "llama3.1-8b", "llama3.1-8b-instruct", "gemma3-270m"):
         write_chat_checkpoint(tmp_path / "weights" / name, **sizes)
     (tmp_path / "TEXT").write_text("".join(f"Sentence {n} is about the number {n * n}. " for n in range(60)))
     (tmp_path / "QUESTION").write_text("Why is the sky blue?")
