@@ -217,8 +217,8 @@ def test_the_python_in_the_text_fits_what_it_names(tmp_path):
             inspect.signature(found).bind_partial(*given, **{word.arg: None for word in code.keywords})
 
 
-def test_the_service_is_python():
-    """FastAPI is not among the packages of the tests."""
+def test_the_service_of_fastapi_compiles():
+    """It cannot run, because the tests do not need FastAPI."""
     (service,) = (block for block in blocks("", "pop/generation/README.md") if "import fastapi" in block)
     compile(service, "README.md", "exec")
 

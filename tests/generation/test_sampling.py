@@ -138,5 +138,5 @@ def test_settings_out_of_range_are_refused_by_name():
         for value in values:
             with pytest.raises(pop.InputError, match=rf"{name} is {re.escape(repr(value))};"):
                 SamplingParams(**{name: value})
-    assert SamplingParams(repetition_penalty=1e6) and SamplingParams(repetition_penalty=1e-6)
+    assert [SamplingParams(repetition_penalty=value).repetition_penalty for value in (1e-6, 1e6)] == [1e-6, 1e6]
     assert [SamplingParams(stop=stop).stop for stop in (None, [], "x", ("x", "y"))] == [(), (), ("x",), ("x", "y")]
