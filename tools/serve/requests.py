@@ -192,7 +192,7 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
         try:
             prompts = [model.chat_format().prompt(messages, tools=tools, enable_thinking=thinks)]
         except (pop.InputError, pop.UnsupportedError) as error:
-            param = "tools" if tools and "tool" in str(error) else "messages"
+            param = "tools" if tools and "tools" in str(error) else "messages"
             if "enable_thinking" in str(error):
                 param = "chat_template_kwargs"
             raise Wrong(str(error), param=param) from None
