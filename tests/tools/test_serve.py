@@ -372,7 +372,7 @@ def test_system_messages_at_the_beginning_are_one(client, model):
 def test_values_that_ask_for_nothing(url):
     nothing = {"top_logprobs": 0, "parallel_tool_calls": True, "stream_options": {"include_usage": None}}
     response = BODIES["/responses"] | nothing | {"background": False, "max_output_tokens": 2}
-    chat = CHAT | nothing | {"chat_template_kwargs": {}, "max_tokens": 2}
+    chat = CHAT | nothing | {"chat_template_kwargs": {}, "max_tokens": 2, "reasoning_effort": "low"}
     assert ask(url, "/responses", response)[0] == 200
     assert ask(url, "/chat/completions", chat)[0] == 200
 
@@ -714,6 +714,7 @@ WRONG = [  # path, a body or changes of one, status, and what the message or the
     ("/chat/completions", {"messages": user("a" * 200_000)}, 400, " bytes"),
     ("/chat/completions", {"temperature": float("nan")}, 400, "temperature"),
     ("/chat/completions", {"max_new_tokens": 5}, 400, "near names are max_tokens"),
+    ("/chat/completions", {"prediction": {}}, 400, "leave it out"),
     ("/chat/completions", {"tools": 129 * TOOLS}, 400, "there are 129 tools"),
     ("/chat/completions", {"messages": user([image("a")])}, 400, "text only"),
     ("/completions", {"prompt": HELLO}, 400, "send these to /v1/chat/completions"),

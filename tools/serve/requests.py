@@ -46,6 +46,7 @@ ONLY = {  # what this server does not do: only the value that asks for nothing i
     "modalities": ["text"],
 }
 UNREAD = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+UNREAD |= {"reasoning_effort", "verbosity"}  # no model here knows them
 
 ADDED = {"refusal", "annotations", "audio", "parsed"}  # to an answer, by the client library
 
@@ -59,9 +60,10 @@ class Wrong(Exception):
 
 
 def unknown(key: str, known: set[str]) -> Wrong:
-    """The error for an argument that the route does not have. It names the nearest ones."""
-    near = ", ".join(difflib.get_close_matches(key[:80], sorted(known), n=2, cutoff=0))
-    return Wrong(f"there is no argument {key!r:.80}; near names are {near}", param=key[:80])
+    """The error for an argument that the route does not have. It names those that resemble it."""
+    near = difflib.get_close_matches(key[:80], sorted(known), n=2)
+    advice = f"near names are {', '.join(near)}" if near else "leave it out"
+    return Wrong(f"there is no argument {key!r:.80}; {advice}", param=key[:80])
 
 
 class Served:
