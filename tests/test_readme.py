@@ -217,9 +217,10 @@ def test_the_python_in_the_text_fits_what_it_names(tmp_path):
             inspect.signature(found).bind_partial(*given, **{word.arg: None for word in code.keywords})
 
 
-def test_the_service_of_fastapi_compiles():
-    """It cannot run, because the tests do not need FastAPI."""
-    (service,) = (block for block in blocks("", "pop/generation/README.md") if "import fastapi" in block)
+@pytest.mark.parametrize("path", ["pop/generation/README.md", "tools/serve/README.md"])
+def test_the_services_of_fastapi_compile(path):
+    """They cannot run, because the tests do not need FastAPI."""
+    (service,) = (block for block in blocks("", path) if "import fastapi" in block)
     compile(service, "README.md", "exec")
 
 

@@ -13,7 +13,8 @@ README = READMES["README.md"]
 def blocks(language: str, path: str | None = None) -> list[str]:
     """The fenced blocks in `language` of one README, or of all, in order."""
     texts = READMES.values() if path is None else [READMES[path]]
-    return [block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
+    found = (pair for text in texts for pair in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S))
+    return [block for name, block in found if name == language]
 
 
 def prose(path: str | None = None) -> str:

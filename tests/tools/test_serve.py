@@ -857,6 +857,20 @@ def test_a_client_that_hangs_up_frees_its_place(model, monkeypatch):
         assert client_of(url).completions.create(**TEXT, max_tokens=3).choices[0].finish_reason
 
 
+def test_health_counts_a_prompt_that_is_being_prefilled(model, monkeypatch):
+    """So that nobody stops a server that is about to answer."""
+    with serving(model, most_rows=1, most_waiting=1) as (server, url):
+        engine, go = server.engine, threading.Event()
+        admit = engine._admit
+        monkeypatch.setattr(engine, "_admit", lambda job: (go.wait(600), admit(job)))
+        with send(url, "/completions", TEXT | {"max_tokens": 3, "stream": True}) as asking:
+            until(lambda: engine.admitting)
+            assert health(url) == {"status": "ok", "running": 1, "waiting": 0} and not engine.rows
+            go.set()
+            assert asking.recv(1)
+        until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
+
+
 @pytest.mark.parametrize("route", ["completions", "responses"])
 def test_an_error_within_a_stream_ends_it(client, monkeypatch, route):
     """Before the first piece, the status tells of it. The client learns nothing of what failed."""

@@ -95,7 +95,8 @@ class Server:
             raise Wrong("without an API key, the host of a request must be localhost, 127.0.0.1 or [::1]", 403)
 
     async def health(self, request: Request) -> Response:
-        return json_response({"status": "ok", "running": len(self.engine.rows), "waiting": len(self.engine.waiting)})
+        counts = self.engine.counts()
+        return json_response({"status": "ok"} | counts | {"waiting": counts["waiting"] + self.arriving})
 
     async def models(self, request: Request) -> Response:
         one = {"id": self.name, "object": "model", "created": 0, "owned_by": "pop", "plans": [*self.served.plans]}

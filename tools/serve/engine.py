@@ -42,8 +42,9 @@ class Engine:
         self.model, self.most_rows, self.most_waiting = model, most_rows, most_waiting
         self.waiting: deque[Job] = deque()
         self.wake = threading.Condition()  # guards `waiting`
-        # Only the engine's thread uses the rest.
+        # Only the engine's thread changes the rest.
         self.kept = Kept(model, kept_bytes)
+        self.admitting: Job | None = None  # whose prompt is being prefilled
         self.rows: list[Row] = []
         self.cache: KVCache | None = None  # of the batch
         self.is_current = True  # whether the batch has all rows and no others
@@ -67,6 +68,12 @@ class Engine:
                 with suppress(ValueError):
                     self.waiting.remove(job)
 
+    def counts(self) -> dict[str, int]:
+        """How many answers are running, their prefill included, and how many wait."""
+        with self.wake:
+            # In this order, an answer that moves from one place to the next counts in at least one.
+            return {"waiting": len(self.waiting), "running": (self.admitting is not None) + len(self.rows)}
+
     def run(self) -> None:
         """Work for ever. Raises what torch raises once the device is lost."""
         while True:
@@ -77,12 +84,14 @@ class Engine:
         with self.wake:
             self.wake.wait_for(lambda: self.rows or self.waiting)
             job = self.waiting.popleft() if self.waiting and len(self.rows) < self.most_rows else None
+            self.admitting = job
         if job is not None and not job.cancelled:
             try:
                 self._admit(job)
             except Exception as error:  # torch may raise nearly anything, and the other rows must continue
                 job.fail(error)
                 self._use_device()
+        self.admitting = None
         self._step()
 
     def _admit(self, job: Job) -> None:
