@@ -7,8 +7,9 @@ A scalar gate g_l = 1 multiplies what layer l adds to the residual stream (He et
 
 Each layer has two gates. Its prefill gate acts on the prompt without the last token. Its decode gate acts on that token
 and on the response. The importance of layer l for a stage is E[(dL/dg_l)^2], where L is the negative log-likelihood of
-a response that the model sampled itself. One forward and one backward pass gives all gates of a sample. README.md in
-this folder derives the score.
+a response. If the model sampled it itself, as it does for a prompt without one, this estimates the Fisher information.
+Otherwise it says only how sensitive the response is to the layer. One forward and one backward pass gives all gates of
+a sample. README.md in this folder derives the score.
 """
 
 import dataclasses

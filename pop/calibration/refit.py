@@ -4,15 +4,17 @@ A pruned layer projects K and V from h, the state that enters its group of prune
 later state. Much of the resulting error is linear in h. For token t, let
 
     s_t    be [x_t ; x_{t-1}], the states of this token and the one before it, normalised without a weight
-    r_t    be what the full model computes as K and V, minus the layer's own projections of h
+    r_t    be K and V as the full model projects them, minus the layer's own projections of h, both before K's norm
+           and the rotary positions
 
 If kept layers follow the group, r_t also holds the full model's h after the group, minus the h that entered it (or zero
 for an attention sink, see SINK). With rows s_t in X and r_t in Y, of N tokens, ridge regression toward no correction is
 
     min over C:   sum over t  |r_t - C s_t|^2  +  lambda N |C|^2            C = Y' X (X' X + lambda N I)^-1
 
-All layers of a group share a code of R numbers, so C is replaced by a product U P of rank R (`weight` and `shared`),
-the one that raises this minimum least. README.md in this folder derives it.
+All layers of a group share a code of R numbers, so C is replaced by a product U P of rank R, the one that raises this
+minimum least. P is `shared`. The rows of U are `weight`, and at the end `update`, if there is one. README.md in this
+folder derives it.
 """
 
 import dataclasses
@@ -123,7 +125,7 @@ def solve(model, sums: Sums, rank: int, ridge: float) -> GroupCorrections:
     del gram
 
     def parts() -> Iterator[Tensor]:
-        """The rows of C F that belong to each layer, and those of the update: [M, 2 * D] each."""
+        """The rows of C F that belong to each layer, and those of the update: [2 * K * E or D, 2 * D]."""
         for columns in sums.columns:
             yield torch.linalg.solve_triangular(factor, columns.double() / sums.count, upper=False).T
 
@@ -148,7 +150,7 @@ def _largest_directions(model, sums: Sums, parts: Iterator[Tensor], rank: int) -
 
 
 def _of_all_heads(model, rows: Tensor) -> Tensor:
-    """Rows for K and V of a layer [2 * K * E, M] -> the same for the heads of all processes."""
+    """Rows for K and V of a layer [2 * K * E, 2 * D or R] -> the same for the heads of all processes."""
     if model.part is None:
         return rows
     return model.part.gather_heads(rows.unflatten(0, (2, -1))[None])[0].flatten(0, 1)
@@ -204,7 +206,7 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     columns = iter(sums.columns)
 
     def add(full: Tensor, own: Tensor) -> None:
-        """Add to the next columns of X' Y what the full model has and h does not give, [B, T, M] each."""
+        """Add to the next columns of X' Y what the full model has and h does not give, [B, T, 2 * K * E or D]."""
         difference = (full - own)[is_fitted].to(x.dtype)
         next(columns).add_(x.T @ difference)
 

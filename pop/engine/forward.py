@@ -2,7 +2,7 @@
 
 A call takes Prompts, cuts them into Chunks, and runs one chunk after the other through the layers (layer_pass.py).
 FullDepth says which tokens of a chunk run every layer, and Selection which tokens the plan has added to them. These
-four records are in chunks.py. decode_step.py has the third part of the method: a decode step runs every layer for one
+four records are in chunks.py. decode_step.py has the method's third rule, full decode: a step runs every layer for one
 token of each row.
 
 The only state is the cache. It counts new tokens only once their logits exist. `pop.Model` checks the arguments. Shape
@@ -87,8 +87,8 @@ def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
 class Call:
     """One call of prefill or extend: its chunks run through the layers of a module and fill a cache.
 
-    `hidden` [L, B, D] is the state of each row's latest token as it entered each layer. `skipped` says which tokens a
-    later prompt may select. The cache gets both at the end.
+    `hidden` [L, B, D] is the state of each row's latest token as it entered each layer, for the code of the next token.
+    `skipped` says which tokens a later prompt may select. The cache gets both at the end.
     """
 
     def __init__(self, module, cache: KVCache, plan: PrunePlan, stages: Stages, chunk_size: int, replays: bool = False):

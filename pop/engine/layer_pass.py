@@ -54,14 +54,14 @@ class LayerPass:
         """Run a chunk through some layers: h [B, C, D] -> h [B, C, D], and the states of its rows' latest tokens.
 
         Args:
-            layers: They cut no pruned group. A pass begins or ends inside a model only at the selecting layer, which
-                is kept.
+            layers: Of each pruned group, they have all layers or none. Inside the model, a pass may only begin with
+                the selecting layer, or end before it.
             chunk: The tokens.
             full: Which of them run the pruned layers.
             h: Enters the first of the layers.
-            previous: The state of the token before each row's first one as it entered each layer, [L, B, D]. The second
-                result is of the same form. It has all layers, since the groups of the next call's plan may begin
-                elsewhere.
+            previous: The state of the token before each row's first one as it entered each layer, [L, B, D]. A
+                calibrated plan reads it for the code of the row's first token. The second result is of the same form.
+                It has all layers, since the groups of the next call's plan may begin elsewhere.
         """
         hidden = list(previous)
         for group in full.plan.groups(len(self.module.layers), self.module.deepstack_layers):

@@ -228,8 +228,8 @@ class DecoderModel(PrunableModel):
     def rope(self, positions):
         ropes = {}
         for window in set(self.config.windows):
-            rope = self.config.rope if window is None else self.config.local_rope
-            frequencies = self.frequencies(rope, positions.device)
+            rope_config = self.config.rope if window is None else self.config.local_rope
+            frequencies = self.frequencies(rope_config, positions.device)
             ropes[window] = rope_tables(positions[..., None], frequencies)
         return ropes
 

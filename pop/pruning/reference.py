@@ -8,8 +8,8 @@ of the prompt, and keeps the second:
   K and V from that h ("independent KV projections"), so that later tokens can attend to it.
 - A *full-depth* token runs every layer. The last prompt token does, because its logits predict the first new token
   ("boundary handling"). Every generated token does. A plan may add the first and further last tokens of the prompt.
-- A *selected* token, in plans that select some by their attention, skips the pruned layers before one layer, and runs
-  those after it.
+- A *selected* token is one to which the prompt's last tokens attend most in one layer, the selecting layer. It skips
+  the pruned layers before that layer, and runs those after it.
 
 Each token has one residual stream, so the method is one `torch.where`. The engine (pop/engine) computes the same
 numbers without the wasted work, with a cache, in chunks and in ragged batches. The property tests hold it to this page.
@@ -150,8 +150,8 @@ def corrected(layer, group: Group, index: int, h, z, rope, skips, k, v) -> KeysV
     correction_k, correction_v = correction.chunk(2, dim=-1)
     own_k, own_v = layer.projected(h)  # before K's norm and rotary positions
     pruned_k, pruned_v = layer.finished_keys_values(own_k + correction_k, own_v + correction_v, rope)
-    is_pruned = skips[:, None, None]
-    return torch.where(is_pruned, pruned_k, k), torch.where(is_pruned, pruned_v, v)
+    is_skipping = skips[:, None, None]
+    return torch.where(is_skipping, pruned_k, k), torch.where(is_skipping, pruned_v, v)
 
 
 def with_update(group: Group, h: Tensor, z: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def with_update(group: Group, h: Tensor, z: Tensor) -> Tensor:
 
 
 def selected_tokens(module, prompt: Tensor, plan: PrunePlan, images: Images = TEXT) -> Tensor | None:
-    """Which tokens of a prompt the plan selects by their attention, [N] bool. None if it selects no token."""
+    """Which tokens of a prompt the plan selects by the attention that they receive, [N] bool. None: it selects none."""
     by_position = full_depth_tokens(len(prompt), len(prompt), plan)
     count = plan.num_selected(int((~by_position).sum()))
     if not count:

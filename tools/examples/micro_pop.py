@@ -2,8 +2,8 @@
 
 `python -m tools.examples.micro_pop` takes a minute at most. The line with "prefill-only pruning" is the method.
 
-- A virtual gate is a factor of 1 on what a layer adds. The squared gradient of an answer's loss by it says how
-  sensitive the answer is to the layer. In prefill, the deep half has the lowest scores.
+- A virtual gate is a factor of 1 on what a layer adds. The squared gradient of an answer's loss with respect to
+  it says how sensitive the answer is to the layer. In prefill, the deep half has the lowest scores.
 - So prefill may skip the deep half. The last prompt token, the boundary, may not, because it predicts the first token
   of the answer. And the skipped layers must still give keys and values, because generated tokens attend to them.
 """
@@ -92,7 +92,7 @@ def train(model, steps=400):
 
 
 def importance(model):
-    """Return the mean squared gradient of an answer's loss by each layer's prefill and decode gate, [2, LAYERS]."""
+    """Return the mean squared gradient of an answer's loss with respect to each stage's gates, [2, LAYERS]."""
     scores = torch.zeros(2, LAYERS)
     for _ in range(200):
         prompts, answers = examples(1)
