@@ -21,6 +21,7 @@ from tools.results import compare, leaderboard
 from tools.results.rows import main
 
 RESULTS = Path(leaderboard.__file__).parent
+SHIPPED = {path.stem for path in (Path(pop.__file__).parent / "data" / "plans").glob("*.plan")}
 FIGURE = RESULTS.parent / "figures" / "loss-over-speed.svg"
 # Made-up figures, as tools.evaluate writes them.
 FIGURES = json.loads((GOLDENS / "evaluate" / "run.json").read_bytes())
@@ -308,6 +309,7 @@ def test_the_leaderboard_has_the_plans_that_ship(capsys):
     assert leaderboard.main([]) == 0
     out = capsys.readouterr().out
     assert (RESULTS / "PLANS.md").read_text(encoding="utf-8") == out, "python -m tools.results.leaderboard > PLANS.md"
+    assert {*re.findall(r"\| \*\*(\S+)\*\*", out)} == SHIPPED
     out = "".join(part for part in out.split("\n## ") if part.startswith("smollm2-135m"))
     shipped = [row for row in rows("README.md") if re.fullmatch(SPEEDUP, row[0])]
     for row in shipped:
@@ -333,9 +335,6 @@ def test_rows_that_name_a_stored_run_have_its_figures():
         assert [all(row[name] == figures[name] for name in wanted) for figures in measured].count(True) == 1, row
         assert result["commit"].startswith(row["commit"])
     assert leaderboard.row_of(RESULTS / "runs" / "smollm2-135m-2048.json", "full")["kept"] is None
-
-
-SHIPPED = {path.stem for path in (Path(pop.__file__).parent / "data" / "plans").glob("*.plan")}
 
 
 @pytest.mark.parametrize("weights", ["smollm2", "gemma3"])

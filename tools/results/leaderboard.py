@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pop.errors import InputError
+from pop.pruning.plan import SHIPPED
 from pop.system.files import read_json
 from tools.common import exit_status
 from tools.evaluate.retrieval import share_of
@@ -57,8 +58,8 @@ TITLE = """# All plans
 `python -m tools.results.leaderboard > tools/results/PLANS.md` writes this page. [README.md](README.md#all-plans)
 explains the columns, and how to add a row. Compare rows of one table only, and speedups only where the column "machine"
 says the same of them: the commit is that of the losses.
-Questions of ruler are left out, so shares differ from those of tables that count them. The rows of novel, manual and c
-are those of the [unseen texts](README.md#on-unseen-texts).
+Plans in bold are those that ship. Questions of ruler are left out, so shares differ from those of tables that count
+them. The rows of novel, manual and c are those of the [unseen texts](README.md#on-unseen-texts).
 """
 
 
@@ -248,8 +249,9 @@ def _cells(row: dict) -> list[str]:
     of_full = "-" if kept is None else "{:.0%} [{:.0%}, {:.0%}]".format(*kept).replace("%", " %")
     kinds = row.get("kinds") or {}
     run = row.get("run")
+    ships = (SHIPPED / f"{row['plan']}.plan").exists()
     return [
-        row["plan"],
+        f"**{row['plan']}**" if ships else row["plan"],
         cell(row.get("limit_2048"), "{:.2f}x"),
         cell(row.get("speedup_2048"), "{:.2f}x"),
         cell(row.get("speedup_8192"), "{:.2f}x"),
