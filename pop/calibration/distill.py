@@ -24,7 +24,7 @@ from pop.runner import row_lengths
 
 RATE = 0.04  # the share by which a step may change what a matrix computes, see `learning_rate`
 WARM_UP = 4  # steps up to the full rate
-LEAST = 0.02  # the share of the full rate at the last step
+LEAST = 0.02  # the share that the rate falls towards
 BETAS = (0.9, 0.95)  # Adam's
 LARGEST = 1.0  # the norm to which larger gradients are cut
 CHECKS = 5  # how often the held-out windows are judged

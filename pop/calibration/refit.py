@@ -1,7 +1,7 @@
 """The closed form: corrections of the K and V of pruned layers, by ridge regression on calibration text.
 
 A pruned layer projects K and V from h, the state that enters its group of pruned layers. Its weights were trained on a
-later state. Much of the resulting error is linear in h. For token t, let
+later state. Much of the resulting error is linear in this state. For token t, let
 
     s_t    be [x_t ; x_{t-1}], the states of this token and the one before it, normalised without a weight
     r_t    be K and V as the full model projects them, minus the layer's own projections of h, both before K's norm
@@ -113,8 +113,8 @@ def fitted(
 def solve(model, sums: Sums, rank: int, ridge: float) -> GroupCorrections:
     """Solve the normal equations of a group, and reduce the solution to the rank. It is in float64.
 
-    Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by E raises the minimum by N |E F|^2. So the
-    best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
+    Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by Delta raises the minimum by
+    N |Delta F|^2. So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
     P = Q' F^-1. Then P s has a mean square of about 1. C F is computed for one layer at a time, and twice, because all
     of it would be as large as X' Y.
     """

@@ -43,7 +43,7 @@ RESPONSE = 48  # tokens of it that count
 CUES_IN_REPEATED = 4  # a quarter of a repeated passage is its cue
 LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
-FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with a third of them, a worse set wins
+FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with 12,000, a worse set was chosen
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 0.75  # the share of the layers before the deepest ones that are pruned alone, by gates
 FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
@@ -51,7 +51,10 @@ QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts
 
 
 def check_speedup(model, speedup: float, rank: int) -> None:
-    """Raise InputError if even the largest plan allows less. It keeps only layer 0 and the DeepStack layers."""
+    """Raise InputError for what is not a number above 1, for a model of one layer, and for more than plans allow.
+
+    The largest plan keeps only layer 0 and the DeepStack layers.
+    """
     if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
         raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
     num_layers = model.config.num_layers
@@ -177,7 +180,7 @@ def _fewest(
         proposed = round(PROPOSED * len(candidates))
         by_loss = sorted(candidates[:proposed], key=alone) + candidates[proposed:]
         chosen = layers_apart(by_loss, apart, deepest, deepstack_layers)
-        # Other neighbours may leave too few layers, or groups with more corrections.
+        # In the order by loss, neighbours may block each other, or make more groups, whose corrections cost more.
         return chosen if chosen is not None and is_fast(chosen) else layers
     return None
 

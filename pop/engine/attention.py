@@ -23,7 +23,7 @@ class Band(NamedTuple):
     own: int  # the number of the first token's own key
     before: int  # how many keys before its own each token attends to at most
     after: int  # how many after its own
-    is_exact: bool  # whether each token attends to all of these keys, so that no mask is needed
+    is_exact: bool  # whether this band alone decides, without spans
 
 
 class AttentionMetadata(NamedTuple):

@@ -2,8 +2,7 @@
 
 A call takes Prompts, cuts them into Chunks, and runs one chunk after the other through the layers (layer_pass.py).
 FullDepth says which tokens of a chunk run every layer, and Selection which tokens the plan has added to them. These
-four records are in chunks.py. decode_step.py has the method's third rule, full decode: a step runs every layer for one
-token of each row.
+four records are in chunks.py. decode_step.py runs decode: every layer, for one token of each row.
 
 The only state is the cache. It counts new tokens only once their logits exist. `pop.Model` checks the arguments. Shape
 letters: pop/models/layers.py.
@@ -118,8 +117,8 @@ class Call:
         cache, if the prompts end with their `boundary`.
         """
         cache = self.cache
-        # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that it counts.
-        # `commit` makes the cache intact again.
+        # Chunks after the first overwrite slots of a ring. If such a call fails midway, tokens that the cache counts are
+        # lost. `commit` makes the cache intact again.
         has_several = int(prompts.lengths.max()) > self.chunk_size
         cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
 

@@ -25,7 +25,7 @@ def received(layer, h, rope, lengths: Tensor, *earlier: Tensor) -> Tensor:
     if earlier:
         earlier_k, is_attended = earlier
         k = torch.cat((earlier_k, k), dim=1)
-        # No query is before position 0, so it stands for all of them.
+        # Each query is at position 0 or later, so 0 stands for every earlier token. -1: the token does not count.
         key = torch.cat((is_attended.long() - 1, key.expand(len(h), -1)), dim=1)
     query = lengths[:, None] + torch.arange(-SELECTING, 0, device=h.device)  # [B, Q], negative in a shorter prompt
     places = by_row(query.clamp(min=0))
