@@ -114,9 +114,9 @@ def solve(model, sums: Sums, rank: int, ridge: float) -> GroupCorrections:
     """Solve the normal equations of a group, and reduce the solution to the rank. It is in float64.
 
     Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by Delta raises the minimum by
-    N |Delta F|^2. So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
-    P = Q' F^-1. Then P s has a mean square of about 1. C F is computed for one layer at a time, and twice, because all
-    of it would be as large as X' Y.
+    N |Delta F|^2. So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by
+    U = C F Q and P = Q' F^-1. Then P s has a mean square of about 1. C F is computed for one layer at a time, and
+    twice, because all of it would be as large as X' Y.
     """
     check_finite(sums.xy, "hidden states of the texts")  # what is not finite in X spoils every column of X' Y
     gram = sums.xx / sums.count

@@ -117,8 +117,8 @@ class Call:
         cache, if the prompts end with their `boundary`.
         """
         cache = self.cache
-        # Chunks after the first overwrite slots of a ring. If such a call fails midway, tokens that the cache counts are
-        # lost. `commit` makes the cache intact again.
+        # Chunks after the first overwrite slots of a ring. If such a call fails midway, tokens that the cache counts
+        # are lost. `commit` makes the cache intact again.
         has_several = int(prompts.lengths.max()) > self.chunk_size
         cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
 

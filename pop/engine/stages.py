@@ -50,9 +50,9 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: the plain ones, or replacements such as compiled ones.
 
-    `replay(module, what, other)` returns a runner. `runner(work)` runs `work`. Each call must be given the same function,
-    so the runner may record it, and repeat the record later. `what` says in words which function it is. `other` is a
-    runner of which no function runs at the same time, so both may use the same memory.
+    `replay(module, what, other)` returns a runner. `runner(work)` runs `work`. Each call must be given the same
+    function, so the runner may record it, and repeat the record later. `what` says in words which function it is.
+    `other` is a runner of which no function runs at the same time, so both may use the same memory.
     """
 
     full_layer: Callable[..., Tensor] = full_layer
