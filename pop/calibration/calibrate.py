@@ -154,7 +154,7 @@ def calibrate(
         elif given is not None:
             decided = search.with_full_depth(model, given.layers, windows)
         else:
-            with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
+            with progress_bar("choosing layers", len(search.TAILS), "shares", progress) as step:
                 decided = search.search(model, windows, judge, speedup, rank, step)
         fitting = first_tokens(windows, tokens_needed(model))
         groups = decided.groups(model.config.num_layers, model.module.deepstack_layers)
@@ -179,7 +179,7 @@ def _given(model, plan) -> PrunePlan | None:
     plan = PrunePlan.of(plan, model.config.num_layers)
     if not plan.layers:
         raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
-    if any({index, index + 1} <= {*plan.layers} for index in range(model.module.deepstack_layers)):
+    if search.are_separated(plan.layers, model.module):
         raise PlanError(
             f"the plan prunes the layers {plan.layers}, between which DeepStack adds features of images; "
             "prune one of these layers only"
@@ -265,8 +265,9 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
         print(f"a fit of this width can use {useful:,} tokens; more texts would improve it", file=sys.stderr)
     # Tokens through the whole model, about. The judge sees each set of the search, each lambda and each check. About
     # half of the layers are pruned alone, for which tokens pass half of them.
-    judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
-    fitted_on = min(num_tokens, useful) + len(search.TAILS) * min(num_tokens, search.FEW)
+    sets = 1 + (len(search.TAILS) - 1) * search.SETS
+    judgements = 2 * (sets + len(RIDGES) + CHECKS)
+    fitted_on = min(num_tokens, useful) + sets * min(num_tokens, search.FEW)
     passed = model.config.num_layers // 4 * min(num_tokens, search.FEWER)
     passed += 4 * fitted_on + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
     passed += judgements * total_size(judged)

@@ -6,10 +6,10 @@ may need one of these most. So several sets of layers of equal speed are tried:
     the deepest layers                          ─────────────────[///////////]
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
 
-Which layers lie apart is decided in three steps. The layer that looks up best comes last, because a pruned layer cannot
-select tokens. Virtual gates (importance.py), on text and on repeated passages, tell which layers prefill needs most.
-These are kept. A gate tells what a layer does, and not how much of it a correction can supply. So each of the others is
-pruned alone, with a correction. The layers with the least loss on short held-out windows are taken.
+Which layers lie apart is decided in three steps. The earliest layer that looks up nearly best selects tokens, and a
+pruned layer cannot, so this layer comes last. Virtual gates (importance.py), on text and on repeated passages, tell
+which layers prefill needs most. These are kept. A gate tells what a layer does, and not how much of it a correction can
+supply. So each of the others is pruned alone, with a correction. The sets with the least sum of these losses are taken.
 
 Then each set gets corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a
 clock, so two runs on a machine give the same plan.
@@ -17,6 +17,7 @@ clock, so two runs on a machine give the same plan.
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -43,10 +44,13 @@ RESPONSE = 48  # tokens of it that count
 CUES_IN_REPEATED = 4  # a quarter of a repeated passage is its cue
 LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
+NEARLY = 0.85  # of the best layer's lookups. Which layer is above it, and by how much, is left to chance
 FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with 12,000, a worse set was chosen
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 0.75  # the share of the layers before the deepest ones that are pruned alone, by gates
 FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
+SPARE = 4  # more layers than are needed apart, of which sets are formed
+SETS = 3  # of a share of deepest layers, how many are compared: the sum of losses is only about the loss of a set
 QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts of twice the last tokens or more
 
 
@@ -76,12 +80,12 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         judge: Compares plans on other windows.
         speedup: As `check_speedup` allows it.
         rank: Of the corrections to come.
-        step: Is called with 1 for each of the len(TAILS) sets of layers.
+        step: Is called with 1 for each of the len(TAILS) shares of deepest layers.
     """
     texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
-    needed[lookups.argmax()] = torch.inf  # it selects tokens, so it is the last to lie apart
+    needed[lookups.argmax()] = torch.inf  # the first of the best. It selects tokens, so it is the last to lie apart
     order = needed.argsort().tolist()
     few = first_tokens([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
     fewer = first_tokens(few, FEWER)
@@ -89,7 +93,10 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     plan_of = functools.partial(_plan_of, model, lookups=lookups)
 
     def is_fast(layers: Sequence[int]) -> bool:
-        return _limit(model, plan_of(layers), rank) >= speedup
+        return _limit(model, plan_of(layers), rank) >= speedup and not are_separated(layers, model.module)
+
+    num_layers = model.config.num_layers
+    least = next(count for count in range(1, num_layers) if is_fast(range(num_layers - count, num_layers)))
 
     @functools.cache
     def alone(index: int) -> float:
@@ -99,8 +106,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
 
     def candidates() -> Iterator[PrunePlan]:
         for share in TAILS:
-            layers = _fewest(share, order, model.module.deepstack_layers, is_fast, alone)
-            if layers is not None:
+            for layers in _fewest(share, least, order, is_fast, alone):
                 yield from fitted(model, few, plan_of(layers), rank)
             step(1)
 
@@ -108,7 +114,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
 
 
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
-    """The plan for given layers, with tokens at full depth. The layer that looks up best selects some of them."""
+    """The plan for given layers, with tokens at full depth. The first layer that looks up nearly best selects them."""
     _, passages = _samples(model, windows)
     return _plan_of(model, layers, _lookup_scores(model, passages))
 
@@ -144,67 +150,53 @@ def _needed(model, samples: list[Pair]) -> Tensor:
 def _lookup_scores(model, passages: list[Pair]) -> Tensor:
     """The share of a passage's tokens that each layer would select where the passage first occurs, [L].
 
-    Zeros if all prompts are too short.
+    The layers that find nearly as many as the best are equal here, so that the earliest of them selects: the tokens
+    that it selects run more layers. Zeros if all prompts are too short.
     """
     repeated = [(prompt, passage) for prompt, passage in passages if len(prompt) >= 3 * LONGEST_CUE]
     if not repeated:
         return torch.zeros(model.config.num_layers)
-    return selecting_scores(model, repeated, SELECTED, LONGEST_CUE)
+    scores = selecting_scores(model, repeated, SELECTED, LONGEST_CUE)
+    return scores.clamp(max=NEARLY * scores.max())
 
 
 # ---- Plans of a speedup ----
 
 
-def _fewest(
-    share: float, order: list[int], deepstack_layers: int, is_fast: Callable, alone: Callable
-) -> tuple[int, ...] | None:
-    """The fewest layers that are fast enough, a share of which are the deepest. None: there are no such layers.
+def _fewest(share: float, least: int, order: list[int], is_fast: Callable, alone: Callable) -> list[tuple[int, ...]]:
+    """Up to SETS sets of the fewest layers that are fast enough, a share of which are the deepest, best first.
+
+    Layer 0 and the layer before the deepest ones are kept. No three layers before the deepest ones are neighbours.
 
     Args:
         share: Of the layers, the deepest ones.
+        least: The number of layers to begin with.
         order: All layers, those that prefill needs least first.
-        deepstack_layers: The number of layers after each of which DeepStack adds features of images.
         is_fast: Whether a plan of these layers allows the speedup.
         alone: From a layer's index to the loss if it is pruned alone.
     """
     num_layers = len(order)
-    for count in range(1, num_layers):
+    for count in range(least, num_layers):
         deepest = range(num_layers - round(share * count), num_layers)
         apart = count - len(deepest)
-        layers = layers_apart(order, apart, deepest, deepstack_layers)
-        if layers is None or not is_fast(layers):
-            continue
-        if not apart:
-            return layers
         candidates = [index for index in order if 0 < index < deepest.start - 1]
-        proposed = round(PROPOSED * len(candidates))
-        by_loss = sorted(candidates[:proposed], key=alone) + candidates[proposed:]
-        chosen = layers_apart(by_loss, apart, deepest, deepstack_layers)
-        # In the order by loss, neighbours may block each other, or make more groups, whose corrections cost more.
-        return chosen if chosen is not None and is_fast(chosen) else layers
-    return None
+        proposed = candidates[: round(PROPOSED * len(candidates))]
+        best = sorted(proposed, key=alone)[: apart + SPARE]
+        by_sum = sorted(itertools.combinations(best, apart), key=lambda layers: sum(map(alone, layers)))
+        valid = ((*sorted(layers), *deepest) for layers in by_sum if not _has_three_neighbours(layers))
+        found = list(itertools.islice(filter(is_fast, valid), SETS))
+        if found:
+            return found
+    return []
 
 
-def layers_apart(order: Sequence[int], apart: int, deepest: range, deepstack_layers: int = 0) -> tuple[int, ...] | None:
-    """The `deepest` layers, and the first `apart` layers of `order` that may be pruned before them.
+def _has_three_neighbours(layers: Sequence[int]) -> bool:
+    return any({index, index + 1, index + 2} <= {*layers} for index in layers)
 
-    No three of these are neighbours, and no two where DeepStack adds features of images between layers. Layer 0 and the
-    layer before the deepest ones are kept. None: there are too few others, or DeepStack reaches the deepest.
-    """
-    if len(deepest) > 1 and deepest.start < deepstack_layers:
-        return None
-    chosen: set[int] = set()
-    for index in order:
-        if not 0 < index < deepest.start - 1:
-            continue
-        most = 1 if index <= deepstack_layers else 2
-        with_it = chosen | {index}
-        runs = [range(begin, begin + most + 1) for begin in range(index - most, index + 1)]  # one layer too long
-        if len(chosen) < apart and not any(with_it.issuperset(run) for run in runs):
-            chosen = with_it
-    if len(chosen) < apart:
-        return None
-    return (*sorted(chosen), *deepest)
+
+def are_separated(layers: Sequence[int], module) -> bool:
+    """Whether DeepStack adds features of images between two neighbours of these layers."""
+    return any({index, index + 1} <= {*layers} for index in range(module.deepstack_layers))
 
 
 def _prompt_length(model) -> int:
