@@ -267,8 +267,8 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     # half of the layers are pruned alone, for which tokens pass half of them.
     sets = 1 + (len(search.TAILS) - 1) * search.SETS
     judgements = 2 * (sets + len(RIDGES) + CHECKS)
-    fitted_on = min(num_tokens, useful) + sets * min(num_tokens, search.FEW)
-    passed = model.config.num_layers // 4 * min(num_tokens, search.FEWER)
+    fitted_on = min(num_tokens, useful) + sets * min(num_tokens, search.TOKENS_OF_SET)
+    passed = model.config.num_layers // 4 * min(num_tokens, search.TOKENS_OF_LAYER)
     passed += 4 * fitted_on + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
     passed += judgements * total_size(judged)
     minutes = max(1, round(passed * seconds / 60))

@@ -45,10 +45,10 @@ CUES_IN_REPEATED = 4  # a quarter of a repeated passage is its cue
 LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
 NEARLY = 0.85  # of the best layer's lookups. Which layer is above it, and by how much, is left to chance
-FEW = 36_000  # tokens from which a set of layers is fitted to be compared; with 12,000, a worse set was chosen
+TOKENS_OF_SET = 36_000  # to which a set of layers is fitted to be compared; with 12,000, a worse set was chosen
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 0.75  # the share of the layers before the deepest ones that are pruned alone, by gates
-FEWER = 12_000  # tokens to which the correction of a layer that is pruned alone is fitted
+TOKENS_OF_LAYER = 12_000  # to which the correction of a layer that is pruned alone is fitted
 SPARE = 4  # more layers than are needed apart, of which sets are formed
 SETS = 3  # of a share of deepest layers, how many are compared: the sum of losses is only about the loss of a set
 QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts of twice the last tokens or more
@@ -87,8 +87,9 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     needed = _needed(model, texts) + _needed(model, passages)
     needed[lookups.argmax()] = torch.inf  # the first of the best. It selects tokens, so it is the last to lie apart
     order = needed.argsort().tolist()
-    few = first_tokens([(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)], FEW)
-    fewer = first_tokens(few, FEWER)
+    short = [(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)]
+    for_sets = first_tokens(short, TOKENS_OF_SET)
+    for_layers = first_tokens(short, TOKENS_OF_LAYER)
     quick = judge.on_shortest(QUICK, 2 * last_and_selected(_prompt_length(model))[0])
     plan_of = functools.partial(_plan_of, model, lookups=lookups)
 
@@ -101,13 +102,13 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     @functools.cache
     def alone(index: int) -> float:
         """The loss if prefill skips a single layer, with a correction."""
-        (plan,) = fitted(model, fewer, plan_of([index]), rank)
+        (plan,) = fitted(model, for_layers, plan_of([index]), rank)
         return quick.loss(plan)
 
     def candidates() -> Iterator[PrunePlan]:
         for share in TAILS:
-            for layers in _fewest(share, least, order, is_fast, alone):
-                yield from fitted(model, few, plan_of(layers), rank)
+            for layers in _smallest_sets(share, least, order, is_fast, alone):
+                yield from fitted(model, for_sets, plan_of(layers), rank)
             step(1)
 
     return dataclasses.replace(min(candidates(), key=judge.loss), corrections=None)
@@ -163,7 +164,9 @@ def _lookup_scores(model, passages: list[Pair]) -> Tensor:
 # ---- Plans of a speedup ----
 
 
-def _fewest(share: float, least: int, order: list[int], is_fast: Callable, alone: Callable) -> list[tuple[int, ...]]:
+def _smallest_sets(
+    share: float, least: int, order: list[int], is_fast: Callable, alone: Callable
+) -> list[tuple[int, ...]]:
     """Up to SETS sets of the fewest layers that are fast enough, a share of which are the deepest, best first.
 
     Layer 0 and the layer before the deepest ones are kept. No three layers before the deepest ones are neighbours.

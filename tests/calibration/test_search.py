@@ -58,7 +58,7 @@ def test_layers_apart_are_those_whose_losses_have_the_least_sum(data):
                 found.append(layers)
         return found
 
-    found = search._fewest(share, least, order, is_fast, alone.__getitem__)
+    found = search._smallest_sets(share, least, order, is_fast, alone.__getitem__)
     expected = next(filter(None, map(sets_of, range(least, num_layers))), [])
 
     def total(layers) -> int:
@@ -104,8 +104,8 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, winner, mo
         sizes.append((len(plan.layers) > 1, total_size(windows)))
         return [plan]
 
-    monkeypatch.setattr(search, "FEW", 900)
-    monkeypatch.setattr(search, "FEWER", 300)
+    monkeypatch.setattr(search, "TOKENS_OF_SET", 900)
+    monkeypatch.setattr(search, "TOKENS_OF_LAYER", 300)
     monkeypatch.setattr(search, "fitted", fake_fitted)
     monkeypatch.setattr(search, "_needed", lambda model, samples: needed)
     monkeypatch.setattr(search, "_lookup_scores", lambda model, samples: lookups)
