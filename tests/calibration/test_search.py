@@ -69,6 +69,11 @@ def test_layers_apart_are_those_whose_losses_have_the_least_sum(data):
     assert [*map(total, found)] == sorted(map(total, expected))[:3]
 
 
+def test_no_three_layers_apart_are_neighbours():
+    found = search._smallest_sets(0.6, 8, range(16), is_fast=lambda layers: True, alone=lambda index: index)
+    assert [layers[:3] for layers in found] == [(1, 2, 4), (1, 2, 5), (1, 3, 4)]
+
+
 def limit(model, plan):
     """The speedup that a plan with corrections allows at 2,048 tokens."""
     corrections = random_corrections(model.config, plan.layers, 0, RANK)
