@@ -271,14 +271,14 @@ def test_after_a_failure_a_cache_works_or_is_refused(config, selects):
     assert refused < POINTS // 2 if overwrites else not refused
 
 
-@pytest.mark.parametrize("place", ["attention_metadata", "KVCache.move_to"])
+@pytest.mark.parametrize("place", ["two_phases.attention_metadata", "forward.KVCache.move_to"])
 def test_a_cache_is_refused_if_earlier_tokens_may_be_half_done(place, monkeypatch):
     """While they run once more, and between the two steps that make the new tokens count."""
     model = tiny_model(tiny_config(), plan=PrunePlan((3, 4), full_depth_selected=0.5, selecting_layer=1))
     cache = model.new_cache(1, 60)
     model.prefill([list(range(40))], cache)
     with monkeypatch.context() as patch:
-        patch.setattr(f"pop.engine.forward.{place}", lambda *args: 1 / 0)
+        patch.setattr(f"pop.engine.{place}", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.prefill([[1, 2]], cache)
     for plan in (None, "none"):

@@ -21,7 +21,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, working_copy
@@ -29,7 +28,7 @@ from pop.calibration.texts import Window, batches, total_size
 from pop.engine.compile import SMALLEST_COMPILED
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
-from pop.pruning.corrections import Corrections, GroupCorrections
+from pop.pruning.corrections import Corrections, GroupCorrections, code_inputs
 from pop.pruning.plan import PrunePlan
 from pop.runner import padded
 
@@ -198,22 +197,21 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
     if solved.layers:
         longer = tokens.shape[1] + 1  # tokens: the prompt's last one, which runs at full depth, is not among these
         entering = model_pass.run_pruned(model.resolve(solved), h, longer, group.start)
-    x = module.layers[group.start].normalised(entering)
-    before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
-    x = torch.cat((x, before), dim=-1)[is_fitted].to(sum_dtype(h.dtype))  # [N, 2 * D]
+    x = code_inputs(module.layers[group.start], entering, torch.zeros_like(entering[:, 0]))
+    x = x[is_fitted].to(sum_dtype(h.dtype))  # [N, 2 * D]
     sums.xx += x.T @ x
     sums.count += len(x)
-    columns = iter(sums.columns)
 
-    def add(full: Tensor, own: Tensor) -> None:
-        """Add to the next columns of X' Y what the full model has and h does not give, [B, T, 2 * K * E or D]."""
+    def add(columns: Tensor, full: Tensor, own: Tensor) -> None:
+        """Add to columns of X' Y what the full model has and h does not give, [B, T, 2 * K * E or D]."""
         difference = (full - own)[is_fitted].to(x.dtype)
-        next(columns).add_(x.T @ difference)
+        columns.add_(x.T @ difference)
 
     for index in range(first, group.stop):
         layer = module.layers[index]
         if index in group:
-            add(torch.cat(layer.projected(h), dim=-1), torch.cat(layer.projected(entering), dim=-1))
+            columns = sums.columns[index - group.start]
+            add(columns, torch.cat(layer.projected(h), dim=-1), torch.cat(layer.projected(entering), dim=-1))
         if sums.has_update or index < group[-1]:  # only an update needs what the last layer makes of h
             h = model_pass.run_layer(index, h)
     if sums.has_update:
@@ -221,4 +219,4 @@ def accumulate(model, windows: list[Window], first: int, solved: PrunePlan, sums
         own = images.add_deepstack(entering, group[-1])
         size = (h - own).float().norm(dim=-1)  # [B, T]
         is_sink = (size > SINK * size[is_fitted].median()) & size.isfinite()
-        add(torch.where(is_sink[..., None], own, h), own)
+        add(sums.columns[-1], torch.where(is_sink[..., None], own, h), own)

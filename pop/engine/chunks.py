@@ -90,7 +90,7 @@ class Chunk(NamedTuple):
 
     def latest(self, h: Tensor) -> Tensor:
         """The hidden state [B, D] of each row's last token in h [B, C, D]. For a row without tokens, meaningless."""
-        return h.gather(1, self.last[:, None, None].expand(-1, -1, h.shape[2]))[:, 0]
+        return h.take_along_dim(self.last[:, None, None], dim=1)[:, 0]
 
 
 class FullDepth(NamedTuple):
@@ -113,8 +113,8 @@ class FullDepth(NamedTuple):
     ) -> FullDepth:
         """The tokens of a chunk that are at full depth in `prompts`, and those of a selection.
 
-        With a selection, the chunk has to be all of the prompts. If there are several chunks, forward.py puts the
-        selected tokens into `prompts.full_depth` instead.
+        With a selection, the chunk has to be all of the prompts. If there are several chunks, two_phases.py puts
+        the selected tokens into `prompts.full_depth` instead.
         """
         sizes = chunk.valid.sum(1)  # [B]
         is_full = prompts.full_depth.gather(1, chunk.in_prompt) & chunk.valid  # [B, C]

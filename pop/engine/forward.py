@@ -1,8 +1,8 @@
 """Pruned prefill, and several tokens at full depth, on a static KV cache.
 
 A call takes Prompts, cuts them into Chunks, and runs one chunk after the other through the layers (layer_pass.py).
-FullDepth says which tokens of a chunk run every layer, and Selection which tokens the plan has added to them. These
-four records are in chunks.py. decode_step.py runs decode: every layer, for one token of each row.
+FullDepth says which tokens of a chunk run every layer. These three records are in chunks.py. If a plan also selects
+tokens, two_phases.py runs the chunks. decode_step.py runs decode: every layer, for one token of each row.
 
 The only state is the cache. It counts new tokens only once their logits exist. `pop.Model` checks the arguments. Shape
 letters: pop/models/layers.py.
@@ -12,28 +12,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from pop.engine.attention import by_row
+from pop.engine import two_phases
 from pop.engine.cache import KVCache
-from pop.engine.chunks import (
-    ALL_KEYS,
-    Chunk,
-    FullDepth,
-    Prompts,
-    Selection,
-    attention_metadata,
-    chunk_bounds,
-    full_depth_by_position,
-)
-from pop.engine.earlier import Earlier, remember
+from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_by_position
+from pop.engine.earlier import Earlier
 from pop.engine.layer_pass import LayerPass, ReplayedPasses
 from pop.engine.modes import engine_modes
-from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, Images
 from pop.pruning.plan import PrunePlan
-from pop.system.memory import to_device
 
 
 @engine_modes()
@@ -110,12 +98,7 @@ class Call:
         cache.intact = True
 
     def chunks(self, prompts: Prompts) -> Iterator[tuple[Chunk, Tensor]]:
-        """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
-
-        A plan that selects tokens needs the states of a prompt's last tokens at the selecting layer. So all chunks run
-        up to that layer before the first one continues. It selects among the new tokens, and among earlier ones in the
-        cache, if the prompts end with their `boundary`.
-        """
+        """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer."""
         cache = self.cache
         # Chunks after the first overwrite slots of a ring. If such a call fails midway, tokens that the cache counts
         # are lost. `commit` makes the cache intact again.
@@ -126,105 +109,12 @@ class Call:
         if self.plan.selects:
             earlier = Earlier.of(cache, self.plan.selects_at, prompts.boundary)
             if not prompts.full_depth.all() or earlier.others.any():
-                chunks = list(chunks)
-                entering = self.run_to_selecting_layer(prompts, chunks)
-                selection = self.select_tokens(prompts, entering, earlier)
-                yield from self.run_from_selecting_layer(prompts, chunks, entering, selection)
+                yield from two_phases.run(self, prompts, list(chunks), earlier)
                 return
         for chunk in chunks:
             full = FullDepth.of(cache, chunk, prompts, self.plan)
             layers = range(len(self.module.layers))
             h, self.hidden = self.passes.run(layers, chunk, full, self.embed(chunk), self.hidden)
-            yield chunk, h
-
-    def run_to_selecting_layer(self, prompts: Prompts, chunks: list[Chunk]) -> Tensor:
-        """The first phase of a plan that selects: h [B, T + 1, D] of all tokens, enters the selecting layer."""
-        first = self.plan.selects_at
-        # If no layer is pruned in this phase, its chunks need no full-depth tokens.
-        plan = self.plan if self.plan.layers[0] < first else PrunePlan.none()
-        B, T = prompts.full_depth.shape
-        entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
-        for chunk in chunks:
-            full = FullDepth.of(self.cache, chunk, prompts, plan)
-            # Without a name for h, which would keep it in memory while the next chunk runs.
-            entering[by_row(chunk.target)], self.hidden = self.passes.run(
-                range(first), chunk, full, self.embed(chunk), self.hidden
-            )
-        return entering
-
-    def select_tokens(self, prompts: Prompts, entering: Tensor, earlier: Earlier) -> Selection:
-        """Choose among the N earlier and the T new tokens. Returns the chosen new ones.
-
-        It also keeps states for later prompts, and runs the chosen earlier tokens again. Without a boundary,
-        it chooses none, and only keeps states.
-        """
-        cache = self.cache
-        plan = self.plan
-        B, T = prompts.full_depth.shape
-        N = earlier.slots.shape[1]
-        entering = entering[:, :T]
-        index = torch.arange(T).expand(B, -1)
-        rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
-
-        others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)  # [B, N + T]
-        counts = torch.tensor(
-            [plan.num_selected(number) if prompts.boundary else 0 for number in others.sum(1).tolist()]
-        )
-        # Scores of earlier tokens are not compiled, because N differs with each call.
-        received = earlier.received(cache, plan.selects_at) if N else self.stages.received
-        (others_there,) = to_device([others], cache.device)
-        if counts.any():
-            chosen = select(self.module, plan, entering, rotary, prompts.lengths, others, counts, received)
-        else:
-            chosen = torch.zeros_like(others_there)
-
-        # Tokens that get features later, or that look ahead, cannot run again by themselves.
-        has_features_later = plan.selects_at < self.module.deepstack_layers
-        has_look_ahead = prompts.images.look_ahead is not None
-        if not (cache.has_windows or has_features_later or has_look_ahead):
-            skips = (others_there & ~chosen)[:, N:]
-            self.skipped = remember(cache, entering, rotary, skips, plan.selects_at)
-
-        if N:
-            again = chosen[:, :N].cpu()
-            self.run_again([row[is_chosen] for row, is_chosen in zip(earlier.slots, again, strict=True)])
-            counts = counts - again.sum(1)
-        return Selection(chosen[:, N:], counts)
-
-    def run_again(self, slots: list[Tensor]) -> None:
-        """Run the tokens of each row in these slots of the cache from the selecting layer on."""
-        cache = self.cache
-        positions = pad_sequence(slots, True, cache.max_seq_len)  # [B, W]; padding is in the spare slot
-        if not positions.numel():
-            return
-        cache.intact = False  # until `commit`, since K and V of tokens that the cache counts change, layer by layer
-        for at in positions.split(self.chunk_size, dim=1):
-            # Without windows and images, a token's slot is its position, and its rotary position too.
-            (there,) = to_device([at], cache.device)
-            attention = attention_metadata(self.module.rope(there), cache, at, cache.lengths)
-            if at.shape[1] > 1:  # these tokens are not consecutive; a single one has no band, as in decode
-                band = torch.tensor(ALL_KEYS)
-                attention = {window: metadata._replace(band=band) for window, metadata in attention.items()}
-            places = by_row(there)
-            f = cache.entered[places]  # [B, W, D]
-            for index in range(self.plan.selects_at, len(self.module.layers)):
-                f = self.passes.run_layer(index, f, attention)
-            self.skipped[places] = -1
-
-    def run_from_selecting_layer(
-        self, prompts: Prompts, chunks: list[Chunk], entering: Tensor, selection: Selection
-    ) -> Iterator[tuple[Chunk, Tensor]]:
-        """The second phase: from the selecting layer on, the selected tokens run at full depth. Yields as `chunks`."""
-        if len(chunks) > 1:
-            # The sizes of a chunk's tensors depend on how many of its tokens are selected, and only the device knows.
-            # So wait for it, and treat the selected tokens as full-depth tokens by their position.
-            prompts = prompts._replace(full_depth=prompts.full_depth | selection.tokens.cpu())
-            selection = None
-        layers = range(self.plan.selects_at, len(self.module.layers))
-        for chunk in chunks:
-            full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
-            # The first phase has replaced the states of its own layers only.
-            h, self.hidden = self.passes.run(layers, chunk, full, entering[by_row(chunk.target)], self.hidden)
             yield chunk, h
 
     def embed(self, chunk: Chunk) -> Tensor:

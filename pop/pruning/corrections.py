@@ -46,12 +46,17 @@ def code(layer, h: Tensor, previous: Tensor, shared: Tensor) -> Tensor:
     `previous` [B, D] is the state before each row's first one, and `shared` [R, 2 * D] is the group's P. compile.py
     knows the layer by the name of the parameter `layer`.
     """
+    return layer.multiply(code_inputs(layer, h, previous), shared)
+
+
+def code_inputs(layer, h: Tensor, previous: Tensor) -> Tensor:
+    """[x_t ; x_{t-1}] of each token, [B, T, 2 * D], from which `code` computes z."""
     x = layer.normalised(h)
     # The state before each x, [B, T, D]. Not a slice: compiled code would depend on whether x has one token.
     column = torch.arange(x.shape[1], device=x.device)
     earlier = x[:, (column - 1).clamp(min=0)]
     before = torch.where((column > 0)[:, None], earlier, layer.normalised(previous)[:, None])
-    return layer.multiply(torch.cat((x, before), dim=-1), shared)
+    return torch.cat((x, before), dim=-1)
 
 
 def corrected_keys_values(layer, h, z, weight, rope) -> KeysValues:

@@ -30,7 +30,7 @@ from support.tiny_images import both_ways, random_bytes
 
 import pop
 from pop import engine
-from pop.engine import forward
+from pop.engine import two_phases
 from pop.engine.cache import KVCache
 from pop.inputs.processors import Prepared
 from pop.models.images import Images
@@ -83,12 +83,12 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))
     chunk = data.draw(st.sampled_from([1, 2, 7, 16, 100]))
-    choices, select, results = [], forward.select, []
+    choices, select, results = [], two_phases.select, []
 
     def choose(*args):  # scores may be equal up to rounding, so the second model takes what the first one has selected
         return choices.pop(0) if model is eager else choices.append(select(*args)) or choices[-1]
 
-    with no_compiling(), patch.object(forward, "select", choose):
+    with no_compiling(), patch.object(two_phases, "select", choose):
         for model in (compiled, eager):
             options = {"dtype": torch.float32, "device": torch.device("cpu"), "chunk_size": chunk}
             cache = KVCache(model.config, len(tokens), slots, **options)

@@ -16,7 +16,7 @@ from support.tiny import (
 )
 
 from pop import engine
-from pop.engine import forward
+from pop.engine import two_phases
 from pop.engine.cache import KVCache
 from pop.models.config import ExpertsConfig, RopeConfig
 from pop.models.images import TEXT
@@ -181,7 +181,7 @@ def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
 
 
 @contextmanager
-def recorded_choices(where=forward):
+def recorded_choices(where=two_phases):
     """A list of what the engine's prefills, or another file's passes, select meanwhile, each [B, T] bool.
 
     In a later prompt it is [B, N + T], with the last N tokens before the prompt.
