@@ -174,7 +174,7 @@ class Runner:
         lengths: Tensor,
         media: Sequence[Sequence[Prepared]],
         plan: PrunePlan,
-        boundary: bool = True,
+        is_last_part: bool = True,
     ) -> Tensor:
         """Like `prefill`, for what has been checked and prepared before.
 
@@ -184,8 +184,8 @@ class Runner:
             lengths: [B] int64 on the CPU.
             media: The images and videos of each row.
             plan: From `resolve`.
-            boundary: False if more of the same prompts follows in a later call. Then the logits are meaningless, and
-                the plan selects no tokens.
+            is_last_part: False if more of the same prompts follows in a later call. Then the logits are meaningless,
+                and the plan selects no tokens.
         """
         self._check_cache(cache, lengths)
         if plan.selects:  # here, where spare caches can give way, and before any layer runs
@@ -195,7 +195,7 @@ class Runner:
         chunk_size = self.chunk_size
         if self.device.type == "cuda":
             chunk_size = max(chunk_size_of_rows(chunk_size, len(tokens)), self.vision.min_chunk_size)
-        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
+        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, is_last_part)
 
     def decode(self, tokens, cache: KVCache) -> Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32.

@@ -220,7 +220,7 @@ def test_replayed_steps_are_the_references(family, dtype, device):
     snapshot = cache.snapshot()
     for token in answer.T[:6]:
         decode(token)
-    cache.move_to(snapshot)
+    cache.move_to(*snapshot)
     found += [decode(token) for token in answer.T[20:30]]
     cache.keep_rows(torch.tensor([2, 1]))
     found += [decode(token) for token in answer.T[30:, [2, 1]]]
@@ -422,7 +422,7 @@ def test_a_graph_reads_no_memory_that_was_freed(family, monkeypatch):
     snapshot = cache.snapshot()
     model.prefill(random_tokens(2, 5), cache)
     model.generate([1, 2, 3], max_new_tokens=30)
-    cache.move_to(snapshot)
+    cache.move_to(*snapshot)
     weight = model.module.layers[1].mlp.up_proj.weight
     for _ in range(3):
         weight.data = weight.data.clone()  # the step keeps the memory of the old one until it looks

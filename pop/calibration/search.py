@@ -37,7 +37,7 @@ PROMPT = 2048  # tokens of the prompt for which a speedup is asked
 FULL_DEPTH_SHARE = 0.14  # the share of this prompt's tokens that are whole, but for the first
 LAST = 192  # how many of them are its last ones (README.md says why no fewer); the others are selected
 SHORT = 512  # tokens. What pruning costs in shorter prompts is more than what it saves (data/README.md)
-TAILS = (1.0, 0.8, 0.6)  # of the pruned layers, the shares that are the deepest ones
+APART = 0.2  # of the pruned layers, the share that lies apart, if some do. With 0.4, no set was better
 SAMPLES = 16  # texts, and repeated passages, on which gates are measured
 SAMPLE = 192  # tokens of each
 RESPONSE = 48  # tokens of it that count
@@ -50,7 +50,7 @@ LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 0.75  # the share of the layers before the deepest ones that are pruned alone, by gates
 TOKENS_OF_LAYER = 12_000  # to which the correction of a layer that is pruned alone is fitted
 SPARE = 4  # more layers than are needed apart, of which sets are formed
-SETS = 3  # of a share of deepest layers, how many are compared: the sum of losses is only about the loss of a set
+SETS = 3  # how many sets with layers apart are compared: the sum of their losses is only about the loss of a set
 QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts of twice the last tokens or more
 
 
@@ -80,7 +80,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         judge: Compares plans on other windows.
         speedup: As `check_speedup` allows it.
         rank: Of the corrections to come.
-        step: Is called with 1 for each of the len(TAILS) shares of deepest layers.
+        step: Is called with 1 for each set of layers, 1 + SETS at most.
     """
     texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
@@ -106,9 +106,8 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         return quick.loss(plan)
 
     def candidates() -> Iterator[PrunePlan]:
-        for share in TAILS:
-            for layers in _smallest_sets(share, least, order, is_fast, alone):
-                yield from fitted(model, for_sets, plan_of(layers), rank)
+        for layers in [tuple(range(num_layers - least, num_layers)), *_with_layers_apart(least, order, is_fast, alone)]:
+            yield from fitted(model, for_sets, plan_of(layers), rank)
             step(1)
 
     return dataclasses.replace(min(candidates(), key=judge.loss), corrections=None)
@@ -164,15 +163,12 @@ def _lookup_scores(model, passages: list[Pair]) -> Tensor:
 # ---- Plans of a speedup ----
 
 
-def _smallest_sets(
-    share: float, least: int, order: list[int], is_fast: Callable, alone: Callable
-) -> list[tuple[int, ...]]:
-    """Up to SETS sets of the fewest layers that are fast enough, a share of which are the deepest, best first.
+def _with_layers_apart(least: int, order: list[int], is_fast: Callable, alone: Callable) -> list[tuple[int, ...]]:
+    """Up to SETS sets of the fewest layers that are fast enough, of which some lie apart, best first.
 
     Layer 0 and the layer before the deepest ones are kept. No three layers before the deepest ones are neighbours.
 
     Args:
-        share: Of the layers, the deepest ones.
         least: The number of layers to begin with.
         order: All layers, those that prefill needs least first.
         is_fast: Whether a plan of these layers allows the speedup.
@@ -180,8 +176,8 @@ def _smallest_sets(
     """
     num_layers = len(order)
     for count in range(least, num_layers):
-        deepest = range(num_layers - round(share * count), num_layers)
-        apart = count - len(deepest)
+        apart = max(1, round(APART * count))
+        deepest = range(num_layers - count + apart, num_layers)
         candidates = [index for index in order if 0 < index < deepest.start - 1]
         proposed = candidates[: round(PROPOSED * len(candidates))]
         best = sorted(proposed, key=alone)[: apart + SPARE]

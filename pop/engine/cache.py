@@ -18,8 +18,6 @@ from pop.system.memory import free_bytes, to_device
 
 CHUNK_SIZE = 2048  # tokens of a row that prefill runs at once by default
 
-Snapshot = tuple[Tensor, Tensor, Tensor]
-
 
 class KVCache:
     """Keys and values of all layers, for `batch_size` rows of up to `max_seq_len` tokens each.
@@ -134,24 +132,25 @@ class KVCache:
         """Bytes of its keys, values and hidden states, as `size_in_bytes` counts them."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.previous_hidden, self.entered))
 
-    def snapshot(self) -> Snapshot:
-        """The current position of all rows: lengths, hidden states and offsets, none of which is changed in place."""
+    def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`lengths`, `previous_hidden` and `rope_offsets`, for `move_to`. None of them is changed in place."""
         return self.lengths, self.previous_hidden, self.rope_offsets
 
-    def move_to(self, snapshot: Snapshot) -> None:
-        """Take the position of a snapshot, whose tokens must be in the slots."""
-        lengths = snapshot[0]
+    def move_to(self, lengths: Tensor, previous_hidden: Tensor, rope_offsets: Tensor) -> None:
+        """Let the cache hold `lengths` tokens, which must be in the slots."""
         if (lengths < self.lengths).any():
             (there,) = to_device([lengths], self.device)
             slot = torch.arange(self.skipped.shape[1], device=self.device)
             self.skipped.masked_fill_(slot >= there[:, None], -1)
-        self.lengths, self.previous_hidden, self.rope_offsets = snapshot
+        self.lengths = lengths
+        self.previous_hidden = previous_hidden
+        self.rope_offsets = rope_offsets
 
     def reset(self) -> None:
         """Empty all rows."""
         for slots in (*self.keys, *self.values):
             slots.zero_()
-        self.move_to(tuple(map(torch.zeros_like, self.snapshot())))
+        self.move_to(*map(torch.zeros_like, self.snapshot()))
         self.intact = True
 
     def copy_from(self, other: KVCache) -> None:

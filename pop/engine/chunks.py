@@ -36,7 +36,7 @@ class Prompts(NamedTuple):
     # Whether sizes go up in steps, with padding, so that prompts of all lengths have few sizes. Only for one chunk of
     # text in an empty cache.
     has_stepped_sizes: bool = False
-    boundary: bool = True  # whether each prompt is whole. If not, more of it follows in a later call
+    is_last_part: bool = True  # of the prompts. If not, more of the same prompts follows in a later call
 
 
 class Selection(NamedTuple):
@@ -209,13 +209,13 @@ def attention_metadata(
     return attention
 
 
-def full_depth_by_position(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary: bool) -> Tensor:
+def full_depth_by_position(cache: KVCache, lengths: Tensor, plan: PrunePlan, is_last_part: bool) -> Tensor:
     """Which tokens of prompts of `lengths` [B] are at full depth by their position: [B, T] bool, true for padding.
 
-    Without a boundary, more of the prompts follows in a later call.
+    If it is not the last part, more of the prompts follows in a later call.
     """
     ends = cache.lengths + lengths  # [B]
-    if not boundary:  # more follows, so no prompt is short, and none of these tokens is among the last
+    if not is_last_part:  # more follows, so no prompt is short, and none of these tokens is among the last
         plan = dataclasses.replace(plan, full_depth_below=0)
         ends += plan.full_depth_last
     positions = cache.lengths[:, None] + torch.arange(int(lengths.max()))  # [B, T]

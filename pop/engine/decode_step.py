@@ -53,7 +53,7 @@ class DecodeStep(LayerPass):
         self.on_device = None  # if the step fails, its positions are unknown
         step = partial(self.step, cache)
         logits, hidden = step() if self.replay is None else self.replay(step)
-        cache.move_to((lengths + 1, hidden, offsets))
+        cache.move_to(lengths + 1, hidden, offsets)
         self.on_device = (cache.lengths.clone(), offsets.clone())
         return logits
 

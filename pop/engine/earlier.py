@@ -33,12 +33,12 @@ class Earlier(NamedTuple):
     is_attended: Tensor
 
     @classmethod
-    def of(cls, cache: KVCache, selecting_layer: int, boundary: bool) -> Earlier:
-        """The tokens for a call whose prompts end with their boundary, and none for another call, which selects none.
+    def of(cls, cache: KVCache, selecting_layer: int, is_last_part: bool) -> Earlier:
+        """The tokens for a call that has the last part of its prompts, and none for another, which selects none.
 
         Waits for the device, unless there are surely none.
         """
-        N = int(cache.lengths.max()) if boundary and cache.has_states else 0
+        N = int(cache.lengths.max()) if is_last_part and cache.has_states else 0
         positions = cache.lengths[:, None] - N + torch.arange(N)
         slots = positions.clamp(min=0)  # the states are only kept without windows, where position p is in slot p
         others = positions >= 0

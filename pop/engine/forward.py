@@ -27,7 +27,7 @@ from pop.pruning.plan import PrunePlan
 @engine_modes()
 def prefill(
     module, tokens: Tensor, cache: KVCache, lengths: Tensor, plan: PrunePlan, chunk_size: int,
-    stages: Stages = EAGER, images: Images = TEXT, boundary: bool = True,
+    stages: Stages = EAGER, images: Images = TEXT, is_last_part: bool = True,
 ) -> Tensor:  # fmt: skip
     """Append prompts to the cache. Returns logits [B, V] float32 of each row's boundary token.
 
@@ -41,15 +41,15 @@ def prefill(
             plan that selects tokens keeps h of all T tokens, and one layer's keys and scores of all of them.
         stages: The functions to call, eager or compiled.
         images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
-        boundary: False if more of the same prompts follows in a later call. The logits are then meaningless, and the
-            plan selects no tokens.
+        is_last_part: False if more of the same prompts follows in a later call. Then the logits are meaningless,
+            and the plan selects no tokens.
     """
-    full_depth = full_depth_by_position(cache, lengths, plan, boundary)
+    full_depth = full_depth_by_position(cache, lengths, plan, is_last_part)
     is_one_chunk = full_depth.shape[1] <= min(chunk_size, cache.chunk_size)
     is_replayable = is_one_chunk and full_depth.numel() <= stages.replayed_tokens
     # Replayed passes are to have few sizes, so these go up in steps.
     has_stepped_sizes = is_replayable and images is TEXT and not cache.lengths.any()
-    prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes, boundary)
+    prompts = Prompts(tokens, lengths, images, full_depth, has_stepped_sizes, is_last_part)
     call = Call(module, cache, plan, stages, chunk_size, replays=has_stepped_sizes)
     last = 0.0  # then [B, D], each row's h after the last layer, at its last token so far
     for chunk, h in call.chunks(prompts):
@@ -93,7 +93,7 @@ class Call:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
         cache = self.cache
         cache.intact = False  # until both `lengths` and `skipped` are set
-        cache.move_to((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
+        cache.move_to(cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset)
         cache.skipped.copy_(self.skipped)
         cache.intact = True
 
@@ -107,7 +107,7 @@ class Call:
 
         chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, self.chunk_size))
         if self.plan.selects:
-            earlier = Earlier.of(cache, self.plan.selects_at, prompts.boundary)
+            earlier = Earlier.of(cache, self.plan.selects_at, prompts.is_last_part)
             if not prompts.full_depth.all() or earlier.others.any():
                 yield from two_phases.run(self, prompts, list(chunks), earlier)
                 return

@@ -26,7 +26,7 @@ def run(call, prompts: Prompts, chunks: list[Chunk], earlier: Earlier) -> Iterat
 
     Args:
         call: The Call (forward.py). Its plan selects tokens.
-        prompts: Their tokens. Nothing is selected unless they end with their `boundary`.
+        prompts: Their tokens. Nothing is selected before their last part.
         chunks: The parts of the prompts, in order.
         earlier: The tokens that the cache holds.
     """
@@ -64,7 +64,7 @@ def _run_to_selecting_layer(call, prompts: Prompts, chunks: list[Chunk]) -> Tens
 def _select_tokens(call, prompts: Prompts, entering: Tensor, earlier: Earlier) -> Selection:
     """Choose among the N earlier and the T new tokens. Returns the chosen new ones.
 
-    It also keeps states for later prompts, and runs the chosen earlier tokens again. Without a boundary, it chooses
+    It also keeps states for later prompts, and runs the chosen earlier tokens again. Before the last part, it chooses
     none, and only keeps states.
     """
     cache = call.cache
@@ -76,7 +76,9 @@ def _select_tokens(call, prompts: Prompts, entering: Tensor, earlier: Earlier) -
     rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
 
     others = torch.cat((earlier.others, ~prompts.full_depth), dim=1)  # [B, N + T]
-    counts = torch.tensor([plan.num_selected(number) if prompts.boundary else 0 for number in others.sum(1).tolist()])
+    counts = torch.tensor(
+        [plan.num_selected(number) if prompts.is_last_part else 0 for number in others.sum(1).tolist()]
+    )
     # Scores of earlier tokens are not compiled, because N differs with each call.
     received = earlier.received(cache, plan.selects_at) if N else call.stages.received
     (others_there,) = to_device([others], cache.device)

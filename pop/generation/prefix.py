@@ -81,7 +81,7 @@ class Prefix:
         if cut:
             tokens, lengths = padded([self._encoded])
             self._cache = model.new_cache(1, cut)
-            model.prefill_prepared(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
+            model.prefill_prepared(tokens, self._cache, lengths, [encoded], self.plan, is_last_part=False)
 
     def __repr__(self) -> str:
         return f"<Prefix: {len(self.tokens):,} tokens, {len(self._left_tokens):,} of them encoded with each prompt>"

@@ -180,7 +180,7 @@ def test_weights_that_lie_otherwise_in_memory_are_not_read_as_before():
     for smaller in (whole.bfloat16(), torch.zeros(1), whole[:, :48].clone()):
         for _ in range(4):
             found = engine.decode(module, torch.tensor([3]), cache, stages)
-            cache.move_to(snapshot)
+            cache.move_to(*snapshot)
         assert cache.passes[DecodeStep].replay.record.calls
         assert_close(found[0], module(torch.tensor([[5, 12, 44, 3]]))[0, 3])
         kind = kinds.of(layer)
@@ -190,10 +190,10 @@ def test_weights_that_lie_otherwise_in_memory_are_not_read_as_before():
         assert kinds.of(layer) != kind
         weight.data = whole
         assert kinds.of(layer) == kind
-        cache.move_to(snapshot)
+        cache.move_to(*snapshot)
     for _ in range(4):
         found = engine.decode(module, torch.tensor([3]), cache, stages)
-        cache.move_to(snapshot)
+        cache.move_to(*snapshot)
     weight.data = whole.T.contiguous().T  # other strides: the same values elsewhere
     assert kinds.of(layer) != kind
     assert torch.allclose(engine.decode(module, torch.tensor([3]), cache, stages), found, atol=1e-5)

@@ -24,7 +24,7 @@ def test_no_slot_after_a_rewind_is_taken_for_a_token_that_skipped_layers():
     _, cache = prefill(module, torch.arange(30)[None], torch.tensor([30]), SELECTING)
     assert (cache.skipped[0, :30] == 1).any()
     for length in range(29, -1, -1):
-        cache.move_to((torch.tensor([length]), *cache.snapshot()[1:]))
+        cache.move_to(torch.tensor([length]), *cache.snapshot()[1:])
         assert (cache.skipped[:, length:] == -1).all()
 
 

@@ -56,8 +56,11 @@ def test_a_prompt_that_goes_on_is_not_short():
     cache = new_cache(random_model(tiny_config()), 3)
     cache.lengths[:] = torch.tensor([0, 0, 6])
     plan = PrunePlan((2,), full_depth_below=9)
-    for boundary, expected in ((False, [[0, 0, 0], [0, 1, 1], [0, 0, 0]]), (True, [[1, 1, 1], [1, 1, 1], [0, 0, 1]])):
-        found = full_depth_by_position(cache, torch.tensor([3, 1, 3]), plan, boundary)
+    for is_last_part, expected in (
+        (False, [[0, 0, 0], [0, 1, 1], [0, 0, 0]]),
+        (True, [[1, 1, 1], [1, 1, 1], [0, 0, 1]]),
+    ):
+        found = full_depth_by_position(cache, torch.tensor([3, 1, 3]), plan, is_last_part)
         assert found.int().tolist() == expected
 
 

@@ -75,7 +75,7 @@ def test_recorded_steps_are_decode(case, data):
         handed_out += [(tensor, tensor.clone()) for tensor in (found, caches[1].previous_hidden)]
         if number == 3:
             for cache, snapshot in zip(caches, snapshots[-rewind], strict=True):
-                cache.move_to(snapshot)
+                cache.move_to(*snapshot)
         if number == 5 and len(live) > 1:
             kept = torch.tensor([len(live) - 1, 0])
             for cache in caches:

@@ -89,7 +89,7 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         chunk = data.draw(st.sampled_from([1, 3, 1000]))
         goes_on = data.draw(st.booleans())  # the next turn is the same prompt
         if goes_on:
-            engine.prefill(module, turn, cache, lengths, plan, chunk, boundary=False)
+            engine.prefill(module, turn, cache, lengths, plan, chunk, is_last_part=False)
             logits = torch.zeros(rows, 0)
             chosen = torch.zeros(rows, int(lengths.max()), dtype=torch.bool)
         else:
@@ -137,7 +137,7 @@ def test_a_later_prompt_can_bring_all_earlier_tokens_to_full_depth(module, data)
     caches = []
     for one in (plan, NONE):
         cache = new_cache(module, len(tokens), chunk=chunk)
-        engine.prefill(module, tokens, cache, lengths, one, chunk, boundary=False)
+        engine.prefill(module, tokens, cache, lengths, one, chunk, is_last_part=False)
         logits, _ = prefill(module, turn, added, one, chunk, cache)
         caches.append((cache, logits))
     (cache, logits), (full, expected) = caches
@@ -158,7 +158,7 @@ def test_a_code_takes_the_state_of_a_token_before_it_that_runs_again(short_avera
     for seed in range(99):
         tokens = torch.randint(module.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(seed))
         cache = new_cache(module, 1)
-        engine.prefill(module, tokens[:, :6], cache, torch.tensor([6]), plan, 99, boundary=False)
+        engine.prefill(module, tokens[:, :6], cache, torch.tensor([6]), plan, 99, is_last_part=False)
         logits, _, chosen = prefill_with_choice(module, tokens[:, 6:], torch.tensor([6]), plan, cache=cache)
         earlier = chosen[0, :6].nonzero()[:, 0].tolist()
         if chosen[0, 5] and not chosen[0, 6] and len(earlier) < 6 - earlier[0]:

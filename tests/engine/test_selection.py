@@ -95,7 +95,7 @@ def test_a_question_at_full_depth_selects_as_well():
     text, question = torch.arange(30)[None], torch.arange(40, 45)[None]
     for asked, expected in ((plan, 5), (dataclasses.replace(plan, selecting_layer=2), 0), (plain(plan), 0)):
         _, cache = prefill(module, text.repeat(1, 2), torch.tensor([60]), plan)
-        cache.move_to((torch.tensor([0]), *cache.snapshot()[1:]))
+        cache.move_to(torch.tensor([0]), *cache.snapshot()[1:])
         prefill(module, text, torch.tensor([30]), plan, cache=cache)
         assert (cache.skipped >= 0).sum() == 11  # 21 tokens before the last 9, of which 10 are selected
         prefill(module, question, torch.tensor([5]), asked, cache=cache)

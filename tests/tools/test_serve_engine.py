@@ -332,7 +332,7 @@ def test_rows_of_a_batch_select_among_a_kept_document(logits):
         assert job.cached_tokens == 40
         cache = model.new_cache(1, 64)
         model.prefill([first.tokens], cache)
-        cache.move_to((torch.tensor([40]), *cache.snapshot()[1:]))
+        cache.move_to(torch.tensor([40]), *cache.snapshot()[1:])
         others = int((cache.skipped >= 0).sum())
         assert_close(logits[job][0], model.prefill([job.tokens[40:]], cache)[0])
         assert int((cache.skipped >= 0).sum()) < others + 4  # so some of the document's were selected

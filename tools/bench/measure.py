@@ -202,7 +202,7 @@ def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> d
                 yield seconds(lambda: int(model.decode([0], cache).argmax()), model.device)
 
         def turn():
-            cache.move_to(end_of_prompt)
+            cache.move_to(*end_of_prompt)
             return {"step_s": median(decode_steps())}
 
         return turn

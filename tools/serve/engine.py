@@ -129,7 +129,7 @@ class Engine:
         for begin, cut in pairwise([n, *cuts, end]):
             fresh = [one for one, at in zip(job.media, images, strict=True) if begin <= at.start < cut]
             part, lengths = padded([tokens[begin:cut]])
-            row.logits = model.prefill_prepared(part, row.cache, lengths, [fresh], plan, boundary=cut == end)
+            row.logits = model.prefill_prepared(part, row.cache, lengths, [fresh], plan, is_last_part=cut == end)
             if cut == shared:
                 self.kept.add(Filled.of(keys[:cut], row.cache, images, cut, row.whole, job.plan))
             if cut < end:
@@ -251,7 +251,7 @@ class Engine:
             hidden[:, row.place] = cache.previous_hidden[:, 0]
             offsets[row.place] = cache.rope_offsets[0]
             row.cache = None
-        self.cache.move_to((lengths, hidden, offsets))
+        self.cache.move_to(lengths, hidden, offsets)
 
     def _new_cache(self, rows: int, tokens: int) -> KVCache:
         """An empty cache, for which kept ones give way. It has room for more tokens, so that it is not soon full.

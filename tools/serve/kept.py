@@ -80,7 +80,7 @@ class Filled:
                 cache.copy_from(view)
                 tokens, lengths = padded([[self.keys[token]]])
                 depth = FULL_DEPTH if self.whole[token] else plan
-                model.prefill_prepared(tokens, cache, lengths, [()], depth, boundary=False)
+                model.prefill_prepared(tokens, cache, lengths, [()], depth, is_last_part=False)
                 view.previous_hidden = cache.previous_hidden
             view.lengths = torch.tensor([n])
         cache.copy_from(view)
@@ -144,5 +144,5 @@ def row_of(cache: KVCache, row: int) -> KVCache:
     view.keys, view.values = [keys[rows] for keys in cache.keys], [values[rows] for values in cache.values]
     view.entered, view.skipped = cache.entered[rows], cache.skipped[rows]
     view.lengths = cache.lengths[rows]
-    view.move_to((cache.lengths[rows], cache.previous_hidden[:, rows], cache.rope_offsets[rows]))
+    view.move_to(cache.lengths[rows], cache.previous_hidden[:, rows], cache.rope_offsets[rows])
     return view

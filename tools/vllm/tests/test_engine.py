@@ -147,7 +147,7 @@ def test_tokens_after_a_prefix_from_the_cache_are_selected_among_themselves(engi
         cache = engine.pop.new_cache(1, len(prompt))
         engine.pop.prefill(torch.tensor([prompt]), cache, plan=plan)
         _, hidden, offsets = cache.snapshot()
-        cache.move_to((torch.tensor([hit]), hidden, offsets))
+        cache.move_to(torch.tensor([hit]), hidden, offsets)
         cache.skipped.fill_(-1)  # pop selects among those in the cache too
         logits = engine.pop.prefill(after, cache, plan=plan)  # [1, V]
         assert error(output, logits[0].log_softmax(-1)) < 1e-4
