@@ -6,10 +6,10 @@ may need one of these most. So several sets of layers of equal speed are tried:
     the deepest layers                          ─────────────────[///////////]
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
 
-Which layers lie apart is decided in three steps. The earliest layer that looks up nearly best selects tokens, and a
-pruned layer cannot, so this layer comes last. Virtual gates (importance.py), on text and on repeated passages, tell
-which layers prefill needs most. These are kept. A gate tells what a layer does, and not how much of it a correction can
-supply. So each of the others is pruned alone, with a correction. The sets with the least sum of these losses are taken.
+Which layers lie apart is decided in three steps. The layer that looks up best selects tokens, and a pruned layer
+cannot, so this layer comes last. Virtual gates (importance.py), on text and on repeated passages, tell which layers
+prefill needs most. These are kept. A gate tells what a layer does, and not how much of it a correction can supply. So
+each of the others is pruned alone, with a correction. The sets with the least sum of these losses are taken.
 
 Then each set gets corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a
 clock, so two runs on a machine give the same plan.
@@ -44,7 +44,6 @@ RESPONSE = 48  # tokens of it that count
 CUES_IN_REPEATED = 4  # a quarter of a repeated passage is its cue
 LONGEST_CUE = LONGEST_PASSAGE // CUES_IN_REPEATED  # tokens
 SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
-NEARLY = 0.85  # of the best layer's lookups. Which layer is above it, and by how much, is left to chance
 TOKENS_OF_SET = 36_000  # to which a set of layers is fitted to be compared; with 12,000, a worse set was chosen
 LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 0.75  # the share of the layers before the deepest ones that are pruned alone, by gates
@@ -85,7 +84,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
-    needed[lookups.argmax()] = torch.inf  # the first of the best. It selects tokens, so it is the last to lie apart
+    needed[lookups.argmax()] = torch.inf  # it selects tokens, so it is the last to lie apart
     order = needed.argsort().tolist()
     short = [(tokens[:LONGEST_WINDOW], media) for tokens, media in without_images(windows)]
     for_sets = first_tokens(short, TOKENS_OF_SET)
@@ -114,7 +113,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
 
 
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
-    """The plan for given layers, with tokens at full depth. The first layer that looks up nearly best selects them."""
+    """The plan for given layers, with tokens at full depth. The layer that looks up best selects some of them."""
     _, passages = _samples(model, windows)
     return _plan_of(model, layers, _lookup_scores(model, passages))
 
@@ -150,14 +149,12 @@ def _needed(model, samples: list[Pair]) -> Tensor:
 def _lookup_scores(model, passages: list[Pair]) -> Tensor:
     """The share of a passage's tokens that each layer would select where the passage first occurs, [L].
 
-    The layers that find nearly as many as the best are equal here, so that the earliest of them selects: the tokens
-    that it selects run more layers. Zeros if all prompts are too short.
+    Zeros if all prompts are too short.
     """
     repeated = [(prompt, passage) for prompt, passage in passages if len(prompt) >= 3 * LONGEST_CUE]
     if not repeated:
         return torch.zeros(model.config.num_layers)
-    scores = selecting_scores(model, repeated, SELECTED, LONGEST_CUE)
-    return scores.clamp(max=NEARLY * scores.max())
+    return selecting_scores(model, repeated, SELECTED, LONGEST_CUE)
 
 
 # ---- Plans of a speedup ----

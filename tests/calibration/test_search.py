@@ -135,14 +135,6 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, winner, mo
     assert len(judge.asked) == len({*judge.asked}) > 3
 
 
-def test_the_earliest_layer_that_looks_up_nearly_best_selects(deep, windows, monkeypatch):
-    """0.86 of 0.9 is more than 85 %, and 0.76 less."""
-    found = torch.tensor([0.1, 0.76, 0.2, 0.86, 0.3, 0.9, *[0.0] * 8])
-    monkeypatch.setattr(search, "selecting_scores", lambda *_: found)
-    assert with_full_depth(deep, range(8, 14), windows).selecting_layer == 3
-    assert with_full_depth(deep, (3, 5, *range(8, 14)), windows).selecting_layer == 1
-
-
 @pytest.mark.parametrize("speedup", [1.5, 1.8])
 def test_layers_that_deepstack_separates_are_not_chosen_together(speedup, windows, monkeypatch):
     """The fit would refuse them. The lower layers are the ones that prefill needs least."""
