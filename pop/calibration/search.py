@@ -105,7 +105,8 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         return quick.loss(plan)
 
     def candidates() -> Iterator[PrunePlan]:
-        for layers in [tuple(range(num_layers - least, num_layers)), *_with_layers_apart(least, order, is_fast, alone)]:
+        deepest = tuple(range(num_layers - least, num_layers))
+        for layers in itertools.chain([deepest], _with_layers_apart(least, order, is_fast, alone)):
             yield from fitted(model, for_sets, plan_of(layers), rank)
             step(1)
 
@@ -160,8 +161,8 @@ def _lookup_scores(model, passages: list[Pair]) -> Tensor:
 # ---- Plans of a speedup ----
 
 
-def _with_layers_apart(least: int, order: list[int], is_fast: Callable, alone: Callable) -> list[tuple[int, ...]]:
-    """Up to SETS sets of the fewest layers that are fast enough, of which some lie apart, best first.
+def _with_layers_apart(least: int, order: list[int], is_fast: Callable, alone: Callable) -> Iterator[tuple[int, ...]]:
+    """Yield up to SETS sets of the fewest layers that are fast enough, of which some lie apart, best first.
 
     Layer 0 and the layer before the deepest ones are kept. No three layers before the deepest ones are neighbours.
 
@@ -182,8 +183,8 @@ def _with_layers_apart(least: int, order: list[int], is_fast: Callable, alone: C
         valid = ((*sorted(layers), *deepest) for layers in by_sum if not _has_three_neighbours(layers))
         found = list(itertools.islice(filter(is_fast, valid), SETS))
         if found:
-            return found
-    return []
+            yield from found
+            return
 
 
 def _has_three_neighbours(layers: Sequence[int]) -> bool:

@@ -57,7 +57,7 @@ def test_layers_apart_are_those_whose_losses_have_the_least_sum(data):
                 found.append(layers)
         return found
 
-    found = search._with_layers_apart(least, order, is_fast, alone.__getitem__)
+    found = list(search._with_layers_apart(least, order, is_fast, alone.__getitem__))
     expected = next(filter(None, map(sets_of, range(least, num_layers))), [])
 
     def total(layers) -> int:
@@ -75,7 +75,7 @@ def test_no_three_layers_apart_are_neighbours():
 
 def test_one_layer_lies_apart_if_few_are_pruned():
     found = search._with_layers_apart(1, range(6), is_fast=lambda layers: True, alone=lambda index: index)
-    assert found == [(1,), (2,), (3,)]
+    assert list(found) == [(1,), (2,), (3,)]
 
 
 def limit(model, plan):
