@@ -154,7 +154,7 @@ def calibrate(
         elif given is not None:
             decided = search.with_full_depth(model, given.layers, windows)
         else:
-            with progress_bar("choosing layers", 1 + search.SETS, "sets", progress) as step:
+            with progress_bar("choosing layers", 2, "sets", progress) as step:
                 decided = search.search(model, windows, judge, speedup, rank, step)
         fitting = first_tokens(windows, tokens_needed(model))
         groups = decided.groups(model.config.num_layers, model.module.deepstack_layers)
@@ -263,10 +263,10 @@ def _announce(model, windows: list[Window], judged: list[Window], steps: int, ne
     useful = tokens_needed(model)
     if num_tokens < useful:
         print(f"a fit of this width can use {useful:,} tokens; more texts would improve it", file=sys.stderr)
-    # Tokens through the whole model, about. The judge sees each set of the search, each lambda and each check. About
+    # Tokens through the whole model, about. The judge sees two sets of layers, each lambda and each check. About
     # half of the layers are pruned alone, for which tokens pass half of them.
-    judgements = 2 * (1 + search.SETS + len(RIDGES) + CHECKS)
-    fitted_on = min(num_tokens, useful) + (1 + search.SETS) * min(num_tokens, search.TOKENS_OF_SET)
+    judgements = 2 * (2 + len(RIDGES) + CHECKS)
+    fitted_on = min(num_tokens, useful) + 2 * min(num_tokens, search.TOKENS_OF_SET)
     passed = model.config.num_layers // 4 * min(num_tokens, search.TOKENS_OF_LAYER)
     passed += 4 * fitted_on + 3 * steps * min(TOKENS_IN_BATCH, num_tokens)
     passed += judgements * total_size(judged)

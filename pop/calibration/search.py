@@ -1,7 +1,7 @@
 """What a plan prunes, for a speedup that the shapes allow: which layers, and which tokens run at full depth.
 
 Prefill needs some layers less than others, above all the deepest. But a model that looks something up in its prompt
-may need one of these most. So several sets of layers of equal speed are tried:
+may need one of these most. So two sets of layers of equal speed are compared:
 
     the deepest layers                          ─────────────────[///////////]
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
@@ -9,7 +9,7 @@ may need one of these most. So several sets of layers of equal speed are tried:
 Which layers lie apart is decided in three steps. The layer that looks up best selects tokens, and a pruned layer
 cannot, so this layer comes last. Virtual gates (importance.py), on text and on repeated passages, tell which layers
 prefill needs most. These are kept. A gate tells what a layer does, and not how much of it a correction can supply. So
-each of the others is pruned alone, with a correction. The sets with the least sum of these losses are taken.
+each of the others is pruned alone, with a correction. The set with the least sum of these losses is taken.
 
 Then each set gets corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a
 clock, so two runs on a machine give the same plan.
@@ -49,7 +49,6 @@ LONGEST_WINDOW = 512  # the most tokens of a window of these
 PROPOSED = 0.75  # the share of the layers before the deepest ones that are pruned alone, by gates
 TOKENS_OF_LAYER = 12_000  # to which the correction of a layer that is pruned alone is fitted
 SPARE = 4  # more layers than are needed apart, of which sets are formed
-SETS = 3  # how many sets with layers apart are compared: the sum of their losses is only about the loss of a set
 QUICK = 3  # held-out windows that judge such a layer: the shortest with prompts of twice the last tokens or more
 
 
@@ -79,7 +78,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         judge: Compares plans on other windows.
         speedup: As `check_speedup` allows it.
         rank: Of the corrections to come.
-        step: Is called with 1 for each set of layers, 1 + SETS at most.
+        step: Is called with 1 for each of the two sets.
     """
     texts, passages = _samples(model, windows)
     lookups = _lookup_scores(model, passages)
@@ -105,10 +104,12 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         return quick.loss(plan)
 
     def candidates() -> Iterator[PrunePlan]:
-        deepest = tuple(range(num_layers - least, num_layers))
-        for layers in itertools.chain([deepest], _with_layers_apart(least, order, is_fast, alone)):
+        yield from fitted(model, for_sets, plan_of(range(num_layers - least, num_layers)), rank)
+        step(1)
+        layers = _with_layers_apart(least, order, is_fast, alone)
+        if layers is not None:
             yield from fitted(model, for_sets, plan_of(layers), rank)
-            step(1)
+        step(1)
 
     return dataclasses.replace(min(candidates(), key=judge.loss), corrections=None)
 
@@ -161,8 +162,8 @@ def _lookup_scores(model, passages: list[Pair]) -> Tensor:
 # ---- Plans of a speedup ----
 
 
-def _with_layers_apart(least: int, order: list[int], is_fast: Callable, alone: Callable) -> Iterator[tuple[int, ...]]:
-    """Yield up to SETS sets of the fewest layers that are fast enough, of which some lie apart, best first.
+def _with_layers_apart(least: int, order: list[int], is_fast: Callable, alone: Callable) -> tuple[int, ...] | None:
+    """The fewest layers that are fast enough, if a fifth of them lie apart. None: there are no such layers.
 
     Layer 0 and the layer before the deepest ones are kept. No three layers before the deepest ones are neighbours.
 
@@ -181,10 +182,10 @@ def _with_layers_apart(least: int, order: list[int], is_fast: Callable, alone: C
         best = sorted(proposed, key=alone)[: apart + SPARE]
         by_sum = sorted(itertools.combinations(best, apart), key=lambda layers: sum(map(alone, layers)))
         valid = ((*sorted(layers), *deepest) for layers in by_sum if not _has_three_neighbours(layers))
-        found = list(itertools.islice(filter(is_fast, valid), SETS))
-        if found:
-            yield from found
-            return
+        found = next(filter(is_fast, valid), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _has_three_neighbours(layers: Sequence[int]) -> bool:
