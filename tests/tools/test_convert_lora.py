@@ -112,6 +112,13 @@ def test_a_sum_that_overflows_is_refused(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_in_a_pickle_is_refused_with_advice(base, tmp_path):
+    folder = tmp_path / "adapter"
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="holds a pickle, adapter_model.bin; save the adapter with PEFT"):
+        merge(base, tmp_path)
+
+
 def test_the_other_files_and_the_shards_are_those_of_the_base_model(base, tmp_path):
     """Weights that the index does not name are not the model's."""
     weights = load_file(base / "model.safetensors")

@@ -285,6 +285,13 @@ def test_the_default_domains_are_the_texts_of_the_repository():
     assert text.read_domains(["x=a,b", "x=c"]) == {"x": [Path("a"), Path("b"), Path("c")]}
 
 
+@pytest.mark.parametrize("given", ["all=a.txt", "a.txt", "x=", "=a.txt"])
+def test_a_text_needs_a_name_and_a_file(given):
+    """The name is not that of all domains together."""
+    with pytest.raises(pop.InputError, match="any name but all"):
+        text.read_domains([given])
+
+
 def test_an_embedding_padded_beyond_the_tokenizer_never_answers():
     config = tiny_config(vocab_size=80)
     model = pop.Model(random_model(config), config, SimpleNamespace(vocab_size=20))

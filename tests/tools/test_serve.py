@@ -219,6 +219,7 @@ def test_texts_spell_no_control_tokens(client):
 ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 TOOLS = [{"type": "function", "function": ADD}]
 RESPONSES_TOOLS = [{"type": "function", **ADD, "strict": True}]
+LARGE_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"description": "a" * 70_000}}}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 WHAT = {"type": "text", "text": "What is this?"}
 
@@ -719,6 +720,7 @@ WRONG = [  # path, a body or changes of one, status, and what the message or the
     ("/chat/completions", {"messages": user([image("a")])}, 400, "text only"),
     ("/completions", {"prompt": HELLO}, 400, "send these to /v1/chat/completions"),
     ("/completions", {"response_format": {"type": "json_schema", "schema": {}}}, 400, "must be a JSON schema"),
+    ("/completions", {"response_format": LARGE_SCHEMA}, 400, "a schema may have 65,536 characters"),
     ("/responses", {"text": {"format": {"type": "json_schema"}}}, 400, "text.format.schema"),
     ("/responses", {"max_new_tokens": 5}, 400, "max_output_tokens"),
     ("/responses", {"background": True}, 400, "background"),
