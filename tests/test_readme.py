@@ -136,9 +136,13 @@ def test_the_lines_explained_are_the_references_in_order():
 
 
 @pytest.mark.parametrize("path", READMES)
-def test_the_head_of_a_table_has_rows(path):
-    """A blank line after a table's head, or rows that were joined, would be shown as text."""
-    assert not re.search(r"^\|[-:| ]+\|\n(?!\|)|\| \|-", READMES[path], re.M)
+def test_every_table_is_whole(path):
+    """A blank line in a table, or rows that were joined, would be shown as text."""
+    without_code = re.sub(r"^```.*?^```", "", READMES[path], flags=re.M | re.S)
+    for block in re.findall(r"(?:^\|.*\n)+", without_code, re.M):
+        head = block.splitlines()
+        assert len(head) > 2 and re.fullmatch(r"\|[-:| ]+\|", head[1]), block
+    assert "| |-" not in without_code
 
 
 @pytest.mark.parametrize("path", [*READMES, *OTHERS])
