@@ -402,7 +402,7 @@ def test_the_tables_are_those_of_the_run():
         "smollm2-135m-512",
         "smollm2-135m-2048-others",
         "smollm2-135m-unseen",
-        "smollm2-135m-unseen-2048-third-2",
+        "smollm2-135m-unseen-2048",
         "smollm2-135m-unseen-old",
         "smollm2-135m-unseen-2048-old",
         "gemma3-270m-512",
