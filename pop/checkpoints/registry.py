@@ -126,7 +126,7 @@ def find_folder(name_or_path: str | os.PathLike) -> Path:
 def find_weights(name: str) -> Path:
     """Return the folder with the files of a known model. Raises WeightsNotFound, which says how to get them."""
     entry = lookup(name)
-    folder = stored(entry) or _cached(entry.source)
+    folder = stored(entry) or cached(entry.source)
     if folder is not None:
         return folder
     if entry.name in COMMANDS:
@@ -149,7 +149,7 @@ def stored(entry: Entry) -> Path | None:
     return next((folder for folder in folders if os.path.isfile(folder / "config.json")), None)
 
 
-def _cached(repository: str) -> Path | None:
+def cached(repository: str) -> Path | None:
     """Return the folder of a repository's main branch in the Hugging Face cache, or None if it lacks weights.
 
     Its files are links into the repository's folder blobs. Any other link raises CheckpointError.

@@ -7,6 +7,7 @@ from support.tiny import write_checkpoint
 
 import pop
 from pop.checkpoints import registry
+from pop.checkpoints.download import download
 from pop.checkpoints.registry import find_folder, find_weights, list_models, lookup, weights_folder
 from pop.errors import CheckpointError, UnknownModel, WeightsNotFound
 
@@ -163,7 +164,7 @@ def test_the_hugging_face_cache_is_read_last(places, tmp_path, monkeypatch, vari
     hub = {"XDG_CACHE_HOME": "there/huggingface/hub", "HF_HOME": "there/hub", "HF_HUB_CACHE": "there"}[variable]
     one, two = (put_in_cache(tmp_path / hub, name) for name in ("google/gemma-3-4b-it", "a/b"))
     assert find_weights("gemma3-4b-it") == find_folder("google/gemma-3-4b-it") == one
-    assert find_folder("a/b") == two
+    assert find_folder("a/b") == two == download("a/b")  # fetches nothing
     assert find_folder("a/b") != put(places[0] / "a/b") == find_folder("a/b")
 
 
