@@ -19,7 +19,7 @@ from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
 from pop.inputs.processors import Prepared, Processor, processor_of
-from pop.pruning.plan import PrunePlan
+from pop.pruning.plan import PrunePlan, changed_at
 from pop.pruning.sketch import check_distance, distance, probe_states, sketch_of
 from pop.system.memory import to_device
 
@@ -63,6 +63,7 @@ class Runner:
         self.vision = processor_of(config) if vision is None else vision
         self.max_seq_len = check_options(config, self.dtype, max_seq_len, compile)
         self._notes: set[str] = set()  # what stderr has been told
+        self._saved_plans: dict[str, tuple[int, PrunePlan]] = {}  # by name or path: when its file changed, and the plan
         self.plan = PrunePlan.of(plan, config.num_layers)
         self.resolve(self.plan)  # raises if it does not fit the weights
         chunk_size = chunk_size_of(module) if chunk_size is None else check_count("chunk_size", chunk_size)
@@ -271,9 +272,8 @@ class Runner:
         plan: Anything that `PrunePlan.of` takes. None and "default" stand for the model's own.
         """
         is_own = plan is None or (isinstance(plan, str) and plan == "default")
-        plan = PrunePlan.of(self.plan if is_own else plan, self.config.num_layers)
-        corrections = plan.corrections
-        if corrections is None:
+        plan = self.plan if is_own else self._plan_of(plan)
+        if plan.corrections is None:
             return plan
         note = check_distance(self._distance(plan), plan.name)
         is_first = self.part is None or self.part.rank == 0
@@ -281,6 +281,18 @@ class Runner:
             print(f"pop: {note}", file=sys.stderr, flush=True)
         self._notes.add(note)
         return plan.to(self.device, self.dtype, self.part and self.part.kv_rows)
+
+    def _plan_of(self, plan) -> PrunePlan:
+        """`PrunePlan.of`, but a file is read again only after a change. Its corrections compare by identity."""
+        num_layers = self.config.num_layers
+        changed = changed_at(plan)
+        if changed is None:
+            return PrunePlan.of(plan, num_layers)
+        read_at, known = self._saved_plans.get(str(plan), (None, None))
+        if read_at != changed:
+            known = PrunePlan.of(plan, num_layers)
+            self._saved_plans[str(plan)] = changed, known
+        return known
 
     def _distance(self, plan: PrunePlan) -> float:
         """How far the model's weights are from those that a calibrated plan was fitted to."""

@@ -116,7 +116,7 @@ def test_what_a_program_may_do_first():
 # what is missing. A family of models, or another feature that is worth its size, raises the bound by its own nodes,
 # even if the test passes without that. A higher bound gets a row in tools/results/DECISIONS.md. Lower the bound when
 # nodes go.
-NODES = 100_750
+NODES = 100_900
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 
 

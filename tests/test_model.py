@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from functools import partial
 from unittest.mock import patch
 
@@ -156,6 +157,22 @@ def test_ids_on_another_device_are_read_only_if_the_caller_can_wait():
         for id in (-1, 10):
             with pytest.raises(pop.InputError, match=f"token id {id} "):
                 token_ids([3, id], 1, 10, wait)
+
+
+def test_a_plans_file_is_read_again_only_after_a_change(model, tmp_path):
+    """Corrections compare by identity, so a recorded pass is found only with those of the call before."""
+    file = tmp_path / "my.plan"
+    pop.PrunePlan((1,)).save(file)
+    with patch.object(pop.PrunePlan, "load", wraps=pop.PrunePlan.load) as load:
+        first = model.resolve(file)
+        assert model.resolve(str(file)) is first
+        pop.PrunePlan((1, 2)).save(file)
+        os.utime(file, ns=(0, 0))
+        assert [model.resolve(file).layers for _ in range(2)] == [(1, 2), (1, 2)]
+    assert load.call_count == 2
+    file.unlink()
+    with pytest.raises(pop.PlanError, match="names no file"):
+        model.resolve(file)
 
 
 def test_a_copy_runs_alike_and_eagerly(model):

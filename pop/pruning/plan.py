@@ -359,6 +359,12 @@ def _saved(path) -> str | Path | None:
     return own if os.path.isfile(own) else _shipped().get(str(path))
 
 
+def changed_at(path) -> int | None:
+    """When the file of a saved plan has last changed, in nanoseconds. None: it is not one."""
+    file = _saved(path)
+    return None if file is None else os.stat(file).st_mtime_ns
+
+
 def _shipped() -> dict[str, Path]:
     """The plans that ship with the package, by name."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.plan"))}
