@@ -190,7 +190,7 @@ class PrunedLayer:
             keep(cache, self.index, self._normalised(h[:, -1:]))
         prompt.layers_run += 1
         if self.is_last and self.corrections is not None:
-            h = self.corrections.updated(h, prompt.z)
+            h = self.corrections.with_update(h, prompt.z)
         at = prompt.rows[..., None].expand_as(f)  # [B, W, D]
         return h.scatter(1, at, f)
 

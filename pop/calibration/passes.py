@@ -136,7 +136,7 @@ class Pass:
             attend = functools.partial(self._attend_prompt, prompt_k=k, prompt_v=v, rows=rows, mask=masks[layer.window])
             f = layer(f, tuple(table[rows] for table in rope), attend)
         if corrections is not None:
-            h = corrections.updated(h, z, first.multiply)
+            h = corrections.with_update(h, z, first.multiply)
         return self.images.add_deepstack(h.index_put(rows, f), group.layers[-1])
 
     def _attend_prompt(self, layer, q, k, v, *, prompt_k, prompt_v, rows, mask):

@@ -27,15 +27,15 @@ class KVCache:
         sliding window, it is at most window - 1 + chunk_size, and the slots are a ring.
     chunk_size: How many tokens of a row may be written at once.
     lengths: The number of tokens in each row, [B] int64 on the CPU.
-    previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
-        row. The codes of calibrated plans read it at the next token.
+    previous_hidden: The state (h, the residual stream) of each row's latest token as it entered each layer, [L, B, D];
+        zero in an empty row. The codes of calibrated plans read it at the next token.
 
     The others are for selection by later prompts, for images, for steps that are replayed, and for prefills that fail:
 
     skipped: For each slot, the layer at which a later prompt may select its token, because the token skipped pruned
         layers after it (earlier.py): [B, S + 1] int16. -1: it may not. From a row's length on, all are -1, since a
         decode step does not write them. Until `hold_states`, there is only the spare slot.
-    entered: The hidden states of these tokens as they entered that layer, [B, S + 1, D].
+    entered: The states of these tokens as they entered that layer, [B, S + 1, D].
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     passes: The decode step, and the passes of prompts, that are replayed on this cache's tensors, by class.
     intact: False while a prefill may overwrite slots of a ring or of earlier tokens, and after one that has failed.

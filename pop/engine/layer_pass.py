@@ -97,7 +97,7 @@ class LayerPass:
             first = group.layers[0]
             layer = self.module.layers[first]
             z = self.stages.code(layer, h, previous[first], corrections.shared)  # [B, C, R]
-            passed = corrections.updated(h, z, layer.multiply)
+            passed = corrections.with_update(h, z, layer.multiply)
         self.write_keys_values(chunk, h, z, group)
         latest = chunk.latest(h)
         if full.columns.shape[1] == 0:
@@ -107,6 +107,7 @@ class LayerPass:
         columns = full.columns[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
         f = h.gather(1, columns)
         for index in group.layers:
+            # A full-depth token enters each layer with a state of its own, and a pruned one all of them with the same.
             hidden[index] = f[:, -1].where(full.last_is_full, latest)
             f = self.run_layer(index, f, full.attention)
         # Batch rows differ in how many full-depth tokens they have. The columns of padding keep their pruned h.

@@ -1,4 +1,4 @@
-"""Which tokens of a batch a plan selects to run at full depth (pop/pruning/selection.py).
+"""Which tokens of a batch a plan selects (pop/pruning/selection.py).
 
 The number of selected tokens follows from lengths, so the CPU knows it. Only the device knows which tokens they are,
 and nothing waits for it. Shape letters: pop/models/layers.py; T is the number of the longest prompt's tokens.

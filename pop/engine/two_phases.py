@@ -2,7 +2,7 @@
 
 The choice needs the states of a prompt's last tokens at that layer. So all chunks run up to it. Then the plan chooses
 among the new tokens, and among earlier ones in the cache (earlier.py). Earlier tokens that are chosen run again from
-there on. At last, each chunk continues from its states, and the chosen new tokens run at full depth.
+there on. At last, each chunk continues from its states, and the chosen new tokens run all remaining layers.
 
 Shape letters: pop/models/layers.py. T tokens of a row are new, and N are earlier.
 """

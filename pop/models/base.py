@@ -139,7 +139,8 @@ class PrunableModel(nn.Module):
 class DecoderLayer(PrunableLayer):
     """A layer with norms, attention and an MLP. Families that normalise at other places override methods.
 
-    Calibrated plans (pop/calibration) need the methods from `normalised` on.
+    Subclasses make its parts: input_layernorm, self_attn, post_attention_layernorm and mlp. Calibrated plans
+    (pop/calibration) need the methods from `normalised` on.
     """
 
     def queries_keys_values(self, h, rope):

@@ -184,7 +184,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     if mask is not None:
         mask = mask[:, None]  # [B, 1, T, N]
         if T == 1:
-            # The G query heads of a group take the place of the tokens, so K and V are not repeated for each of them.
+            # The G query heads that share a key head take the place of the tokens, so K and V are not repeated.
             q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
     q = q.transpose(1, 2)  # [B, H, T, E]

@@ -1,8 +1,8 @@
 """What a calibrated plan adds to plain pruning: corrections of K and V, and updates of h.
 
 A pruned layer projects K and V from the h that enters its group of consecutive pruned layers. Except in the first layer
-of the first group, its weights were trained on another state. Calibration (pop/calibration) measures the resulting
-error and fits a correction to it. With x_t the state of token t, normalised without a weight, and x_{-1} = 0,
+of the first pruned group, its weights were trained on another state. Calibration (pop/calibration) measures the
+resulting error and fits a correction to it. With x_t the state of token t, normalised without a weight, and x_{-1} = 0,
 
     z_t = P [x_t ; x_{t-1}]               a code of R numbers for each token, shared by the layers of the group
     k_t, v_t  =  own projections of h_t  +  U z_t
@@ -35,7 +35,7 @@ class GroupCorrections(NamedTuple):
     weight: Tensor  # U [n, 2 * K * E, R]: K's rows come first, and then V's
     update: Tensor | None  # A [D, R], or None if no kept layer follows
 
-    def updated(self, h: Tensor, z: Tensor, linear=F.linear) -> Tensor:
+    def with_update(self, h: Tensor, z: Tensor, linear=F.linear) -> Tensor:
         """h [B, T, D] after the group, from the h that entered it and its code z [B, T, R]."""
         return h if self.update is None else h + linear(z, self.update)
 

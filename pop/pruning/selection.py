@@ -1,4 +1,4 @@
-"""Which tokens a plan selects to run at full depth: those that the prompt's last tokens attend to most.
+"""Which tokens a plan selects: those that the prompt's last tokens attend to most.
 
 This is `attention_scores` of reference.py for a batch, in two steps. Processes that share a model's heads take the
 maximum of their `attention_received` before they call `most_attended`. Code that runs pop's method on other people's

@@ -107,8 +107,8 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
                 full_depth = [True] * m
             ends = [plan.selects_at + 1 if selected else module.config.num_layers for selected in chosen[row, N:][:m]]
             used = [(NONE if full else plan, end) for full, end in zip(full_depth, ends, strict=True)]
-            expected = logits[:0] if goes_on else logits[row : row + 1]
-            append(row, turn[row, :m], used, expected)
+            found = logits[:0] if goes_on else logits[row : row + 1]
+            append(row, turn[row, :m], used, found)
         answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)
         for step in answer.T:
             logits = engine.decode(module, step, cache)
@@ -117,9 +117,9 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
 
     for row in range(rows):
         assert cache.lengths[row] == len(said[row])
-        logits, kv = token_by_token(module, said[row], *zip(*applied[row], strict=True), again[row])
+        expected, kv = token_by_token(module, said[row], *zip(*applied[row], strict=True), again[row])
         for position, found in predicted[row].items():
-            assert_close(found, logits[position], f"row {row}, position {position}, logits at {[*predicted[row]]}:")
+            assert_close(found, expected[position], f"row {row}, position {position}, logits at {[*predicted[row]]}:")
         assert_close(cached_kv(module, cache, row), in_windows(module, kv), f"row {row}, keys and values:")
 
 

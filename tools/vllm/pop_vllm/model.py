@@ -249,7 +249,7 @@ class Pruned:
         if corrections is not None:
             x = normalised(h, self.model.layers[group.layers[0]])
             z = F.linear(torch.cat((x, step.before(x)), dim=-1), corrections.shared)  # [N, R]
-            passed = corrections.updated(h, z)
+            passed = corrections.with_update(h, z)
         for number, index in enumerate(group.layers):
             k, v = self.projected(index, h)
             if z is not None:
