@@ -270,6 +270,12 @@ def test_texts_of_ones_own_are_named_by_their_hash():
     assert both[0] != both[1] and all(len(name) == 9 for name in both)
 
 
+def test_a_row_takes_texts_whose_name_has_a_space(figures, tmp_path):
+    kinds = figures["retrieval"]["rows"]["half"]["kinds"]
+    kinds["quotes-my notes 512"] = {"questions": 10, "exact": 0.5}
+    assert "quotes" in row_of(figures, tmp_path)["kinds"]
+
+
 def test_a_row_leaves_other_kinds_of_questions_out(figures, tmp_path):
     """It is that of a run without them: by the same seed, the same questions are resampled."""
     rng = np.random.default_rng(0)

@@ -114,7 +114,7 @@ def row_of(path: Path, plan: str) -> dict:
         if plan not in answers["rows"]:
             raise InputError(f"{path} has no {plan!r}; it has {', '.join(answers['rows'])}")
         asked = answers["rows"][plan]["kinds"]
-        lengths = {int(name.split()[1]) for name in asked if kind_of(name) in KINDS}
+        lengths = {int(name.split()[-1]) for name in asked if kind_of(name) in KINDS}
         if len(lengths) != 1:
             names = ", ".join(asked)
             raise InputError(f"{path} has the questions {names}; measure with --tasks text,retrieval and one length")
