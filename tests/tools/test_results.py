@@ -149,11 +149,16 @@ def test_a_method_is_compared_with_that_of_another_run(compared):
     assert f"exact answers, share: -0.1667 [{low:+.4f}, {high:+.4f}]" in lines
 
 
+def test_a_plan_is_named_by_its_path_as_it_was_to_evaluate(compared):
+    run = run_of({"a.plan": A, "b": B})
+    assert compared("plans/a.plan b", run=run)[1:] == compared("a.plan b", run=run)[1:]
+
+
 @pytest.mark.parametrize(
     ("words", "other", "said"),
     [
-        ("a c", {}, "it has the methods a, b"),
-        ("a z --other other.json", run_of({"a": A}), "the other run lacks z; it has the methods a"),
+        ("a c", {}, "run.json has no method c; it has a, b"),
+        ("a z --other other.json", run_of({"a": A}), "other.json has no method z; it has a"),
         ("a b --other other.json", run_of({"b": B}, nll=1.5), "the full models of the two runs differ"),
         ("a b --other other.json", run_of({"b": B}) | {"text": {"mine": {}}}, "and the other one mine"),
         ("a b --other other.json", {"unfinished": ["text"]}, "other.json is unfinished: ['text']"),

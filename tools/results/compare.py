@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -37,8 +38,12 @@ def differences(path: str, first: str, second: str, other: str | None = None) ->
     seed = result.get("seed", 0)
     found = {}
     try:
-        if other is not None:
-            second = _add_rows(result, read_result(other), second)
+        first = _name_in(result, first, path)
+        if other is None:
+            second = _name_in(result, second, path)
+        else:
+            other_result = read_result(other)
+            second = _add_rows(result, other_result, _name_in(other_result, second, other))
         methods = first, second
         for domain, text in result.get("text", {}).items():
             found[f"KL, {domain}, nats"] = _paired(text["rows"], "by_window", "kl", methods, seed)
@@ -49,10 +54,18 @@ def differences(path: str, first: str, second: str, other: str | None = None) ->
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        names = ", ".join(result.get("contenders", ()))
-        advice = f"it has the methods {names}; write it with tools.evaluate --tasks text --json"
+        advice = "write it with tools.evaluate --tasks text --json"
         raise InputError(f"{path} lacks {error} for {first} or {second}; {advice}") from None
     return found
+
+
+def _name_in(result: dict, method: str, path: str) -> str:
+    """The name of a method in the result of a file. A plan's file may be given with its folder, as to --prune."""
+    names = result.get("contenders", ())
+    for name in (method, Path(method).name):
+        if name in names:
+            return name
+    raise InputError(f"{path} has no method {method}; it has {', '.join(names) or 'none'}")
 
 
 def _groups(kinds: list[str]) -> dict[str, np.ndarray | slice]:
@@ -72,9 +85,6 @@ def _add_rows(result: dict, other: dict, method: str) -> str:
 
     Raises InputError if the runs differ in what the full model does.
     """
-    if method not in other.get("contenders", ()):
-        names = ", ".join(other.get("contenders", ()))
-        raise InputError(f"the other run lacks {method}; it has the methods {names}")
     name_here = f"{method} of the other run"  # the result may have a method of this name
     texts = [", ".join(sorted(run.get("text", {}))) or "none" for run in (result, other)]
     if texts[0] != texts[1]:
