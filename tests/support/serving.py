@@ -44,7 +44,14 @@ def process(*words, **environment):
     """Run `python -m tools.serve` with these words. Yields the process and its address."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "tools.serve", *map(str, words), "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
+    ) as server:
         try:
             line = server.stdout.readline()
             assert " is served at http://127.0.0.1:" in line, line
