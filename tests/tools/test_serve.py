@@ -543,8 +543,18 @@ def test_two_plans_of_one_name_are_refused(files, start, tmp_path, capsys):
     for file in files:
         (tmp_path / file).parent.mkdir()
         pop.PrunePlan((2,)).save(tmp_path / file)
-    assert start(*offered("0.2", *(tmp_path / file for file in files))) == 2
+    files = [tmp_path / file for file in files]
+    assert start(*offered("0.2", *files)) == 2
     assert "rename the file" in capsys.readouterr().err
+    pop.PrunePlan((3,)).save(files[0])
+    assert start(*offered(*files)) == 2
+    assert "rename the file" in capsys.readouterr().err
+
+
+def test_the_default_may_be_offered_again(start, tmp_path):
+    pop.PrunePlan((2,)).save(tmp_path / "my.plan")
+    assert start(*offered(tmp_path / "my.plan", tmp_path / "my.plan")) == 0
+    assert start(*offered("none", "none")) == 0
 
 
 def test_a_server_whose_engine_fails_ends(model, monkeypatch, capsys):
@@ -704,6 +714,7 @@ def changed(path, changes):
     return {name: value for name, value in body.items() if value is not None}
 
 
+NO_TEXT = {"type": "text", "text": None}
 WRONG = [  # path, a body or changes of one, status, and what the message or the code says
     ("/chat/completions", b'{"model": "tiny"', 400, "JSON"),
     ("/chat/completions", b"\xff\xfe", 400, "JSON"),
@@ -718,6 +729,10 @@ WRONG = [  # path, a body or changes of one, status, and what the message or the
     ("/chat/completions", {"prediction": {}}, 400, "leave it out"),
     ("/chat/completions", {"tools": 129 * TOOLS}, 400, "there are 129 tools"),
     ("/chat/completions", {"messages": user([image("a")])}, 400, "text only"),
+    ("/chat/completions", {"messages": [{"role": "system", "content": [image("a")]}]}, 400, "must be a text"),
+    ("/chat/completions", {"messages": [{"role": "system", "content": [NO_TEXT]}]}, 400, "must be a text"),
+    ("/chat/completions", {"parallel_tool_calls": "x"}, 400, "parallel_tool_calls is 'x'"),
+    ("/responses", {"parallel_tool_calls": 0}, 400, "parallel_tool_calls is 0"),
     ("/completions", {"prompt": HELLO}, 400, "send these to /v1/chat/completions"),
     ("/completions", {"response_format": {"type": "json_schema", "schema": {}}}, 400, "must be a JSON schema"),
     ("/completions", {"response_format": LARGE_SCHEMA}, 400, "a schema may have 65,536 characters"),

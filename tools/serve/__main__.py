@@ -65,7 +65,11 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     for plan in plans.values():
         model.resolve(plan)  # refuses one of another model
     model.warmup(min(args.batch, 2), [*plans.values()])
-    plans.setdefault(name_of(model.plan, default), None)  # the default by its own name
+    own_name = name_of(model.plan, default)
+    others_plan = pop.PrunePlan.none() if own_name == "none" else plans.get(own_name, model.plan)
+    if not are_equal(others_plan, model.plan):
+        raise clash(default, own_name)
+    plans.setdefault(own_name, None)
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
     threading.Thread(target=work, args=(engine,), daemon=True).start()
@@ -96,9 +100,18 @@ def plans_for_requests(values: list[str], num_layers: int) -> dict[str, pop.Prun
         plan = pop.PrunePlan.of(value, num_layers)
         name = name_of(plan, value)
         if name in plans or name in ("default", "none"):
-            raise InputError(f"--prune {value}: requests call it {name!r}, and so another plan; rename the file")
+            raise clash(value, name)
         plans[name] = plan
     return plans
+
+
+def are_equal(one: pop.PrunePlan, other: pop.PrunePlan) -> bool:
+    """Whether two plans prune alike. The corrections are not read: those of other plans have another record."""
+    return one.fields() == other.fields() and one.about == other.about
+
+
+def clash(value: str, name: str) -> InputError:
+    return InputError(f"--prune {value}: requests call it {name!r}, and so another plan; rename the file")
 
 
 def name_of(plan: pop.PrunePlan, value: str) -> str:

@@ -223,6 +223,7 @@ def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> A
     if params.logprobs and most * (top_logprobs + 1) > MAX_LOGPROBS:
         raise Wrong(f"there may be {MAX_LOGPROBS} logprobs; lower max_tokens or top_logprobs", param="logprobs")
     include_usage = _typed(options, "include_usage", bool, False)
+    _typed(body, "parallel_tool_calls", bool, True)
     return Asked(model, name, body, 0.0, is_chat, jobs, answers, stream, include_usage, bool(tools))
 
 
@@ -298,13 +299,20 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
             _typed(message, "name", str, "")  # of a participant; chat templates do not show it
             message.pop("name", None)
         if isinstance(message.get("content"), list):
-            message["content"] = [_part(model, part, urls) for part in message["content"]]
-            if message.get("role") == "system":  # which has texts only
-                message["content"] = "".join(str(part.get("text", "")) for part in message["content"])
+            if message.get("role") == "system":
+                message["content"] = "".join(map(_system_text, message["content"]))
+            else:
+                message["content"] = [_part(model, part, urls) for part in message["content"]]
         read.append(message)
     if len(urls) > MAX_IMAGES:
         raise Wrong(f"there are {len(urls)} images; at most {MAX_IMAGES} are read", param="messages")
     return with_one_system_message(read), sum(map(len, urls))
+
+
+def _system_text(part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise Wrong("a part of a system message must be a text", param="messages")
+    return part["text"]
 
 
 def _part(model: pop.Model, part: Any, urls: list[str]) -> dict:
