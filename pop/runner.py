@@ -19,7 +19,7 @@ from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
 from pop.inputs.processors import Prepared, Processor, processor_of
-from pop.pruning.plan import PrunePlan, changed_at
+from pop.pruning.plan import PrunePlan, version_of
 from pop.pruning.sketch import check_distance, distance, probe_states, sketch_of
 from pop.system.memory import to_device
 
@@ -63,7 +63,7 @@ class Runner:
         self.vision = processor_of(config) if vision is None else vision
         self.max_seq_len = check_options(config, self.dtype, max_seq_len, compile)
         self._notes: set[str] = set()  # what stderr has been told
-        self._saved_plans: dict[str, tuple[int, PrunePlan]] = {}  # by name or path: when its file changed, and the plan
+        self._saved_plans: dict[str, tuple[tuple, PrunePlan]] = {}  # by name or path: its file's version, and the plan
         self.plan = PrunePlan.of(plan, config.num_layers)
         self.resolve(self.plan)  # raises if it does not fit the weights
         chunk_size = chunk_size_of(module) if chunk_size is None else check_count("chunk_size", chunk_size)
@@ -285,13 +285,13 @@ class Runner:
     def _plan_of(self, plan) -> PrunePlan:
         """`PrunePlan.of`, but a file is read again only after a change. Its corrections compare by identity."""
         num_layers = self.config.num_layers
-        changed = changed_at(plan)
-        if changed is None:
+        version = version_of(plan)
+        if version is None:
             return PrunePlan.of(plan, num_layers)
-        read_at, known = self._saved_plans.get(str(plan), (None, None))
-        if read_at != changed:
+        known_version, known = self._saved_plans.get(str(plan), (None, None))
+        if known_version != version:
             known = PrunePlan.of(plan, num_layers)
-            self._saved_plans[str(plan)] = changed, known
+            self._saved_plans[str(plan)] = version, known
         return known
 
     def _distance(self, plan: PrunePlan) -> float:

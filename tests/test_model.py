@@ -169,7 +169,12 @@ def test_a_plans_file_is_read_again_only_after_a_change(model, tmp_path):
         pop.PrunePlan((1, 2)).save(file)
         os.utime(file, ns=(0, 0))
         assert [model.resolve(file).layers for _ in range(2)] == [(1, 2), (1, 2)]
-    assert load.call_count == 2
+        other = tmp_path / "other.plan"
+        pop.PrunePlan((3,)).save(other)
+        os.utime(other, ns=(0, 0))
+        other.replace(file)
+        assert model.resolve(file).layers == (3,)
+    assert load.call_count == 3
     file.unlink()
     with pytest.raises(pop.PlanError, match="names no file"):
         model.resolve(file)

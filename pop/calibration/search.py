@@ -58,7 +58,7 @@ def check_speedup(model, speedup: float, rank: int) -> None:
     The largest plan keeps only layer 0 and the DeepStack layers.
     """
     if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
-        raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
+        raise InputError(f"speedup is {speedup!r}; it must be a number above 1 and below 100, such as 1.4")
     num_layers = model.config.num_layers
     if num_layers == 1:
         raise InputError("the model has a single layer, so prefill cannot skip any; there is nothing to calibrate")

@@ -359,10 +359,13 @@ def _saved(path) -> str | Path | None:
     return own if os.path.isfile(own) else _shipped().get(str(path))
 
 
-def changed_at(path) -> int | None:
-    """When the file of a saved plan has last changed, in nanoseconds. None: it is not one."""
+def version_of(path) -> tuple | None:
+    """What tells a saved plan's file from other files, and from itself before a change. None: there is no such file."""
     file = _saved(path)
-    return None if file is None else os.stat(file).st_mtime_ns
+    if file is None:
+        return None
+    status = os.stat(file)
+    return os.path.realpath(file), status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _shipped() -> dict[str, Path]:
@@ -385,7 +388,8 @@ def _copied(about) -> dict:
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         if isinstance(about, dict) and len(text := json.dumps(about, allow_nan=False)) <= RECORD:
             return json.loads(text)
-    raise PlanError(f"about is a {type(about).__name__}; give a dict, of at most {RECORD:,} characters as JSON")
+    wanted = f"give a dict of what JSON can hold, in at most {RECORD:,} characters"
+    raise PlanError(f"about is {about!r:.80}; {wanted}")
 
 
 def _share(name: str, value, of_what: str) -> float:
