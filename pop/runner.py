@@ -63,7 +63,7 @@ class Runner:
         self.vision = processor_of(config) if vision is None else vision
         self.max_seq_len = check_options(config, self.dtype, max_seq_len, compile)
         self._notes: set[str] = set()  # what stderr has been told
-        self._saved_plans: dict[str, tuple[tuple, PrunePlan]] = {}  # by name or path: its file's version, and the plan
+        self._saved_plans: dict[str, tuple] = {}  # by name or path: the version of its file, and the plan
         self.plan = PrunePlan.of(plan, config.num_layers)
         self.resolve(self.plan)  # raises if it does not fit the weights
         chunk_size = chunk_size_of(module) if chunk_size is None else check_count("chunk_size", chunk_size)

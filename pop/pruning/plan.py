@@ -359,13 +359,13 @@ def _saved(path) -> str | Path | None:
     return own if os.path.isfile(own) else _shipped().get(str(path))
 
 
-def version_of(path) -> tuple | None:
+def version_of(path) -> tuple[int, int, int] | None:
     """What tells a saved plan's file from other files, and from itself before a change. None: there is no such file."""
     file = _saved(path)
     if file is None:
         return None
     status = os.stat(file)
-    return os.path.realpath(file), status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _shipped() -> dict[str, Path]:
@@ -388,8 +388,7 @@ def _copied(about) -> dict:
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         if isinstance(about, dict) and len(text := json.dumps(about, allow_nan=False)) <= RECORD:
             return json.loads(text)
-    wanted = f"give a dict of what JSON can hold, in at most {RECORD:,} characters"
-    raise PlanError(f"about is {about!r:.80}; {wanted}")
+    raise PlanError(f"about is {about!r:.80}; give a dict that JSON can hold in {RECORD:,} characters")
 
 
 def _share(name: str, value, of_what: str) -> float:

@@ -66,10 +66,10 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         model.resolve(plan)  # refuses one of another model
     model.warmup(min(args.batch, 2), [*plans.values()])
     own_name = name_of(model.plan, default)
-    others_plan = pop.PrunePlan.none() if own_name == "none" else plans.get(own_name, model.plan)
-    if not are_equal(others_plan, model.plan):
+    taken = {"none": pop.PrunePlan.none(), **plans}
+    if own_name in taken and not are_equal(taken[own_name], model.plan):
         raise clash(default, own_name)
-    plans.setdefault(own_name, None)
+    plans.setdefault(own_name, None)  # the default by its own name
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
     threading.Thread(target=work, args=(engine,), daemon=True).start()
@@ -106,11 +106,12 @@ def plans_for_requests(values: list[str], num_layers: int) -> dict[str, pop.Prun
 
 
 def are_equal(one: pop.PrunePlan, other: pop.PrunePlan) -> bool:
-    """Whether two plans prune alike. The corrections are not read: those of other plans have another record."""
+    """Whether two plans prune alike. Corrections are not compared, because their record tells how they were made."""
     return one.fields() == other.fields() and one.about == other.about
 
 
 def clash(value: str, name: str) -> InputError:
+    """The error for a value of --prune whose name in requests is taken."""
     return InputError(f"--prune {value}: requests call it {name!r}, and so another plan; rename the file")
 
 
